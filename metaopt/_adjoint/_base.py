@@ -1,0 +1,147 @@
+"""What an adjoint is: how the derivative passes through an inner solve."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from .._data import AbstractData
+from .._results import RESULTS
+from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
+from .._tree import split_trainable
+from .._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params, Vector
+
+OuterLoss = Callable[[Params, Hyper, ModelState], tuple[FloatScalar, Aux]]
+"""`outer(params, hyper, model_state) -> (value, aux)`: batch and key are fixed."""
+
+Start = Callable[[Hyper], tuple[Params, ModelState]]
+"""`start(hyper) -> (params, model_state)`: where the inner solve starts."""
+
+
+class AdjointInfo(eqx.Module):
+    """What a person reads about one hypergradient; `None` where it does not apply.
+
+    **Attributes:**
+
+    - `result`: how the derivative went; the inner solve has a result of its own.
+    - `inner_residual`: the norm of the optimality at the inner solution.
+    - `inner_error`: an estimate of the relative error of the inner solution.
+    - `linear_residual`: the relative residual of the implicit linear system.
+    - `num_linear_steps`: the steps of the linear solver.
+    - `min_curvature`: the smallest curvature that the linear solver met.
+    """
+
+    result: RESULTS
+    inner_residual: FloatScalar
+    inner_error: FloatScalar | None = None
+    linear_residual: FloatScalar | None = None
+    num_linear_steps: IntScalar | None = None
+    min_curvature: FloatScalar | None = None
+
+
+class HypergradientOutput(eqx.Module):
+    """One hypergradient and everything computed on the way.
+
+    **Attributes:**
+
+    - `value`, `aux`: the outer loss and its auxiliary output.
+    - `gradient`: the hypergradient, times the scale that was asked for; a vector like
+        the trainable part of `hyper`.
+    - `outcome`: what the inner solve came to.
+    - `info`: what a person reads.
+    - `carry`: what the adjoint wants back at the next outer step.
+    """
+
+    value: FloatScalar
+    aux: Aux
+    gradient: Vector
+    outcome: Outcome
+    info: AdjointInfo
+    carry: Any
+
+
+class AbstractAdjoint(eqx.Module):
+    """How the derivative passes through an inner solve.
+
+    An adjoint receives the solve as a value, [`metaopt.InnerSolve`][], and never
+    imports a function that solves.
+    """
+
+    biased: eqx.AbstractClassVar[bool]
+    """Whether the derivative is biased by construction."""
+
+    sees_path: eqx.AbstractClassVar[bool]
+    """Whether initial params and settings of the solver are within reach."""
+
+    @abc.abstractmethod
+    def check(self, solver: AbstractSolver, data: AbstractData) -> None:
+        """Raises a `ValueError` if this adjoint cannot serve the solver."""
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        inner: InnerSolve,
+        params: Params,
+        hyper: Hyper,
+        model_state: ModelState,
+        throw: bool,
+    ) -> Outcome:
+        """Solves, differentiably in everything the answer depends on.
+
+        With `throw`, a derivative that fails its checks raises; otherwise it is NaN.
+        """
+
+    @abc.abstractmethod
+    def init(self, params: Params) -> Any:
+        """The carry for the first of several hypergradients."""
+
+    @abc.abstractmethod
+    def hypergradient(
+        self,
+        inner: InnerSolve,
+        outer: OuterLoss,
+        start: Start,
+        hyper: Hyper,
+        carry: Any,
+        scale: FloatScalar,
+    ) -> HypergradientOutput:
+        """The hypergradient of `scale * outer`, with all there is to say about it."""
+
+
+class AbstractPathAdjoint(AbstractAdjoint):
+    """An adjoint that follows the path of an iterative solver, step by step."""
+
+    def init(self, params):
+        return None
+
+    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+        trainable, static = split_trainable(hyper)
+        static_outcome = None
+
+        def objective(trainable):
+            nonlocal static_outcome
+            full = eqx.combine(trainable, static)
+            params, model_state = start(full)
+            outcome = self.solve(inner, params, full, model_state, False)
+            value, aux = outer(outcome.params, full, outcome.model_state)
+            arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
+            return value, arrays
+
+        value, pullback, arrays = jax.vjp(objective, trainable, has_aux=True)
+        (gradient,) = pullback(scale.astype(value.dtype))
+        outcome, aux = eqx.combine(arrays, static_outcome)
+        info = AdjointInfo(RESULTS.successful, inner.last_residual(outcome, hyper))
+        return HypergradientOutput(value, aux, gradient, outcome, info, None)
+
+
+def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:
+    """Raises a `ValueError` unless the solver proceeds by steps."""
+    if not isinstance(solver, AbstractIterativeSolver):
+        raise ValueError(
+            f"`{type(adjoint).__name__}` follows the steps of the inner solver, and "
+            f"`{type(solver).__name__}` runs as a whole. Use `metaopt.ImplicitAdjoint()`"
+            ", or a solver that proceeds by steps: `metaopt.Descent` or "
+            "`metaopt.Picard`."
+        )

@@ -1,0 +1,85 @@
+"""Forward differentiation: tangents carried along with the steps."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from .._tree import split_trainable
+from ._base import AbstractPathAdjoint, check_iterative
+
+
+class ForwardAdjoint(AbstractPathAdjoint):
+    """Forward mode through every step of the inner solver.
+
+    As exact as [`metaopt.UnrolledAdjoint`][], with memory that does not grow with the
+    number of steps; time and memory grow with the number of outer variables instead.
+    Use it for a handful of them (Franceschi, Donini, Frasconi and Pontil, 2017).
+    Everything that is differentiated counts: inside `jax.grad`, arrays that the loss
+    closes over as well.
+    """
+
+    biased: ClassVar[bool] = False
+    sees_path: ClassVar[bool] = True
+
+    def check(self, solver, data):
+        check_iterative(self, solver)
+
+    def solve(self, inner, params, hyper, model_state, throw):
+        loop = inner.loop(params)
+        trainable, static = split_trainable(hyper)
+
+        def run(params, trainable, model_state):
+            full_hyper = eqx.combine(trainable, static)
+            full_params = eqx.combine(params, loop.static_params)
+            state = loop.start(full_params, full_hyper, model_state)
+            body = lambda state, draw: loop.step(full_hyper, state, draw)
+            return jax.lax.scan(body, state, loop.draws, loop.num_steps)
+
+        inputs = split_trainable(params)[0], trainable, model_state
+        run = eqx.filter_closure_convert(run, *inputs)
+        return loop.finish(*_with_forward_derivative(run, inputs))
+
+
+@eqx.filter_custom_jvp
+def _with_forward_derivative(run, inputs):
+    return run(*inputs)
+
+
+@_with_forward_derivative.def_jvp
+def _(primals, tangents):
+    # The Jacobian J comes from forward mode and the tangent of the output is J times
+    # the tangent of the input, which JAX can transpose: reverse mode outside, forward
+    # mode inside. `None` marks what is not differentiated at all.
+    moving = jax.tree.map(
+        lambda t, p: p if t is not None else None,
+        tangents,
+        primals,
+        is_leaf=lambda x: x is None,
+    )
+    fixed = jax.tree.map(
+        lambda t, p: None if t is not None else p,
+        tangents,
+        primals,
+        is_leaf=lambda x: x is None,
+    )
+    flat, unravel = ravel_pytree(moving)
+    flat_tangent, _ = ravel_pytree(tangents)
+
+    def outputs(flat):
+        run, inputs = eqx.combine(unravel(flat), fixed)
+        out = run(*inputs)
+        return eqx.partition(out, eqx.is_inexact_array)
+
+    def column(direction):
+        return jax.jvp(outputs, (flat,), (direction,), has_aux=True)
+
+    basis = jnp.eye(flat.size, dtype=flat.dtype)
+    inexact, jacobian, rest = jax.vmap(column, out_axes=(None, 0, None))(basis)
+    tangent = jax.tree.map(
+        lambda j: jnp.tensordot(flat_tangent.astype(j.dtype), j, 1), jacobian
+    )
+    out = eqx.combine(inexact, rest)
+    return out, eqx.combine(tangent, jax.tree.map(lambda _: None, out))

@@ -1,0 +1,208 @@
+"""Implicit differentiation at the inner solution."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._linear import CG, AbstractLinearSolver, LinearSolution
+from .._operators import cross_pullback, jacobian_operator, newton_length
+from .._results import RESULTS, first_failure
+from .._tree import split_trainable, tree_norm, tree_structs, tree_sub
+from .._validate import check_tolerance
+from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput
+
+
+class ImplicitAdjoint(AbstractAdjoint):
+    r"""The implicit function theorem at the inner solution.
+
+    With the optimality $g(params, hyper) = 0$ at the solution, the hypergradient is
+    $\partial_h F - (\partial_h g)^T (\partial_p g)^{-T} \partial_p F$: one linear
+    solve, whatever path led there. Memory does not depend on the number of inner steps.
+    Use it where the inner problem is solved to convergence; the initial params and the
+    solver's own settings (learning rate, momentum) are out of its reach, and asking for
+    them is an error.
+
+    A hypergradient whose inner solution or linear solve is not good enough never passes
+    silently: it raises, or under `throw=False` is marked in the report, and inside a
+    plain `jax.grad` is NaN.
+
+    **Arguments:**
+
+    - `linear_solver`: how the linear system is solved: [`metaopt.CG`][] for a loss to
+        minimise, [`metaopt.GMRES`][], [`metaopt.BiCGStab`][], [`metaopt.Neumann`][] or
+        [`metaopt.Dense`][] for fixed points, roots and constrained problems too.
+    - `inner_rtol`: the largest relative error of the inner solution that is accepted,
+        as estimated from one product with the Jacobian; `jax.numpy.inf` accepts any.
+
+    The method goes back to Larsen et al. (1996) and Bengio (2000); with conjugate
+    gradients on Hessian-vector products it is that of Pedregosa (2016).
+    """
+
+    linear_solver: AbstractLinearSolver = CG()
+    inner_rtol: float = eqx.field(default=1e-2, static=True)
+    biased: ClassVar[bool] = False
+    sees_path: ClassVar[bool] = False
+
+    def __check_init__(self):
+        if not isinstance(self.linear_solver, AbstractLinearSolver):
+            raise ValueError(
+                "`linear_solver` must be a linear solver of metaopt, such as "
+                f"`metaopt.CG(rtol=1e-4)`; got {self.linear_solver!r}."
+            )
+        check_tolerance(self.inner_rtol, "inner_rtol", infinite=True)
+
+    def check(self, solver, data):
+        data.full()
+
+    def init(self, params):
+        trainable = split_trainable(params)[0]
+        return jax.tree.map(jnp.zeros_like, trainable)
+
+    def solve(self, inner, params, hyper, model_state, throw):
+        outcome = inner.primal(params, hyper, model_state)
+        trainable, static = split_trainable(outcome.params)
+        outer_variables = split_trainable(hyper)[0]
+        condition = inner.optimality(outcome, hyper)
+        residual, operator = jacobian_operator(
+            lambda p: condition(p, outer_variables), trainable, condition.tags
+        )
+        self.linear_solver.check(operator)
+        result = first_failure(
+            outcome.result, self._inner_result(residual, operator, trainable)[0]
+        )
+        solution = _with_implicit_derivative(
+            eqx.filter_closure_convert(condition.fn, trainable, outer_variables),
+            trainable,
+            outer_variables,
+            jax.lax.stop_gradient(result),
+            linear_solver=self.linear_solver,
+            tags=condition.tags,
+            throw=throw,
+        )
+        return eqx.tree_at(
+            lambda o: o.params, outcome, eqx.combine(solution, static)
+        )
+
+    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+        outer_variables, static_hyper = split_trainable(hyper)
+        params, model_state = start(hyper)
+        outcome = self.solve(inner, params, hyper, model_state, False)
+        trainable, static = split_trainable(outcome.params)
+        condition = inner.optimality(outcome, hyper)
+
+        def outer_loss(trainable, outer_variables):
+            full_hyper = eqx.combine(outer_variables, static_hyper)
+            full_params = eqx.combine(trainable, static)
+            return outer(full_params, full_hyper, outcome.model_state)
+
+        value, pullback, aux = jax.vjp(
+            outer_loss, trainable, outer_variables, has_aux=True
+        )
+        in_params, direct = pullback(scale.astype(value.dtype))
+        residual, operator = jacobian_operator(
+            lambda p: condition(p, outer_variables), trainable, condition.tags
+        )
+        inner_result, inner_error = self._inner_result(residual, operator, trainable)
+        linear = _solve_transposed(self.linear_solver, operator, in_params, carry)
+        through_params = cross_pullback(
+            lambda h: condition(trainable, h), outer_variables, linear.value
+        )
+        info = AdjointInfo(
+            result=first_failure(inner_result, linear.result),
+            inner_residual=tree_norm(residual),
+            inner_error=inner_error,
+            linear_residual=linear.residual,
+            num_linear_steps=linear.num_steps,
+            min_curvature=linear.min_curvature,
+        )
+        gradient = tree_sub(direct, through_params)
+        return HypergradientOutput(value, aux, gradient, outcome, info, linear.value)
+
+    def _inner_result(self, residual, operator, params):
+        """Whether the inner solution is good enough, and its estimated error."""
+        length = newton_length(residual, operator.mv(residual), tree_norm)
+        size = tree_norm(params)
+        error = jnp.where(length == 0, 0.0, length / size)
+        result = RESULTS.where(
+            error <= self.inner_rtol,
+            RESULTS.successful,
+            RESULTS.inner_not_converged,
+        )
+        if self.inner_rtol == jnp.inf:
+            result = RESULTS.successful
+        return result, error
+
+
+@eqx.filter_custom_jvp
+def _with_implicit_derivative(
+    optimality, params, hyper, result, *, linear_solver, tags, throw
+):
+    return params
+
+
+@_with_implicit_derivative.def_jvp
+def _(primals, tangents, *, linear_solver, tags, throw):
+    optimality, params, hyper, inner_result = primals
+    moving_optimality, _, moving_hyper, _ = tangents
+    # Used again below, so that second derivatives see the solution move as well.
+    params = _with_implicit_derivative(
+        *primals, linear_solver=linear_solver, tags=tags, throw=throw
+    )
+    _, pushed = eqx.filter_jvp(
+        lambda optimality, hyper: optimality(params, hyper),
+        (optimality, hyper),
+        (moving_optimality, moving_hyper),
+    )
+    right_hand_side = jax.tree.map(jnp.negative, pushed)
+    _, product = jax.linearize(lambda p: optimality(p, hyper), params)
+
+    def solve(product, vector):
+        structure = tree_structs(vector)
+        operator = lx.FunctionLinearOperator(product, structure, tags)
+        solution = linear_solver.solve(operator, vector)
+        result = first_failure(inner_result, solution.result)
+        failed = result != RESULTS.successful
+        if throw:
+            return result.error_if(solution.value, failed)
+        return jax.tree.map(
+            lambda leaf: jnp.where(failed, jnp.nan, leaf), solution.value
+        )
+
+    tangent = jax.lax.custom_linear_solve(
+        product,
+        right_hand_side,
+        solve,
+        transpose_solve=solve,
+        symmetric=lx.symmetric_tag in tags,
+    )
+    return params, tangent
+
+
+def _solve_transposed(
+    linear_solver: AbstractLinearSolver,
+    operator: lx.AbstractLinearOperator,
+    vector,
+    start,
+) -> LinearSolution:
+    """Solves with the transposed operator, differentiably once more."""
+    transposed = operator if lx.is_symmetric(operator) else operator.transpose()
+    tags = operator.tags if lx.is_symmetric(operator) else frozenset()
+    start = jax.lax.stop_gradient(start)
+
+    def solve(product, vector):
+        made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
+        solution = linear_solver.solve(made, vector, start)
+        return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
+
+    value, rest = jax.lax.custom_linear_solve(
+        transposed.mv,
+        vector,
+        solve,
+        transpose_solve=solve,
+        symmetric=lx.is_symmetric(operator),
+        has_aux=True,
+    )
+    return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)

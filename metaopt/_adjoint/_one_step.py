@@ -1,0 +1,41 @@
+"""One-step differentiation: the derivative of the last step alone."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._detach import detached
+from ._base import AbstractPathAdjoint, check_iterative
+
+
+class OneStepAdjoint(AbstractPathAdjoint):
+    """The derivative of the last step of the inner solver alone (Bolte, Pauwels and
+    Vaiter, 2023); for a fixed point, the Jacobian-free estimate (Fung et al., 2022).
+
+    The cheapest of all, and biased: the error is about the rate of convergence of the
+    solver, so it suits fast solvers and strong contractions. It keeps the direction
+    more often than the length. The initial params are out of its reach.
+    """
+
+    biased: ClassVar[bool] = True
+    sees_path: ClassVar[bool] = False
+
+    def check(self, solver, data):
+        check_iterative(self, solver)
+
+    def solve(self, inner, params, hyper, model_state, throw):
+        loop = inner.loop(params)
+        last = loop.num_steps - 1
+
+        def head(params, hyper, model_state):
+            state = loop.start(params, hyper, model_state)
+            return loop.run_primal(hyper, state, 0, last)
+
+        state, early = detached(head, params, hyper, model_state)
+        # The last step is taken in any case, even where the loop had stopped.
+        state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
+        draw = jax.tree.map(lambda leaf: leaf[last], loop.draws)
+        state, loss = loop.step(hyper, state, draw)
+        return loop.finish(state, jnp.append(early, loss))

@@ -1,0 +1,70 @@
+"""What a bilevel solver is: how the outer problem is driven."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+
+from .._data import AbstractData
+from .._problem import BilevelProblem
+from .._report import Report
+from .._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
+
+
+class BilevelStep(eqx.Module):
+    """What one outer step reports.
+
+    **Attributes:**
+
+    - `report`: the report on the hypergradient.
+    - `updated`: whether `hyper` was updated; it is left alone where the hypergradient
+        is not finite.
+    """
+
+    report: Report
+    updated: BoolScalar
+
+
+class AbstractBilevelSolver(eqx.Module):
+    """How the outer problem is driven: a state, and a step that is compiled once.
+
+    [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand.
+    """
+
+    @abc.abstractmethod
+    def init(
+        self,
+        problem: BilevelProblem,
+        hyper: Hyper,
+        train: AbstractData,
+        valid: AbstractData,
+        *,
+        params: Params | None,
+        model_state: ModelState,
+        key: Key,
+    ) -> Any:
+        """The state before the first outer step."""
+
+    @abc.abstractmethod
+    def step(
+        self,
+        problem: BilevelProblem,
+        state: Any,
+        train: AbstractData,
+        valid: AbstractData,
+    ) -> tuple[Any, BilevelStep]:
+        """One outer step, as plain traceable code."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        problem: BilevelProblem,
+        state: Any,
+        train: AbstractData,
+        valid: AbstractData,
+    ) -> tuple[FloatScalar, Params, ModelState]:
+        """The outer loss, params and model state at the `hyper` of the state."""
+
+    @abc.abstractmethod
+    def hyper(self, state: Any) -> Hyper:
+        """The outer variables in the state."""

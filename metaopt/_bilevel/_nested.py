@@ -1,0 +1,151 @@
+"""The nested solver: an inner solve inside every outer step."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._adjoint import AbstractAdjoint
+from .._hypergradient import Objective
+from .._problem import initialise
+from .._solver import AbstractSolver
+from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where
+from .._types import Hyper, IntScalar, Key, ModelState, Params
+from .._validate import check_params
+from ._base import AbstractBilevelSolver, BilevelStep
+from ._start import AbstractStart, ColdStart
+
+
+class NestedState(eqx.Module):
+    """What one outer step hands to the next.
+
+    **Attributes:**
+
+    - `hyper`: the outer variables.
+    - `params`, `model_state`: the last inner solution.
+    - `given`, `first_model_state`: the start that the user gave, or `None`.
+    - `outer_state`: the state of the outer optimizer.
+    - `carry`: what the adjoint carries over, such as the last linear solution.
+    - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
+    """
+
+    hyper: Hyper
+    params: Params
+    model_state: ModelState
+    given: Params | None
+    first_model_state: ModelState
+    outer_state: Any
+    carry: Any
+    key: Key
+    num_steps: IntScalar
+
+
+class NestedSolver(AbstractBilevelSolver):
+    """Gradient descent on `hyper`, with an inner solve inside every outer step.
+
+    Three choices that know nothing of each other, and a start. An adjoint that keeps
+    something worth carrying over, like the solution of the linear system, is given it
+    back at the next step.
+
+    **Arguments:**
+
+    - `inner`: how the inner problem is solved.
+    - `adjoint`: how the derivative passes through the inner solve.
+    - `outer`: the optax transform that updates `hyper`.
+    - `start`: [`metaopt.ColdStart`][] or [`metaopt.WarmStart`][].
+
+    **Raises:**
+
+    `ValueError` where one of these is of the wrong kind.
+    """
+
+    inner: AbstractSolver
+    adjoint: AbstractAdjoint
+    outer: optax.GradientTransformation
+    start: AbstractStart = ColdStart()
+
+    def __check_init__(self):
+        for name, value, kind, example in (
+            ("inner", self.inner, AbstractSolver, "metaopt.Descent(optax.sgd(0.1), 100)"),
+            ("adjoint", self.adjoint, AbstractAdjoint, "metaopt.UnrolledAdjoint()"),
+            ("outer", self.outer, optax.GradientTransformation, "optax.adam(0.01)"),
+            ("start", self.start, AbstractStart, "metaopt.ColdStart()"),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"`{name}` must be something like `{example}`; got {value!r}."
+                )
+
+    def init(self, problem, hyper, train, valid, *, params, model_state, key):
+        init_key, key = jax.random.split(key)
+        given, first_model_state = params, model_state
+        if params is None:
+            params, model_state = initialise(problem.inner, hyper, init_key)
+        check_params(params)
+        params, model_state = tree_strong(params), tree_strong(model_state)
+        outer = optax.with_extra_args_support(self.outer)
+        return NestedState(
+            hyper=hyper,
+            params=params,
+            model_state=model_state,
+            given=given,
+            first_model_state=first_model_state if given is not None else model_state,
+            outer_state=outer.init(split_trainable(hyper)[0]),
+            carry=self.adjoint.init(params),
+            key=key,
+            num_steps=jnp.zeros((), int),
+        )
+
+    def step(self, problem, state, train, valid):
+        objective = self._objective(problem, state, train, valid)
+        output, report = objective.differentiate(
+            self.adjoint, state.hyper, state.carry
+        )
+        trainable, static = split_trainable(state.hyper)
+        outer = optax.with_extra_args_support(self.outer)
+        updates, outer_state = outer.update(
+            output.gradient, state.outer_state, trainable, value=output.value
+        )
+        # A hypergradient that is not finite must not reach `hyper`, nor the moments of
+        # the outer optimizer, nor the next start.
+        good = tree_all_finite(output.gradient) & jnp.isfinite(output.value)
+        keep = lambda new, old: _where_arrays(good, new, old)
+        new_state = NestedState(
+            hyper=eqx.combine(
+                keep(optax.apply_updates(trainable, updates), trainable), static
+            ),
+            params=keep(output.outcome.params, state.params),
+            model_state=keep(output.outcome.model_state, state.model_state),
+            given=state.given,
+            first_model_state=state.first_model_state,
+            outer_state=keep(outer_state, state.outer_state),
+            carry=keep(output.carry, state.carry),
+            key=state.key,
+            num_steps=state.num_steps + 1,
+        )
+        return new_state, BilevelStep(report, good)
+
+    def evaluate(self, problem, state, train, valid):
+        objective = self._objective(problem, state, train, valid)
+        value, outcome = objective.primal(state.hyper)
+        return value, outcome.params, outcome.model_state
+
+    def hyper(self, state):
+        return state.hyper
+
+    def _objective(self, problem, state, train, valid) -> Objective:
+        params, model_state = self.start.begin(
+            state.given, state.params, state.first_model_state, state.model_state
+        )
+        key = jax.random.fold_in(state.key, state.num_steps)
+        return Objective(
+            problem, self.inner, train, valid, params, model_state, key
+        )
+
+
+def _where_arrays(condition, new: Any, old: Any) -> Any:
+    new_arrays, static = eqx.partition(new, eqx.is_array)
+    old_arrays = eqx.filter(old, eqx.is_array)
+    return eqx.combine(tree_where(condition, new_arrays, old_arrays), static)

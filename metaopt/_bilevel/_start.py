@@ -1,0 +1,48 @@
+"""Where the inner solve of each outer step starts."""
+
+import abc
+
+import equinox as eqx
+
+from .._types import ModelState, Params
+
+
+class AbstractStart(eqx.Module):
+    """Where the inner solve of each outer step starts."""
+
+    @abc.abstractmethod
+    def begin(
+        self, given: Params | None, last: Params, first: ModelState, now: ModelState
+    ) -> tuple[Params | None, ModelState]:
+        """The params and model state to start from; `None` means the problem's `init`.
+
+        **Arguments:**
+
+        - `given`: the params handed over by the user, or `None`.
+        - `last`: the inner solution of the outer step before.
+        - `first`, `now`: the model state at the very start, and at `last`.
+        """
+
+
+class ColdStart(AbstractStart):
+    """Every outer step solves the inner problem from scratch.
+
+    What the tuned `hyper` is worth is then what it does for a new run, which is what is
+    wanted of learning rates and schedules. Random initial params and minibatches are
+    drawn anew at every outer step.
+    """
+
+    def begin(self, given, last, first, now):
+        return given, first
+
+
+class WarmStart(AbstractStart):
+    """Every outer step goes on from the last inner solution.
+
+    Cheaper where the inner problem has one solution. Where it has many, the params
+    found can owe more to the history of the run than to the `hyper` found (Vicol et
+    al., 2022): solve again from scratch before you report.
+    """
+
+    def begin(self, given, last, first, now):
+        return last, now

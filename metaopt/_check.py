@@ -1,0 +1,152 @@
+"""Checking a hypergradient against finite differences."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from ._adjoint import AbstractAdjoint
+from ._hypergradient import Objective, differentiate, prepare
+from ._problem import BilevelProblem
+from ._report import Report, table
+from ._results import RESULTS, SolveError
+from ._solver import AbstractSolver
+from ._tree import split_trainable
+from ._types import Hyper, Key, ModelState, Params
+from ._validate import check_count, check_tolerance
+
+
+class HypergradientCheck(eqx.Module):
+    """A hypergradient beside central differences. `print` it.
+
+    **Attributes:**
+
+    - `hypergradient`: the derivative along each direction, `(num_directions,)`.
+    - `finite_difference`: the same by central differences, each of which solves the
+        inner problem anew, `(num_directions,)`.
+    - `difference_error`: an estimate of the error of the finite differences themselves,
+        `(num_directions,)`.
+    - `relative_error`: the norm of the disagreement over that of the differences.
+    - `rtol`: the relative error that was accepted.
+    - `passed`: whether the two agree, up to the error of the differences.
+    - `report`: the report on the hypergradient.
+    """
+
+    hypergradient: np.ndarray
+    finite_difference: np.ndarray
+    difference_error: np.ndarray
+    relative_error: float
+    rtol: float
+    passed: bool
+    report: Report
+
+    def __str__(self) -> str:
+        lines = [
+            f"{float(a): .8e}  {float(b): .8e}  (+- {float(e):.0e})"
+            for a, b, e in zip(
+                self.hypergradient, self.finite_difference, self.difference_error
+            )
+        ]
+        rows = [("adjoint", self.report.adjoint)]
+        rows += [(f"direction {i}", line) for i, line in enumerate(lines)]
+        rows.append(("relative error", f"{self.relative_error:.2e}"))
+        rows.append(("accepted", f"{self.rtol:.2e}"))
+        text = "The two agree." if self.passed else "The two do NOT agree."
+        return table("Hypergradient (left) against finite differences", rows, text)
+
+
+def check_hypergradient(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    train: Any = None,
+    valid: Any = None,
+    *,
+    inner: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    params: Params | None = None,
+    key: Key | None = None,
+    model_state: ModelState = None,
+    num_directions: int = 3,
+    step: float | None = None,
+    rtol: float | None = None,
+    throw: bool = True,
+) -> HypergradientCheck:
+    """Compares a hypergradient with central differences that solve the inner problem
+    anew, along random directions.
+
+    Run it once on a small version of your problem, in float64. It costs four inner
+    solves for each direction. The inner solve must be deterministic for a given key and,
+    under [`metaopt.ImplicitAdjoint`][], converged. Biased adjoints are expected to fail.
+
+    **Arguments:**
+
+    - `problem`, `hyper`, `train`, `valid`, `inner`, `adjoint`, `params`, `key`,
+        `model_state`: as in [`metaopt.hypergradient`][].
+    - `num_directions`: how many random unit directions in `hyper` are tried.
+    - `step`: the length of the finite difference, in the units of `hyper`; by default
+        the cube root of the precision.
+    - `rtol`: the relative error that is accepted; by default 1e-6 in float64 and 1e-2
+        in float32.
+    - `throw`: whether a disagreement raises.
+
+    **Returns:**
+
+    A [`metaopt.HypergradientCheck`][].
+
+    **Raises:**
+
+    [`metaopt.SolveError`][] under `throw` where the two disagree; otherwise as
+    [`metaopt.hypergradient`][].
+    """
+    check_count(num_directions, "num_directions")
+    check_tolerance(step, "step")
+    check_tolerance(rtol, "rtol")
+    arguments = prepare(problem, hyper, params, train, valid, inner, key)
+    hyper = arguments[1]
+    flat, unravel = ravel_pytree(split_trainable(hyper)[0])
+    precision = jnp.finfo(flat.dtype).eps
+    length = float(precision ** (1 / 3)) if step is None else step
+    if rtol is None:
+        rtol = 1e-6 if precision < 1e-10 else 1e-2
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((num_directions, flat.size))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    directions = jnp.asarray(directions, flat.dtype)
+
+    gradient, report = differentiate(*arguments, inner, adjoint, model_state)
+    slopes = directions @ ravel_pytree(gradient)[0]
+
+    def value(shift):
+        moved = eqx.combine(unravel(flat + shift), split_trainable(hyper)[1])
+        moved = (arguments[0], moved, *arguments[2:])
+        return float(_evaluate(*moved, inner, model_state))
+
+    def central(direction, h):
+        return (value(h * direction) - value(-h * direction)) / (2 * h)
+
+    near = np.asarray([central(d, length) for d in directions])
+    far = np.asarray([central(d, 2 * length) for d in directions])
+    # One step of Richardson extrapolation; what it changes estimates what is left.
+    differences = (4 * near - far) / 3
+    noise = np.abs(differences - near)
+    slopes = np.asarray(slopes, np.float64)
+    scale = max(np.linalg.norm(differences), np.finfo(np.float64).tiny)
+    error = float(np.linalg.norm(slopes - differences) / scale)
+    failed = bool(report.result != RESULTS.successful)
+    passed = not failed and bool(error <= rtol)
+    check = HypergradientCheck(
+        slopes, differences, noise, error, rtol, passed, report
+    )
+    if throw and not passed:
+        cause = f"\n\n{report}" if failed else ""
+        raise SolveError(f"{check}{cause}", check)
+    return check
+
+
+@eqx.filter_jit
+def _evaluate(problem, hyper, params, train, valid, key, inner, model_state):
+    objective = Objective(problem, inner, train, valid, params, model_state, key)
+    return objective.primal(hyper)[0]

@@ -1,0 +1,197 @@
+"""Where batches come from."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ._tree import leaf_names
+from ._types import Batch, Key
+
+
+class AbstractData(eqx.Module):
+    """A source of batches, read inside the compiled loop.
+
+    A source plans all its draws before the loop starts and gathers one batch for each
+    step inside it, so the data itself is never copied per step.
+    """
+
+    @property
+    @abc.abstractmethod
+    def varies(self) -> bool:
+        """Whether two steps can see different batches."""
+
+    @abc.abstractmethod
+    def check(self, num_steps: int) -> None:
+        """Raises a `ValueError` if the source cannot serve `num_steps` steps."""
+
+    @abc.abstractmethod
+    def plan(self, key: Key, num_steps: int) -> PyTree[Any]:
+        """What `batch` needs at each of `num_steps` steps, stacked on a leading axis."""
+
+    @abc.abstractmethod
+    def batch(self, draw: PyTree[Any]) -> Batch:
+        """The batch for one step; `draw` is one row of the plan."""
+
+    @abc.abstractmethod
+    def full(self) -> Batch:
+        """All of the data as one batch."""
+
+
+class FullBatch(AbstractData):
+    """All of the data at every step. What plain arrays are taken as.
+
+    **Arguments:**
+
+    - `arrays`: any pytree of arrays, handed to the losses as it is (or `None`).
+    """
+
+    arrays: PyTree[Any]
+
+    @property
+    def varies(self):
+        return False
+
+    def check(self, num_steps):
+        _check_arrays(self.arrays, "the data")
+
+    def plan(self, key, num_steps):
+        return None
+
+    def batch(self, draw):
+        return self.arrays
+
+    def full(self):
+        return self.arrays
+
+
+class Minibatches(AbstractData):
+    """Random minibatches, drawn inside the compiled loop.
+
+    The rows are shuffled anew in every epoch and each epoch is cut into batches of equal
+    size; rows left over at the end of an epoch are not used in that epoch. Under an
+    implicit adjoint the loop draws minibatches while the optimality is taken on all the
+    rows.
+
+    **Arguments:**
+
+    - `arrays`: a pytree of arrays that share their leading axis, one row per example.
+    - `batch_size`: the number of rows in a batch.
+
+    **Raises:**
+
+    `ValueError` where the leading axes differ, or `batch_size` does not fit.
+    """
+
+    arrays: PyTree[Any]
+    batch_size: int = eqx.field(static=True)
+
+    @property
+    def varies(self):
+        return True
+
+    def check(self, num_steps):
+        _check_arrays(self.arrays, "the data of `Minibatches`")
+        rows = _num_rows(self.arrays, "Minibatches")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
+            raise ValueError(f"`batch_size` must be an int; got {self.batch_size!r}.")
+        if not 1 <= self.batch_size <= rows:
+            raise ValueError(
+                f"`batch_size` must lie between 1 and the number of rows, {rows}; got "
+                f"{self.batch_size}."
+            )
+
+    def plan(self, key, num_steps):
+        rows = _num_rows(self.arrays, "Minibatches")
+        per_epoch = rows // self.batch_size
+        epochs = -(-num_steps // per_epoch)
+        shuffle = jax.vmap(lambda k: jax.random.permutation(k, rows))
+        order = shuffle(jax.random.split(key, epochs))
+        order = order[:, : per_epoch * self.batch_size]
+        return order.reshape(-1, self.batch_size)[:num_steps]
+
+    def batch(self, draw):
+        return jax.tree.map(lambda a: a[draw], self.arrays)
+
+    def full(self):
+        return self.arrays
+
+
+class BatchSequence(AbstractData):
+    """Batches that were made beforehand, one for each step of the inner solver.
+
+    **Arguments:**
+
+    - `arrays`: a pytree of arrays whose leading axis counts the steps, such as batches
+        pulled from any iterator and stacked with `numpy.stack`.
+
+    **Raises:**
+
+    `ValueError` where the leading axes differ or there are fewer batches than steps.
+    """
+
+    arrays: PyTree[Any]
+
+    @property
+    def varies(self):
+        return True
+
+    def check(self, num_steps):
+        _check_arrays(self.arrays, "the data of `BatchSequence`")
+        rows = _num_rows(self.arrays, "BatchSequence")
+        if rows < num_steps:
+            raise ValueError(
+                f"`BatchSequence` holds {rows} batches but the inner solver takes "
+                f"{num_steps} steps. Give at least one batch for each step."
+            )
+
+    def plan(self, key, num_steps):
+        return jnp.arange(num_steps)
+
+    def batch(self, draw):
+        return jax.tree.map(lambda a: a[draw], self.arrays)
+
+    def full(self):
+        raise ValueError(
+            "This needs all of the data as one batch, which a `BatchSequence` does not "
+            "have. Use `Minibatches` or plain arrays for the inner data, or an adjoint "
+            "that follows the path of the solver, such as `UnrolledAdjoint`."
+        )
+
+
+def as_data(data: Any) -> AbstractData:
+    """`data` as a source of batches: plain arrays become a [`metaopt.FullBatch`][]."""
+    return data if isinstance(data, AbstractData) else FullBatch(data)
+
+
+def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
+    names = leaf_names(arrays, "")
+    for name, leaf in zip(names, jax.tree.leaves(arrays)):
+        if eqx.is_array(leaf) and leaf.size == 0:
+            where = f" at `{name}`" if name else ""
+            raise ValueError(
+                f"{whose} holds an empty array{where}, of shape {leaf.shape}."
+            )
+
+
+def _num_rows(arrays: PyTree[Any], owner: str) -> int:
+    leaves = jax.tree.leaves(arrays)
+    if not leaves:
+        raise ValueError(f"`{owner}` needs at least one array; got {arrays!r}.")
+    names = leaf_names(arrays, "arrays")
+    for name, leaf in zip(names, leaves):
+        if not eqx.is_array(leaf) or leaf.ndim == 0:
+            raise ValueError(
+                f"`{owner}` needs arrays with a leading axis; `{name}` is {leaf!r}."
+            )
+    counts = {name: leaf.shape[0] for name, leaf in zip(names, leaves)}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"The arrays of `{owner}` must share the length of their leading axis; got "
+            + ", ".join(f"{count} rows in `{name}`" for name, count in counts.items())
+            + "."
+        )
+    return next(iter(counts.values()))

@@ -1,0 +1,122 @@
+"""Which outputs of a traced function can depend on which of its inputs.
+
+A derivative that is zero *by construction* (a leaf of `hyper` that an adjoint cannot
+see) is a property of the traced program, not of the numbers in it, so it is found by
+walking the jaxpr. The walk is conservative: where it does not know a primitive it
+assumes that every output depends on every input.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from ._types import PyTree
+
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """For each output of `jaxpr`, whether it can depend on a marked input."""
+    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+
+    def is_marked(atom) -> bool:
+        return not isinstance(atom, Literal) and atom in marked
+
+    for eqn in jaxpr.eqns:
+        marks = [is_marked(atom) for atom in eqn.invars]
+        if any(marks):
+            outs = _equation(eqn, marks)
+            marked.update(var for var, out in zip(eqn.outvars, outs) if out)
+    return [is_marked(atom) for atom in jaxpr.outvars]
+
+
+def _equation(eqn, marks: list[bool]) -> list[bool]:
+    params, name = eqn.params, eqn.primitive.name
+    if name == "scan":
+        consts, carry = params["num_consts"], params["num_carry"]
+        body = params["jaxpr"].jaxpr
+        state = marks[consts : consts + carry]
+        while True:
+            outs = dependence(body, marks[:consts] + state + marks[consts + carry :])
+            grown = [a or b for a, b in zip(state, outs[:carry])]
+            if grown == state:
+                return state + outs[carry:]
+            state = grown
+    if name == "while":
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        cond, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+        state = marks[n_cond + n_body :]
+        while True:
+            outs = dependence(body, marks[n_cond : n_cond + n_body] + state)
+            # A marked condition decides how often the body runs.
+            stops = dependence(cond, marks[:n_cond] + state)[0]
+            grown = [a or b or stops for a, b in zip(state, outs)]
+            if grown == state:
+                return state
+            state = grown
+    if name == "cond":
+        branches = [dependence(b.jaxpr, marks[1:]) for b in params["branches"]]
+        return [marks[0] or any(outs) for outs in zip(*branches)]
+    for key in _CALLS:
+        inner = params.get(key)
+        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        if isinstance(inner, Jaxpr) and len(inner.invars) == len(marks):
+            outs = dependence(inner, marks)
+            if len(outs) == len(eqn.outvars):
+                return outs
+    return [True] * len(eqn.outvars)
+
+
+def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
+    """For each leaf of `x` (arrays only), whether any output of `fn(x)` can change."""
+    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+    count = len(jaxpr.invars)
+    rows = np.eye(count, dtype=bool).tolist()
+    return [any(dependence(jaxpr, row)) for row in rows]
+
+
+def leaves_with_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
+    """For each leaf of `x` (floating-point arrays only), whether the derivative of
+    `fn(x)` with respect to it can be anything but zero."""
+    return leaves_with_influence(lambda t: jax.jvp(fn, (x,), (t,))[1], x)
+
+
+def depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether any output of `fn(x)` can change with any leaf of `x` (arrays only)."""
+    jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+    return any(dependence(jaxpr, [True] * len(jaxpr.invars)))
+
+
+def evaluate_tracing_scale(
+    fn: Callable[[jax.Array], tuple[PyTree, PyTree]], dtype
+) -> tuple[PyTree, PyTree, list[bool]]:
+    """Evaluates `linear, rest = fn(scale)` at `scale = 1`, tracing `fn` just once.
+
+    **Returns:**
+
+    `linear`, `rest`, and for each leaf of `linear` whether it depends on `scale` at
+    all. With `scale` multiplying a cotangent and `linear` its pullback, a leaf that
+    does not depend on it is zero by construction.
+    """
+    structure = None
+
+    def flat(scale):
+        nonlocal structure
+        linear, rest = fn(scale)
+        leaves, linear_structure = jax.tree.flatten(linear)
+        others, rest_structure = jax.tree.flatten(rest)
+        structure = linear_structure, rest_structure, len(leaves)
+        return leaves + others
+
+    one = jnp.ones((), dtype)
+    closed = jax.make_jaxpr(flat)(one)
+    assert structure is not None
+    linear_structure, rest_structure, count = structure
+    reached = dependence(closed.jaxpr, [True])[:count]
+    outs = jax.extend.core.jaxpr_as_fun(closed)(one)
+    linear = jax.tree.unflatten(linear_structure, outs[:count])
+    rest = jax.tree.unflatten(rest_structure, outs[count:])
+    return linear, rest, reached

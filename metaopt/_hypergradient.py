@@ -1,0 +1,298 @@
+"""One hypergradient, with its report."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._adjoint import AbstractAdjoint, HypergradientOutput
+from ._data import AbstractData, as_data
+from ._dependence import depends, evaluate_tracing_scale
+from ._problem import AbstractInnerProblem, BilevelProblem, initialise
+from ._raise import raise_on_failure
+from ._reach import split_unreached, zero_message
+from ._report import Report
+from ._results import RESULTS, first_failure, mask_result
+from ._solver import AbstractSolver, InnerSolve, Outcome
+from ._tree import split_trainable, tree_all_finite, tree_norm
+from ._types import Aux, FloatScalar, Hyper, Key, ModelState, Params
+from ._validate import canonical_arrays, canonical_hyper, check_params
+
+
+class Objective(eqx.Module):
+    """The outer loss as a function of `hyper`: every choice made but the adjoint.
+
+    The one place where the data flows: `hyper` to the start, to the inner solution, to
+    the outer loss.
+    """
+
+    problem: BilevelProblem
+    solve: InnerSolve
+    valid: AbstractData
+    params: Params | None
+    model_state: ModelState
+    init_key: Key
+    outer_key: Key
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        inner: AbstractSolver,
+        train: AbstractData,
+        valid: AbstractData,
+        params: Params | None,
+        model_state: ModelState,
+        key: Key,
+    ):
+        init_key, inner_key, outer_key = jax.random.split(key, 3)
+        inner.check(problem.inner, train)
+        valid.check(1)
+        self.problem = problem
+        self.solve = InnerSolve(problem.inner, inner, train, inner_key)
+        self.valid = valid
+        self.params = params
+        self.model_state = model_state
+        self.init_key = init_key
+        self.outer_key = outer_key
+
+    def start(self, hyper: Hyper) -> tuple[Params, ModelState]:
+        """Where the inner solve starts: given, or the problem's own `init`."""
+        if self.params is not None:
+            return self.params, self.model_state
+        params, model_state = initialise(self.problem.inner, hyper, self.init_key)
+        check_params(params)
+        return params, model_state
+
+    def outer(
+        self, params: Params, hyper: Hyper, model_state: ModelState
+    ) -> tuple[FloatScalar, Aux]:
+        """The outer loss at given params, and its auxiliary output."""
+        plan_key, loss_key = jax.random.split(self.outer_key)
+        draw = jax.tree.map(lambda leaf: leaf[0], self.valid.plan(plan_key, 1))
+        batch = self.valid.batch(draw)
+        return self.problem.evaluate_outer(params, hyper, batch, loss_key, model_state)
+
+    def primal(self, hyper: Hyper) -> tuple[FloatScalar, Any]:
+        """The outer loss at the inner solution and the outcome, without derivative."""
+        params, model_state = self.start(hyper)
+        outcome = self.solve.primal(params, hyper, model_state)
+        value, _ = self.outer(outcome.params, hyper, outcome.model_state)
+        return value, outcome
+
+    def differentiate(
+        self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
+    ) -> tuple[HypergradientOutput, Report]:
+        """The hypergradient and the report on it.
+
+        **Raises:**
+
+        `ValueError` where a derivative is zero by construction.
+        """
+        adjoint.check(self.solve.solver, self.solve.data)
+        self._check_inner_loss(hyper)
+        static_output = None
+
+        def scaled(scale):
+            nonlocal static_output
+            output = adjoint.hypergradient(
+                self.solve, self.outer, self.start, hyper, carry, scale
+            )
+            output = eqx.tree_at(lambda o: o.gradient, output, None), output.gradient
+            arrays, static_output = eqx.partition(output, eqx.is_array)
+            return arrays[1], arrays[0]
+
+        # Traced once, the hypergradient tells by itself which leaves it cannot reach.
+        gradient, rest, reached = evaluate_tracing_scale(scaled, jnp.float32)
+        output, gradient = eqx.combine((rest, gradient), static_output)
+        output = eqx.tree_at(
+            lambda o: o.gradient, output, gradient, is_leaf=lambda x: x is None
+        )
+        self._check_outer_loss(output.outcome, hyper)
+        idle = self._check_reached(adjoint, hyper, reached)
+        return output, _report(adjoint, output, idle)
+
+    def _check_inner_loss(self, hyper: Hyper) -> None:
+        problem, data = self.problem.inner, self.solve.data
+        if not isinstance(problem, AbstractInnerProblem):
+            return
+        params, model_state = self.start(hyper)
+        trainable, static = split_trainable(params)
+        draw = jax.tree.map(lambda leaf: leaf[0], data.plan(self.init_key, 1))
+
+        def loss(trainable):
+            full = eqx.combine(trainable, static)
+            batch = data.batch(draw)
+            return problem.evaluate(
+                full, hyper, batch, self.init_key, model_state
+            ).value
+
+        if not depends(loss, trainable):
+            raise ValueError(
+                "The inner loss does not depend on `params`, so there is nothing to "
+                "solve. Compute it from its first argument."
+            )
+
+    def _check_outer_loss(self, outcome: Outcome, hyper: Hyper) -> None:
+        trainable, static = split_trainable(outcome.params)
+
+        def loss(trainable):
+            full = eqx.combine(trainable, static)
+            return self.outer(full, hyper, outcome.model_state)[0]
+
+        if not depends(loss, trainable):
+            raise ValueError(
+                "The outer loss does not depend on `params`, so the inner problem has no "
+                "effect on it. Compute it from its first argument."
+            )
+
+    def _check_reached(
+        self, adjoint: AbstractAdjoint, hyper: Hyper, reached: list[bool]
+    ) -> tuple[str, ...]:
+        zero, idle = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
+        if zero:
+            raise ValueError(zero_message(zero, adjoint))
+        if len(idle) == len(reached):
+            raise ValueError(
+                "Neither loss depends on `hyper`, and nor does the inner solver: there "
+                "is nothing to tune. Compute the inner or the outer loss from `hyper`."
+            )
+        return idle
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    params: Params | None = None,
+    train: Any = None,
+    valid: Any = None,
+    *,
+    inner: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    key: Key | None = None,
+    model_state: ModelState = None,
+    throw: bool = True,
+) -> tuple[Hyper, Report]:
+    """One hypergradient, and a report of how far it can be trusted.
+
+    ```python
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: (params - hyper) ** 2,
+        lambda params, hyper, batch: params**2,
+    )
+    gradient, report = mo.hypergradient(
+        problem, 3.0, jnp.array(0.0),
+        inner=mo.Descent(optax.sgd(0.1), num_steps=100),
+        adjoint=mo.ImplicitAdjoint(),
+    )
+    print(gradient)  # 6.0
+    print(report)
+    ```
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `hyper`: the outer variables, any pytree with a floating-point array in it.
+    - `params`: where the inner solve starts; by default the inner problem's `init`,
+        whose dependence on `hyper` is differentiated.
+    - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, or a
+        source of batches such as [`metaopt.Minibatches`][].
+    - `inner`: how the inner problem is solved.
+    - `adjoint`: how the derivative passes through the inner solve.
+    - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `model_state`: where the model state starts; with `params` only.
+    - `throw`: whether a failure raises. If not, it is marked in the report.
+
+    **Returns:**
+
+    A pair. First the hypergradient: a pytree like `hyper`, with `None` for leaves that
+    are not floating-point arrays. Then a [`metaopt.Report`][].
+
+    **Raises:**
+
+    `ValueError` and `TypeError` for arguments that do not fit and for a derivative that
+    is zero by construction; [`metaopt.SolveError`][] for a numerical failure under
+    `throw`, whose `value` is what would have been returned.
+    """
+    arguments = prepare(problem, hyper, params, train, valid, inner, key)
+    gradient, report = differentiate(*arguments, inner, adjoint, model_state)
+    code = report.result
+    return raise_on_failure((gradient, report), code, throw, show=report)
+
+
+def prepare(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    params: Params | None,
+    train: Any,
+    valid: Any,
+    inner: AbstractSolver,
+    key: Key | None,
+) -> tuple[BilevelProblem, Hyper, Params | None, AbstractData, AbstractData, Key]:
+    """Checks what users hand over and brings it into canonical form."""
+    if not isinstance(problem, BilevelProblem):
+        raise ValueError(
+            f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}."
+        )
+    if not isinstance(inner, AbstractSolver):
+        raise ValueError(
+            "The inner solver must be one of metaopt, such as `metaopt.Descent("
+            f"optax.sgd(0.1), num_steps=100)`; got {inner!r}."
+        )
+    hyper = canonical_hyper(hyper)
+    if params is not None:
+        params = canonical_arrays(params, "params")
+        check_params(params)
+    train = as_data(canonical_arrays(train, "train"))
+    valid = as_data(canonical_arrays(valid, "valid"))
+    if key is None:
+        key = jax.random.key(0)
+    return problem, hyper, params, train, valid, key
+
+
+@eqx.filter_jit
+def differentiate(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    params: Params | None,
+    train: AbstractData,
+    valid: AbstractData,
+    key: Key,
+    inner: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    model_state: ModelState,
+) -> tuple[Hyper, Report]:
+    """The compiled part of [`metaopt.hypergradient`][]."""
+    objective = Objective(problem, inner, train, valid, params, model_state, key)
+    output, report = objective.differentiate(adjoint, hyper, None)
+    return output.gradient, report
+
+
+def _report(
+    adjoint: AbstractAdjoint, output: HypergradientOutput, idle: tuple[str, ...]
+) -> Report:
+    outcome, info = output.outcome, output.info
+    outer_finite = jnp.isfinite(output.value)
+    gradient_finite = tree_all_finite(output.gradient)
+    result = first_failure(
+        outcome.result,
+        mask_result(jnp.logical_not(outer_finite), RESULTS.outer_nonfinite),
+        info.result,
+        mask_result(jnp.logical_not(gradient_finite), RESULTS.hypergradient_nonfinite),
+    )
+    return Report(
+        result=result,
+        outer_loss=output.value,
+        aux=output.aux,
+        hypergradient_norm=tree_norm(output.gradient),
+        inner_residual=info.inner_residual,
+        inner_error=info.inner_error,
+        num_inner_steps=outcome.num_steps,
+        failed_step=outcome.failed_step,
+        linear_residual=info.linear_residual,
+        num_linear_steps=info.num_linear_steps,
+        min_curvature=info.min_curvature,
+        adjoint=type(adjoint).__name__,
+        biased=type(adjoint).biased,
+        unreached=idle,
+    )

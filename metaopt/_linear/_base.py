@@ -1,0 +1,198 @@
+"""What a linear solver is, what it returns, and what all of them check."""
+
+import abc
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+
+from .._results import RESULTS
+from .._tree import tree_dtype, tree_norm, tree_scale, tree_structs, tree_sub
+from .._types import FloatScalar, IntScalar, Vector
+from .._validate import check_tolerance
+
+
+class LinearSolution(eqx.Module):
+    r"""What a linear solve $A x = b$ came to.
+
+    **Attributes:**
+
+    - `value`: the solution $x$, a vector like $b$; the best one met if the solve failed,
+        and finite in any case.
+    - `result`: how the solve ended.
+    - `residual`: $\|b - A x\| / \|b\|$, computed anew from `value` and without damping;
+        0 where $b = 0$.
+    - `num_steps`: the steps of the method.
+    - `num_products`: the products with $A$, those of the checks included.
+    - `min_curvature`: the smallest $p^T A p / p^T p$ met, without damping; infinite
+        where the method does not look.
+    """
+
+    value: Vector
+    result: RESULTS
+    residual: FloatScalar
+    num_steps: IntScalar
+    num_products: IntScalar
+    min_curvature: FloatScalar
+
+
+class AbstractLinearSolver(eqx.Module):
+    """A way to solve a linear system of which only products are known.
+
+    Its settings are plain Python numbers.
+    """
+
+    @abc.abstractmethod
+    def check(self, operator: lx.AbstractLinearOperator) -> None:
+        """Raises a `ValueError` unless the operator promises what the solver needs.
+
+        **Arguments:**
+
+        - `operator`: a square operator; what it promises are its `lineax` tags.
+        """
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        operator: lx.AbstractLinearOperator,
+        vector: Vector,
+        start: Vector | None = None,
+    ) -> LinearSolution:
+        """Solves `operator @ x = vector`.
+
+        It never raises because of the numbers: `result` says how it went.
+
+        **Arguments:**
+
+        - `operator`: a square operator.
+        - `vector`: the right-hand side: a vector with the structure of the operator.
+        - `start`: a first guess of the solution, with the same structure; zeros by
+            default.
+
+        **Returns:**
+
+        A [`metaopt.LinearSolution`][].
+
+        **Raises:**
+
+        `ValueError` if `check` does, or if the structures do not match.
+        """
+
+
+def check_tolerances(rtol: float | None, atol: float) -> None:
+    """Raises a `ValueError` unless these can be met: `rtol` positive or `None`."""
+    check_tolerance(rtol, "rtol")
+    if rtol == 0:
+        raise ValueError("`rtol` must be positive, or `None` for a fixed number of "
+                         "steps; got 0.")  # fmt: skip
+    if atol is None:
+        raise ValueError("`atol` must be a non-negative number; got None.")
+    check_tolerance(atol, "atol")
+
+
+def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
+    """Raises a `ValueError` unless the operator is square, pytree structure included."""
+    given, returned = operator.in_structure(), operator.out_structure()
+    if _strong(given) != _strong(returned):
+        raise ValueError(
+            f"`{solver}` needs an operator that maps vectors to vectors of the same "
+            f"structure; this one maps {given} to {returned}."
+        )
+
+
+def check_structures(
+    operator: lx.AbstractLinearOperator, vector: Vector, start: Vector | None
+) -> None:
+    """Raises a `ValueError` unless the operator applies to `vector` and `start`."""
+    expected = _strong(operator.in_structure())
+    for name, given in (("vector", vector), ("start", start)):
+        if given is not None and tree_structs(given) != expected:
+            raise ValueError(
+                f"`{name}` must have the structure of the operator, {expected}; got "
+                f"{tree_structs(given)}."
+            )
+
+
+def _strong(structure):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), structure)
+
+
+def coarsest_eps(vector: Vector) -> float:
+    """The unit of rounding of the leaf with the lowest precision."""
+    leaves = jax.tree.leaves(vector)
+    return max((float(jnp.finfo(a.dtype).eps) for a in leaves), default=0.0)
+
+
+def floored_rtol(rtol: float, solver: str, vector: Vector) -> float:
+    """`rtol`, or what the precision of the vector allows if that is more.
+
+    A residual is computed to about the unit of rounding, so that a tolerance of less
+    than a few of them would be met by luck or never. Warns once for each compilation.
+    """
+    floor = 10 * coarsest_eps(vector)
+    if rtol >= floor:
+        return rtol
+    dtypes = {np.dtype(a.dtype).name for a in jax.tree.leaves(vector)}
+    coarsest = max(dtypes, key=lambda name: float(jnp.finfo(name).eps))
+    warnings.warn(
+        f"`{solver}(rtol={rtol:g})` asks for more than {coarsest} can reach; using "
+        f"rtol={floor:.1e}. Loosen `rtol`, or use params of higher precision.",
+        stacklevel=3,
+    )
+    return floor
+
+
+def unit_scale(vector: Vector) -> FloatScalar:
+    """A power of two to divide `vector` by; 1 unless its square would not be a number.
+
+    The squares of a very small vector are all zero, and a zero right-hand side has the
+    solution zero: an error that nothing would report.
+    """
+    dtype = tree_dtype(vector)
+    leaves = jax.tree.leaves(vector)
+    sizes = [jnp.max(jnp.abs(a)).astype(dtype) for a in leaves if a.size > 0]
+    size = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), dtype)
+    info = jnp.finfo(dtype)
+    # Residuals are smaller than the vector by a factor of eps, at most, and this is
+    # squared; in the other direction, sums of squares must not overflow.
+    low = float(info.tiny) ** 0.5 / float(info.eps)
+    inside = (size >= low) & (size <= 1 / low)
+    exponent = jnp.clip(jnp.frexp(size)[1] - 1, info.minexp, info.maxexp - 1)
+    power = jnp.ldexp(jnp.ones((), dtype), exponent)
+    return jnp.where(inside | (size == 0) | ~jnp.isfinite(size), 1, power)
+
+
+def relative_residual(
+    operator: lx.AbstractLinearOperator, value: Vector, vector: Vector
+) -> FloatScalar:
+    """The relative true residual of `value`, for one product."""
+    residual = tree_norm(tree_sub(vector, operator.mv(value)))
+    return relative(residual, tree_norm(vector))
+
+
+def relative(residual: FloatScalar, size: FloatScalar) -> FloatScalar:
+    """`residual / size`, 0 where both are, and infinite where it is not a number."""
+    ratio = residual / jnp.where(size > 0, size, 1)
+    return jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
+
+
+def reported(
+    value: Vector,
+    result: RESULTS,
+    residual: FloatScalar,
+    num_steps,
+    num_products,
+    min_curvature=jnp.inf,
+) -> LinearSolution:
+    """A [`metaopt.LinearSolution`][] of arrays."""
+    return LinearSolution(
+        value=value,
+        result=result,
+        residual=residual,
+        num_steps=jnp.asarray(num_steps, jnp.int32),
+        num_products=jnp.asarray(num_products, jnp.int32),
+        min_curvature=jnp.asarray(min_curvature, residual.dtype),
+    )

@@ -1,0 +1,267 @@
+"""Methods of `lineax`, under our own stopping rule."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax import lax
+
+from .._results import RESULTS
+from .._rewrite import carry_conditions
+from .._tree import (
+    tree_add,
+    tree_all_finite,
+    tree_dtype,
+    tree_norm,
+    tree_scale,
+    tree_size,
+    tree_structs,
+    tree_sub,
+    tree_where,
+    tree_zeros_like,
+)
+from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._validate import check_count
+from ._base import (
+    AbstractLinearSolver,
+    check_square,
+    check_structures,
+    check_tolerances,
+    coarsest_eps,
+    floored_rtol,
+    relative,
+    relative_residual,
+    reported,
+    unit_scale,
+)
+
+
+class GMRES(AbstractLinearSolver):
+    r"""Generalised minimal residuals with restarts, for any square operator.
+
+    Use it for fixed points, roots and saddles, whose operator is not symmetric and
+    definite. The residual never grows, and with `restart` steps in memory it costs as
+    many vectors. For the Hessian of a loss at a minimum [`metaopt.CG`][] does the same
+    with fewer products and four vectors.
+
+    Each cycle of `restart` steps is one of `lineax.GMRES`, followed by a product that
+    computes the true residual; the solve is successful once
+    $\|b - A x\| \le rtol \|b\| + atol$, the norms being Euclidean.
+
+    **Arguments:**
+
+    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of
+        steps asked for by name is no failure. What the precision of the vector cannot
+        reach is raised to 10 units of rounding, with a warning.
+    - `atol`: absolute tolerance.
+    - `max_steps`: the most steps to take, rounded up to whole cycles.
+    - `restart`: the steps in a cycle. More of them converge in fewer products.
+
+    ??? cite "Source"
+
+        Saad, Schultz: *GMRES: a generalized minimal residual algorithm for solving
+        nonsymmetric linear systems*, 1986.
+    """
+
+    rtol: float | None = eqx.field(default=1e-5, static=True)
+    atol: float = eqx.field(default=0.0, static=True)
+    max_steps: int = eqx.field(default=1000, static=True)
+    restart: int = eqx.field(default=20, static=True)
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        check_count(self.max_steps, "max_steps")
+        check_count(self.restart, "restart")
+
+    def check(self, operator):
+        check_square("GMRES", operator)
+
+    def solve(self, operator, vector, start=None):
+        self.check(operator)
+        check_structures(operator, vector, start)
+        operator = lx.linearise(operator)
+        scale = unit_scale(vector)
+        b = jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+        size = tree_norm(b)
+        if self.rtol is None:
+            tolerance = float(jnp.finfo(size.dtype).eps) * size
+        else:
+            rtol = floored_rtol(self.rtol, "GMRES", vector)
+            tolerance = rtol * size + self.atol / scale
+
+        restart = min(self.restart, self.max_steps, max(1, tree_size(vector)))
+        max_cycles = math.ceil(self.max_steps / restart)
+        one_cycle = _one_cycle(operator, vector, restart)
+
+        def cycle(s: _CycleState) -> _CycleState:
+            # The method knows absolute thresholds, hence a right-hand side of length 1.
+            unit = tree_scale(1 / s.residual, s.r)
+            change = tree_scale(s.residual, one_cycle(unit))
+            x = tree_add(s.x, change)
+            r = tree_sub(b, operator.mv(x))
+            residual = tree_norm(r)
+            singular = ~tree_all_finite(change) | ~jnp.isfinite(residual)
+            better = ~singular & (residual < s.residual)
+            converged = better & (residual <= tolerance)
+            # A cycle that gains less than this would need thousands of others.
+            stagnated = ~singular & ~converged & ~(residual < 0.99 * s.residual)
+            num_cycles = s.num_cycles + 1
+            return _CycleState(
+                x=tree_where(better, x, s.x),
+                r=tree_where(better, r, s.r),
+                residual=jnp.where(better, residual, s.residual),
+                num_cycles=num_cycles,
+                running=~(singular | converged | stagnated),
+                converged=converged,
+                singular=singular,
+                stagnated=stagnated,
+            )
+
+        s = _first_cycle_state(operator, b, size, tolerance, scale, start)
+        s = lax.while_loop(
+            lambda s: s.running & (s.num_cycles < max_cycles), cycle, s
+        )
+        result = RESULTS.linear_max_steps
+        if self.rtol is None:
+            result = RESULTS.successful
+        else:
+            result = RESULTS.where(s.stagnated, RESULTS.linear_stagnation, result)
+        result = RESULTS.where(s.singular, RESULTS.linear_nonfinite, result)
+        result = RESULTS.where(s.converged, RESULTS.successful, result)
+        # A cycle has a product for each step, and two for residuals of its own.
+        num_products = s.num_cycles * (restart + 3) + (start is not None)
+        residual = jnp.where(size == 0, 0, relative(s.residual, size))
+        return reported(
+            tree_scale(scale, s.x),
+            result,
+            residual,
+            s.num_cycles * restart,
+            num_products,
+        )
+
+
+class _CycleState(eqx.Module):
+    x: Vector
+    r: Vector
+    residual: FloatScalar
+    num_cycles: IntScalar
+    running: BoolScalar
+    converged: BoolScalar
+    singular: BoolScalar
+    stagnated: BoolScalar
+
+
+def _first_cycle_state(operator, b, size, tolerance, scale, start) -> _CycleState:
+    x, r, residual = tree_zeros_like(b), b, size
+    if start is not None:
+        start = jax.tree.map(lambda a: a / scale.astype(a.dtype), start)
+        left = tree_sub(b, operator.mv(start))
+        remaining = tree_norm(left)
+        # A start that is further from the solution than zero is not a help.
+        useful = (remaining <= size) & (size > 0)
+        x = tree_where(useful, start, x)
+        r = tree_where(useful, left, r)
+        residual = jnp.where(useful, remaining, residual)
+    finite = jnp.isfinite(size)
+    converged = (residual <= tolerance) | (residual == 0)
+    return _CycleState(
+        x=x,
+        r=r,
+        residual=residual,
+        num_cycles=jnp.zeros((), jnp.int32),
+        running=finite & ~converged,
+        converged=finite & converged,
+        singular=~finite,
+        stagnated=jnp.asarray(False),
+    )
+
+
+def _one_cycle(operator: lx.AbstractLinearOperator, vector: Vector, restart: int):
+    """One cycle of `lineax.GMRES` from zero, as a function of the right-hand side.
+
+    It runs the method's own loop and not `lineax.linear_solve`, a primitive that would
+    hide the loop from `carry_conditions`.
+    """
+
+    def one_cycle(unit: Vector) -> Vector:
+        # The first of its steps only makes the residual of the start.
+        method = lx.GMRES(rtol=0.0, atol=0.0, max_steps=2, restart=restart)
+        state = method.init(_promoted(operator, vector), {})
+        change, _, _ = method.compute(state, _cast_up(unit), {})
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), change, unit)
+
+    return carry_conditions(one_cycle)
+
+
+class Dense(AbstractLinearSolver):
+    r"""An LU factorisation of the operator's matrix, for small systems.
+
+    Exact to rounding, whatever the conditioning, for any nonsingular operator. Use it
+    to check other methods, and for up to some hundred unknowns. It makes the matrix
+    from as many products as there are unknowns, all at once.
+
+    **Arguments:**
+
+    - `max_size`: the largest number of unknowns to make a matrix for.
+    """
+
+    max_size: int = eqx.field(default=4096, static=True)
+
+    def __check_init__(self):
+        check_count(self.max_size, "max_size")
+
+    def check(self, operator):
+        check_square("Dense", operator)
+        structure = operator.in_structure()
+        size = tree_size(structure)
+        if size > self.max_size:
+            num_bytes = size**2 * tree_dtype(structure).itemsize
+            raise ValueError(
+                f"`Dense` would make a matrix of {size} x {size} numbers, which takes "
+                f"{num_bytes:,} bytes ({num_bytes / 2**30:.3g} GiB). Use "
+                "`metaopt.CG()` for the Hessian of a loss and `metaopt.GMRES()` "
+                "otherwise, which need products only; or allow it by name with "
+                f"`Dense(max_size={size})`."
+            )
+
+    def solve(self, operator, vector, start=None):
+        """As for every linear solver; `start` is of no use here, and is ignored."""
+        self.check(operator)
+        check_structures(operator, vector, start)
+        operator = lx.linearise(operator)
+        size = tree_norm(vector)
+        promoted = _promoted(operator, vector)
+        method = lx.LU()
+        value, _, _ = method.compute(
+            method.init(promoted, {}), _cast_up(vector), {}
+        )
+        value = jax.tree.map(lambda a, b: a.astype(b.dtype), value, vector)
+        finite = tree_all_finite(value) & jnp.isfinite(size)
+        value = tree_where(finite & (size > 0), value, tree_zeros_like(vector))
+        residual = relative_residual(operator, value, vector)
+        residual = jnp.where(size == 0, 0, residual)
+        # LU is backward stable: what it leaves is rounding, unless there is no solution.
+        regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
+        result = RESULTS.where(regular, RESULTS.successful, RESULTS.linear_nonfinite)
+        return reported(value, result, residual, 1, tree_size(vector) + 1)
+
+
+def _cast_up(vector: Vector) -> Vector:
+    dtype = tree_dtype(vector)
+    return jax.tree.map(lambda a: a.astype(dtype), vector)
+
+
+def _promoted(operator: lx.AbstractLinearOperator, vector: Vector) -> Any:
+    """The operator on vectors of one dtype: `lineax` factorises, which half precision
+    does not offer, and mixes leaves of the vector in one matrix."""
+    if all(a.dtype == tree_dtype(vector) for a in jax.tree.leaves(vector)):
+        return operator
+
+    def product(x):
+        x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
+        return _cast_up(operator.mv(x))
+
+    return lx.FunctionLinearOperator(product, tree_structs(_cast_up(vector)))

@@ -1,0 +1,32 @@
+"""Raising a numerical failure once, at the outermost call."""
+
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from ._report import verdict
+from ._results import RESULTS, SolveError
+
+T = TypeVar("T")
+
+
+def raise_on_failure(
+    value: T, result: RESULTS, throw: bool, show: object = None
+) -> T:
+    """`value`, unless `throw` and `result` is a failure.
+
+    Outside of compiled functions the failure is a [`metaopt.SolveError`][] that holds
+    `value`; inside them it is raised when they run.
+    """
+    if not throw:
+        return value
+    code = result._value  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(code, jax.core.Tracer):
+        return result.error_if(value, result != RESULTS.successful)
+    if np.any(np.asarray(code) != np.asarray(_SUCCESS)):
+        raise SolveError(f"{verdict(result)}\n\n{value if show is None else show}", value)
+    return value
+
+
+_SUCCESS = RESULTS.successful._value  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,247 @@
+"""What a person reads: solutions, reports and histories, with their tables."""
+
+import csv
+import os
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ._results import RESULTS
+from ._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params
+
+
+class Solution(eqx.Module):
+    """The solution of an inner problem.
+
+    **Attributes:**
+
+    - `value`: the params at the solution, with the structure of the initial ones.
+    - `result`: how the solve ended; `metaopt.RESULTS[result]` is its text.
+    - `aux`: the auxiliary output of the last evaluation, or `None`.
+    - `model_state`: the model state at the solution, or `None`.
+    - `stats`: a dictionary of `num_steps`, `losses` (the inner loss at the start of
+        each step, or `None`) and `failed_step` (-1 if none).
+    """
+
+    value: Params
+    result: RESULTS
+    aux: Aux
+    model_state: ModelState
+    stats: dict[str, Any]
+
+    def __str__(self) -> str:
+        losses = self.stats["losses"]
+        rows = [("steps", _number(self.stats["num_steps"]))]
+        if losses is not None and _is_known(losses):
+            taken = np.asarray(losses)[..., : int(np.max(self.stats["num_steps"]))]
+            if taken.ndim == 1 and taken.size:
+                rows.append(("first loss", _number(taken[0])))
+                rows.append(("last loss", _number(taken[-1])))
+        return table("Inner solution", rows, verdict(self.result))
+
+
+class Report(eqx.Module):
+    """How far one hypergradient can be trusted. `print` it.
+
+    **Attributes:**
+
+    - `result`: how it went; `metaopt.RESULTS[result]` names the cause and the remedy.
+    - `outer_loss`, `aux`: the outer loss and its auxiliary output.
+    - `hypergradient_norm`: the Euclidean norm of the hypergradient.
+    - `inner_residual`: the norm of the optimality (of the gradient of the inner loss)
+        at the inner solution; on the batch of the last step where the adjoint follows
+        the path of the solver, on all of the data where it is implicit.
+    - `inner_error`: an estimate of the relative error of the inner solution, or `None`
+        where it does not matter. An estimate, not a bound.
+    - `num_inner_steps`: the steps that the inner solver took.
+    - `failed_step`: the first inner step at which something was not finite, or -1.
+    - `linear_residual`: the relative residual of the implicit linear system, or `None`.
+    - `num_linear_steps`: the steps of the linear solver, or `None`.
+    - `min_curvature`: the smallest curvature that the linear solver met, or `None`.
+    - `adjoint`: the name of the adjoint.
+    - `biased`: whether the adjoint is biased by construction.
+    - `unreached`: the names of the leaves of `hyper` that influence nothing; their
+        derivative is exactly zero.
+    """
+
+    result: RESULTS
+    outer_loss: FloatScalar
+    aux: Aux
+    hypergradient_norm: FloatScalar
+    inner_residual: FloatScalar
+    inner_error: FloatScalar | None
+    num_inner_steps: IntScalar
+    failed_step: IntScalar
+    linear_residual: FloatScalar | None
+    num_linear_steps: IntScalar | None
+    min_curvature: FloatScalar | None
+    adjoint: str = eqx.field(static=True)
+    biased: bool = eqx.field(static=True)
+    unreached: tuple[str, ...] = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        label = self.adjoint + (" (biased by construction)" if self.biased else "")
+        rows = [
+            ("adjoint", label),
+            ("outer loss", _number(self.outer_loss)),
+            ("hypergradient norm", _number(self.hypergradient_norm)),
+            ("inner steps", _number(self.num_inner_steps)),
+            ("inner residual", _number(self.inner_residual)),
+        ]
+        if self.inner_error is not None:
+            rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
+        if self.linear_residual is not None:
+            rows.append(("linear steps", _number(self.num_linear_steps)))
+            rows.append(("linear residual", _number(self.linear_residual)))
+            rows.append(("smallest curvature", _number(self.min_curvature)))
+        if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
+            rows.append(("failed at step", _number(self.failed_step)))
+        if self.unreached:
+            rows.append(("without influence", ", ".join(self.unreached)))
+        return table("Hypergradient", rows, verdict(self.result))
+
+
+class History(eqx.Module):
+    """One row for each outer step, as NumPy arrays of shape `(num_steps,)`.
+
+    **Attributes:**
+
+    - `outer_loss`, `hypergradient_norm`, `inner_residual`, `inner_error`,
+        `linear_residual`: floats; NaN where a quantity does not apply.
+    - `num_inner_steps`, `num_linear_steps`: ints; 0 where they do not apply.
+    - `seconds`: the wall time of each outer step. The first holds the compilation.
+    """
+
+    outer_loss: np.ndarray
+    hypergradient_norm: np.ndarray
+    inner_residual: np.ndarray
+    inner_error: np.ndarray
+    linear_residual: np.ndarray
+    num_inner_steps: np.ndarray
+    num_linear_steps: np.ndarray
+    seconds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.outer_loss)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The columns as lists of Python numbers.
+
+        **Returns:**
+
+        A dictionary from the name of each attribute to a list of numbers.
+        """
+        return {name: column.tolist() for name, column in vars(self).items()}
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one row for each outer step, with a header.
+
+        **Arguments:**
+
+        - `path`: the file to write.
+        """
+        columns = self.to_dict()
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", *columns])
+            rows = zip(*columns.values(), strict=True)
+            writer.writerows([step, *row] for step, row in enumerate(rows))
+
+
+class BilevelSolution(eqx.Module):
+    """The solution of a bilevel problem. `print` it.
+
+    **Attributes:**
+
+    - `hyper`: the outer variables that were found.
+    - `params`: the inner solution *at* `hyper`, solved for after the last outer step
+        (from a warm start where the solver uses one).
+    - `model_state`: the model state there, or `None`.
+    - `outer_loss`: the outer loss there.
+    - `history`: one row for each outer step.
+    - `result`: how the run ended; `metaopt.RESULTS[result]` is its text.
+    - `report`: the report on the last hypergradient.
+    - `state`: the state of the bilevel solver, from which `step` can go on.
+    - `num_skipped`: outer steps at which `hyper` was left alone, because the
+        hypergradient was not finite.
+    """
+
+    hyper: Hyper
+    params: Params
+    model_state: ModelState
+    outer_loss: FloatScalar
+    history: History
+    result: RESULTS
+    report: Report | None
+    state: Any
+    num_skipped: int
+
+    def __str__(self) -> str:
+        history = self.history
+        rows = [("outer steps", str(len(history)))]
+        if len(history):
+            rows += [
+                ("outer loss, first", _number(history.outer_loss[0])),
+                ("outer loss, best", _number(_smallest(history.outer_loss))),
+                ("outer loss, final", _number(self.outer_loss)),
+                ("hypergradient norm", _number(history.hypergradient_norm[-1])),
+                ("inner steps", _number(history.num_inner_steps.sum())),
+            ]
+            if history.num_linear_steps.any():
+                rows.append(("linear steps", _number(history.num_linear_steps.sum())))
+            if self.num_skipped:
+                rows.append(("updates skipped", str(self.num_skipped)))
+            rows.append(("seconds", f"{history.seconds.sum():.1f}"))
+        return table("Bilevel solution", rows, verdict(self.result))
+
+
+def _smallest(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else float("nan")
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _number(x: Any) -> str:
+    if x is None:
+        return "-"
+    if not _is_known(x):
+        return "(traced)"
+    x = np.asarray(x)
+    if x.ndim:
+        return f"{x.size} values, {_number(x.min())} to {_number(x.max())}"
+    if np.issubdtype(x.dtype, np.integer):
+        return f"{int(x):,}"
+    return f"{float(x):.4g}"
+
+
+def verdict(result: RESULTS) -> str:
+    """A sentence on how a solve ended."""
+    values = result._value  # pyright: ignore[reportAttributeAccessIssue]
+    if not _is_known(values):
+        return "The result is known only when the compiled function runs."
+    values = np.atleast_1d(np.asarray(values))
+    texts = [RESULTS[_item(value)] for value in np.unique(values)]
+    failures = [text for text in texts if text]
+    if not failures:
+        return "Successful."
+    if values.size > 1:
+        bad = sum(bool(RESULTS[_item(value)]) for value in values)
+        return f"{bad} of {values.size} did not succeed. {failures[0]}"
+    return failures[0]
+
+
+def _item(value: Any) -> Any:
+    template = RESULTS.successful
+    return eqx.tree_at(lambda item: item._value, template, np.asarray(value, np.int32))
+
+
+def table(title: str, rows: list[tuple[str, str]], text: str) -> str:
+    """A readable table: a title, rows of name and value, and a sentence."""
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    return "\n".join([*lines, "  " + text])

@@ -1,0 +1,112 @@
+"""What comes back: result codes with their texts. Data only."""
+
+import optimistix as optx
+
+
+class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """How a solve ended.
+
+    Extends `optimistix.RESULTS`, so that the codes of every solver underneath pass
+    through unchanged. `RESULTS[result]` is the text of a code, which names the cause
+    and the remedy; the text of `successful` is empty.
+    """
+
+    # -- the inner problem
+    inner_max_steps = (
+        "The inner solver reached its step limit before its tolerance was met. Raise "
+        "its number of steps, loosen its tolerance, or start it closer to the solution."
+    )
+    inner_nonfinite = (
+        "The inner loss or its gradient became infinite or NaN (`stats` and the report "
+        "say at which step). At step 0 look for NaN in the data, the params or the "
+        "hyper; later, for an operation whose gradient is infinite there (`sqrt` at 0, "
+        "`log` at 0): guard its argument with `jnp.where` on the inside as well."
+    )
+    inner_diverged = (
+        "The inner solver diverged: its iterates grew until they were no longer finite. "
+        "Lower its learning rate, clip its gradients, or use a solver with a line search."
+    )
+    inner_not_converged = (
+        "The inner problem was not solved accurately enough for implicit "
+        "differentiation, which is only right at a solution. Give the inner solver more "
+        "steps or a better rate, use `UnrolledAdjoint`, which is right at any point, or "
+        "accept a larger error by name with `ImplicitAdjoint(inner_rtol=...)`."
+    )
+    # -- the linear system of implicit differentiation
+    linear_max_steps = (
+        "The linear solver reached its step limit before its tolerance was met, so the "
+        "hypergradient is not accurate. Raise `max_steps`, loosen `rtol`, or set "
+        "`rtol=None` to ask for a fixed number of steps by name."
+    )
+    linear_indefinite = (
+        "The linear solver met a direction of zero or negative curvature: the inner "
+        "Hessian is not positive definite where the inner solver stopped (a saddle, a "
+        "flat direction, or a point short of the minimum). Solve the inner problem "
+        "further, add regularisation or `damping`, or use `UnrolledAdjoint`."
+    )
+    linear_preconditioner = (
+        "The `preconditioner` of the linear solver is not positive definite. Make it an "
+        "approximation of the inverse Hessian with positive eigenvalues only (estimated "
+        "diagonals can have negative entries: take absolute values), or leave it out."
+    )
+    linear_stagnation = (
+        "The linear solver stopped improving before its tolerance was met: the accuracy "
+        "asked for is finer than the precision of the numbers allows for this system. "
+        "Loosen `rtol`, use float64, or improve the conditioning of the inner problem."
+    )
+    linear_diverged = (
+        "The linear solver's residual grew instead of shrinking. For `Neumann` lower "
+        "`scale` below 2 over the largest eigenvalue, or use `CG` or `GMRES`."
+    )
+    linear_nonfinite = (
+        "The linear system of the implicit hypergradient is singular or holds infinite "
+        "or NaN values. Add regularisation or `damping`, or use `UnrolledAdjoint`."
+    )
+    # -- the outer problem
+    outer_nonfinite = (
+        "The outer loss is infinite or NaN although the inner solution is finite. Look "
+        "for NaN in the outer data, or for an overflow in the outer loss."
+    )
+    hypergradient_nonfinite = (
+        "The hypergradient is infinite or NaN although the losses are finite. Long "
+        "unrolled runs can explode (lower the inner learning rate, use fewer steps, or "
+        "`TruncatedAdjoint`); otherwise look for an operation whose derivative is "
+        "infinite at the values met."
+    )
+    outer_max_steps = (
+        "The outer loop reached `num_steps` before the tolerance on the norm of the "
+        "hypergradient was met. Raise `num_steps` or loosen the tolerance."
+    )
+    interrupted = (
+        "The run was interrupted from the keyboard. What had been reached is returned."
+    )
+
+
+class SolveError(RuntimeError):
+    """A numerical failure, raised once at the outermost call.
+
+    **Attributes:**
+
+    - `value`: everything that had been computed: the same object that the call returns
+        under `throw=False`.
+    """
+
+    def __init__(self, message: str, value: object):
+        super().__init__(message)
+        self.value = value
+
+
+def first_failure(*results: RESULTS) -> RESULTS:
+    """The first of several results that is not `successful`."""
+    out = RESULTS.successful
+    for result in reversed(results):
+        out = RESULTS.where(result == RESULTS.successful, out, result)
+    return out
+
+
+def mask_result(condition, result: RESULTS) -> RESULTS:
+    """`result` where `condition` holds, else `successful`."""
+    return RESULTS.where(condition, result, RESULTS.successful)
+
+
+__all__ = ["RESULTS", "SolveError", "first_failure", "mask_result"]

@@ -1,0 +1,269 @@
+"""The outer loop."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ._bilevel import AbstractBilevelSolver, BilevelStep
+from ._data import AbstractData, as_data
+from ._problem import BilevelProblem
+from ._raise import raise_on_failure
+from ._report import BilevelSolution, History, Report
+from ._results import RESULTS
+from ._types import FloatScalar, Hyper, Key, ModelState, Params
+from ._validate import (
+    canonical_arrays,
+    canonical_hyper,
+    check_count,
+    check_params,
+    check_tolerance,
+)
+
+_COLUMNS = (
+    "outer_loss",
+    "hypergradient_norm",
+    "inner_residual",
+    "inner_error",
+    "linear_residual",
+    "num_inner_steps",
+    "num_linear_steps",
+)
+
+
+def solve_bilevel(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    train: Any = None,
+    valid: Any = None,
+    *,
+    solver: AbstractBilevelSolver,
+    num_steps: int,
+    params: Params | None = None,
+    model_state: ModelState = None,
+    key: Key | None = None,
+    atol: float | None = None,
+    progress: bool = False,
+    callback: Callable[[int, Any, BilevelStep], None] | None = None,
+    throw: bool = True,
+) -> BilevelSolution:
+    """Solves a bilevel problem: tunes `hyper` for the outer loss.
+
+    Each outer step is one compiled function, compiled once. Ctrl-C stops the run after
+    the step it is in and returns what was reached.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `hyper`: where the outer variables start: any pytree with a floating-point array
+        in it. Python floats become arrays.
+    - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, a
+        source of batches such as [`metaopt.Minibatches`][], or an iterator that yields
+        either for each outer step (of the same shapes each time).
+    - `solver`: how the outer problem is driven, such as [`metaopt.NestedSolver`][].
+    - `num_steps`: the number of outer steps.
+    - `params`: where the inner solve starts; by default the inner problem's `init`.
+    - `model_state`: where the model state starts; with `params` only.
+    - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
+    - `progress`: whether to show a progress bar.
+    - `callback`: called after every outer step as `callback(step, state, info)`, with a
+        [`metaopt.BilevelStep`][] for `info`.
+    - `throw`: whether a failure raises. If not, the run goes on past steps that fail,
+        leaves `hyper` alone where the hypergradient is not finite, and says so.
+
+    **Returns:**
+
+    A [`metaopt.BilevelSolution`][].
+
+    **Raises:**
+
+    `ValueError` and `TypeError` for arguments that do not fit and for a derivative that
+    is zero by construction; [`metaopt.SolveError`][] for a numerical failure under
+    `throw`, whose `value` is the solution as far as it was reached.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ValueError(
+            f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}."
+        )
+    if not isinstance(solver, AbstractBilevelSolver):
+        raise ValueError(
+            "`solver` must be a bilevel solver such as `metaopt.NestedSolver(...)`; got "
+            f"{solver!r}."
+        )
+    check_count(num_steps, "num_steps")
+    check_tolerance(atol, "atol")
+    hyper = canonical_hyper(hyper)
+    if params is not None:
+        params = canonical_arrays(params, "params")
+        check_params(params)
+    key = jax.random.key(0) if key is None else key
+    feeds = _Feed(train, "train"), _Feed(valid, "valid")
+    start = solver.init(
+        problem,
+        hyper,
+        *(feed.now for feed in feeds),
+        params=params,
+        model_state=model_state,
+        key=key,
+    )
+    run = _Run(problem, solver, feeds, start)
+    run.go(num_steps, atol, progress, callback, throw)
+    solution = run.solution()
+    failure = run.result
+    return raise_on_failure(solution, failure, throw and not run.interrupted)
+
+
+class _Feed:
+    """The data of one of the two losses: fixed, or pulled for every outer step."""
+
+    def __init__(self, data: Any, name: str):
+        self.name = name
+        self.source = data if isinstance(data, Iterator) else None
+        self.now: AbstractData = self._check(
+            data if self.source is None else next(self.source)
+        )
+        self.fresh = True
+
+    def advance(self) -> None:
+        """Goes on to the data of the next outer step."""
+        if self.source is not None and not self.fresh:
+            self.now = self._check(next(self.source))
+        self.fresh = False
+
+    def _check(self, data: Any) -> AbstractData:
+        return as_data(canonical_arrays(data, self.name))
+
+
+class _Run:
+    """One run of the outer loop, and what it has come to so far."""
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        solver: AbstractBilevelSolver,
+        feeds: tuple[_Feed, _Feed],
+        state: Any,
+    ):
+        self.problem = problem
+        self.solver = solver
+        self.feeds = feeds
+        self.state = state
+        self.rows: list[dict[str, Any]] = []
+        self.report: Report | None = None
+        self.result: RESULTS = RESULTS.successful
+        self.interrupted = False
+        self.num_skipped = 0
+
+    def go(
+        self,
+        num_steps: int,
+        atol: float | None,
+        progress: bool,
+        callback: Callable[[int, Any, BilevelStep], None] | None,
+        throw: bool,
+    ) -> None:
+        """Takes outer steps until done, stopped, failed (under `throw`) or converged."""
+        converged = False
+        bar = tqdm(total=num_steps, disable=not progress, unit="step")
+        try:
+            for index in range(num_steps):
+                for feed in self.feeds:
+                    feed.advance()
+                before, begin = self.state, time.perf_counter()
+                info = self._step()
+                self._record(info, time.perf_counter() - begin)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{self.rows[-1]['outer_loss']:.4g}",
+                    gradient=f"{self.rows[-1]['hypergradient_norm']:.2g}",
+                    refresh=False,
+                )
+                if callback is not None:
+                    callback(index, self.state, info)
+                if throw and _failed(info.report.result):
+                    self.state = before  # without the update that is not to be trusted
+                    return
+                norm = self.rows[-1]["hypergradient_norm"]
+                if atol is not None and norm <= atol:
+                    converged = True
+                    return
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.result = RESULTS.interrupted
+        finally:
+            bar.close()
+        if atol is not None and not converged and not _failed(self.result):
+            self.result = RESULTS.outer_max_steps
+
+    def solution(self) -> BilevelSolution:
+        """The solution as far as it was reached."""
+        train, valid = (feed.now for feed in self.feeds)
+        value, params, model_state = _evaluate(
+            self.solver, self.problem, self.state, train, valid
+        )
+        names = (*_COLUMNS, "seconds")
+        columns = {name: np.asarray([row[name] for row in self.rows]) for name in names}
+        return BilevelSolution(
+            hyper=self.solver.hyper(self.state),
+            params=params,
+            model_state=model_state,
+            outer_loss=value,
+            history=History(**columns),
+            result=self.result,
+            report=self.report,
+            state=self.state,
+            num_skipped=self.num_skipped,
+        )
+
+    def _step(self) -> BilevelStep:
+        train, valid = (feed.now for feed in self.feeds)
+        state, info = _step(self.solver, self.problem, self.state, train, valid)
+        # Waits for the device here, so that an interrupt finds a finished step.
+        self.state, info = jax.block_until_ready((state, info))
+        return info
+
+    def _record(self, info: BilevelStep, seconds: float) -> None:
+        self.report = info.report
+        fields = vars(info.report)
+        row = {name: _scalar(fields[name], name) for name in _COLUMNS}
+        self.rows.append({**row, "seconds": seconds})
+        self.num_skipped += int(not bool(info.updated))
+        if _failed(info.report.result) and not _failed(self.result):
+            self.result = info.report.result
+
+
+@eqx.filter_jit
+def _step(
+    solver: AbstractBilevelSolver,
+    problem: BilevelProblem,
+    state: Any,
+    train: AbstractData,
+    valid: AbstractData,
+) -> tuple[Any, BilevelStep]:
+    return solver.step(problem, state, train, valid)
+
+
+@eqx.filter_jit
+def _evaluate(
+    solver: AbstractBilevelSolver,
+    problem: BilevelProblem,
+    state: Any,
+    train: AbstractData,
+    valid: AbstractData,
+) -> tuple[FloatScalar, Params, ModelState]:
+    return solver.evaluate(problem, state, train, valid)
+
+
+def _failed(result: RESULTS) -> bool:
+    return bool(result != RESULTS.successful)
+
+
+def _scalar(value: Any, name: str) -> float | int:
+    if name.startswith("num_"):
+        return 0 if value is None else int(value)
+    return float("nan") if value is None else float(value)

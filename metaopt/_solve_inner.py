@@ -1,0 +1,127 @@
+"""Solving one inner problem, differentiably."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from ._adjoint import AbstractAdjoint
+from ._data import AbstractData, as_data
+from ._detach import forbid_derivative
+from ._problem import AbstractProblem, initialise
+from ._raise import raise_on_failure
+from ._reach import START_MESSAGE, guard_hyper
+from ._report import Solution
+from ._solver import AbstractSolver, InnerSolve
+from ._types import Hyper, Key, ModelState, Params
+from ._validate import canonical_arrays, canonical_hyper, check_params
+
+
+def solve_inner(
+    problem: AbstractProblem,
+    hyper: Hyper,
+    params: Params | None = None,
+    data: Any = None,
+    *,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    key: Key | None = None,
+    model_state: ModelState = None,
+    throw: bool = True,
+) -> Solution:
+    """Solves an inner problem: the differentiable building block under everything else.
+
+    Use it inside your own `jax.grad`, `jax.vmap` and `jax.jit`. For one hypergradient
+    with a report of how far it can be trusted, use [`metaopt.hypergradient`][].
+
+    ```python
+    problem = mo.InnerProblem(lambda params, hyper, data: (params - hyper) ** 2)
+
+    def outer(hyper):
+        solution = mo.solve_inner(
+            problem, hyper, jnp.array(0.0),
+            solver=mo.Descent(optax.sgd(0.1), num_steps=100),
+            adjoint=mo.ImplicitAdjoint(),
+        )
+        return solution.value**2
+
+    jax.grad(outer)(jnp.array(3.0))  # 6.0
+    ```
+
+    **Arguments:**
+
+    - `problem`: the inner problem.
+    - `hyper`: the outer variables, any pytree with a floating-point array in it.
+    - `params`: where to start, any pytree with a floating-point array in it; by default
+        the problem's own `init`.
+    - `data`: arrays, or a source of batches such as [`metaopt.Minibatches`][].
+    - `solver`: how the problem is solved.
+    - `adjoint`: how the derivative passes through the solve.
+    - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `model_state`: where the model state starts; with `params` only.
+    - `throw`: whether a failure raises. If not, it is marked in the result, and a
+        derivative that fails its checks is NaN.
+
+    **Returns:**
+
+    A [`metaopt.Solution`][]. Its `value` is differentiable in `hyper`, `params`, `data`
+    and every array that the problem closes over, as far as the adjoint sees them.
+
+    **Raises:**
+
+    `ValueError` and `TypeError` for arguments that do not fit; [`metaopt.SolveError`][]
+    for a numerical failure under `throw`.
+    """
+    hyper = canonical_hyper(hyper)
+    data = canonical_arrays(data, "data")
+    if params is not None:
+        params = canonical_arrays(params, "params")
+    if key is None:
+        key = jax.random.key(0)
+    solution = _solve(
+        problem, hyper, params, as_data(data), solver, adjoint, key, model_state, throw
+    )
+    return raise_on_failure(solution, solution.result, throw)
+
+
+@eqx.filter_jit
+def _solve(
+    problem: AbstractProblem,
+    hyper: Hyper,
+    params: Params | None,
+    data: AbstractData,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    key: Key,
+    model_state: ModelState,
+    throw: bool,
+) -> Solution:
+    solver.check(problem, data)
+    adjoint.check(solver, data)
+    init_key, solve_key = jax.random.split(key)
+    inner = InnerSolve(problem, solver, data, solve_key)
+    if params is not None:
+        check_params(params)
+        if not adjoint.sees_path:
+            message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
+            params = forbid_derivative(params, message)
+
+    def run(hyper):
+        start = params, model_state
+        if params is None:
+            start = initialise(problem, hyper, init_key)
+            check_params(start[0])
+        return adjoint.solve(inner, start[0], hyper, start[1], throw)
+
+    outcome = run(guard_hyper(adjoint, lambda h: run(h).params, hyper))
+    return Solution(
+        value=outcome.params,
+        result=outcome.result,
+        aux=outcome.aux,
+        model_state=outcome.model_state,
+        stats={
+            "num_steps": outcome.num_steps,
+            "losses": outcome.losses,
+            "failed_step": outcome.failed_step,
+        },
+    )

@@ -1,0 +1,158 @@
+"""What an inner solver is: by steps, or as a whole."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+
+from .._data import AbstractData
+from .._model_state import AbstractStatePolicy
+from .._problem import AbstractProblem
+from .._results import RESULTS
+from .._types import (
+    Aux,
+    Batch,
+    BoolScalar,
+    FloatScalar,
+    Hyper,
+    IntScalar,
+    Key,
+    ModelState,
+    Params,
+    Vector,
+)
+
+
+class Optimality(eqx.Module):
+    """The condition that a solver's answer satisfies, for one problem, batch and key.
+
+    **Attributes:**
+
+    - `fn`: `fn(params, hyper)` on the *trainable* parts of both; a vector like
+        `params` that is zero at the solution.
+    - `tags`: the `lineax` tags promised by its Jacobian in `params`.
+    """
+
+    fn: Any
+    tags: frozenset[object] = eqx.field(static=True)
+
+    def __call__(self, params: Vector, hyper: Vector) -> Vector:
+        """The residual at `params`, `hyper`; a vector like `params`."""
+        return self.fn(params, hyper)
+
+
+class Outcome(eqx.Module):
+    """What an inner solve came to.
+
+    **Attributes:**
+
+    - `params`: the solution.
+    - `model_state`: the model state there, or `None`.
+    - `aux`: the auxiliary output of the last evaluation, or `None`.
+    - `result`: how the solve ended.
+    - `num_steps`: the number of steps taken.
+    - `losses`: the inner loss at the start of each step, `(num_steps,)`, padded with
+        NaN after an early stop; `None` where the solver does not see losses.
+    - `failed_step`: the first step at which something was not finite, or -1.
+    """
+
+    params: Params
+    model_state: ModelState
+    aux: Aux
+    result: RESULTS
+    num_steps: IntScalar
+    losses: Any
+    failed_step: IntScalar
+
+
+class StepOutput(eqx.Module):
+    """What one step of an iterative solver reports.
+
+    **Attributes:**
+
+    - `monitor`: a scalar that is infinite or NaN where the step failed: the loss, or
+        the norm of the residual.
+    - `converged`: whether the tolerance is met, or `None` if none was asked for.
+    - `model_state`: the model state after the step, or `None`.
+    - `aux`: the auxiliary output of the problem, or `None`.
+    """
+
+    monitor: FloatScalar
+    converged: BoolScalar | None
+    model_state: ModelState
+    aux: Aux
+
+
+class AbstractSolver(eqx.Module):
+    """How an inner problem is solved."""
+
+    @abc.abstractmethod
+    def check(self, problem: AbstractProblem, data: AbstractData) -> None:
+        """Raises a `ValueError` if this solver cannot serve the problem or the data."""
+
+    @abc.abstractmethod
+    def optimality(
+        self,
+        problem: AbstractProblem,
+        params: Params,
+        hyper: Hyper,
+        batch: Batch,
+        key: Key,
+        state: ModelState,
+    ) -> Optimality:
+        """The condition that this solver's answer satisfies.
+
+        `params` and `hyper` give the leaves that are not trained; only their trainable
+        parts vary.
+        """
+
+
+class AbstractIterativeSolver(AbstractSolver):
+    """A solver that proceeds by steps, each of which can be differentiated.
+
+    Adjoints that follow the path of the solver need one of these.
+    """
+
+    num_steps: eqx.AbstractVar[int]
+    state_policy: eqx.AbstractVar[AbstractStatePolicy | None]
+
+    @property
+    @abc.abstractmethod
+    def stops_early(self) -> bool:
+        """Whether a tolerance can end the loop before `num_steps`."""
+
+    @abc.abstractmethod
+    def init(self, problem: AbstractProblem, params: Vector, hyper: Hyper) -> Any:
+        """The solver's state before the first step (momenta and the like)."""
+
+    @abc.abstractmethod
+    def step(
+        self,
+        problem: AbstractProblem,
+        params: Params,
+        solver_state: Any,
+        hyper: Hyper,
+        batch: Batch,
+        key: Key,
+        model_state: ModelState,
+    ) -> tuple[Params, Any, StepOutput]:
+        """One step: the new params, the new solver state, and what to report."""
+
+
+class AbstractDirectSolver(AbstractSolver):
+    """A solver that runs as a whole and whose path is not differentiated.
+
+    Its answer satisfies an optimality, so that implicit differentiation applies.
+    """
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        problem: AbstractProblem,
+        params: Params,
+        hyper: Hyper,
+        batch: Batch,
+        key: Key,
+        model_state: ModelState,
+    ) -> Outcome:
+        """Solves the problem starting from `params`."""

@@ -1,0 +1,143 @@
+"""Descent by any optax transform."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._model_state import AbstractStatePolicy
+from .._problem import AbstractInnerProblem
+from .._rewrite import finite_derivatives
+from .._tree import split_trainable, tree_norm
+from .._types import Hyper
+from .._validate import check_count, check_tolerance
+from ._base import AbstractIterativeSolver, StepOutput
+from ._common import check_state_policy, problem_optimality
+
+Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
+
+
+class Descent(AbstractIterativeSolver):
+    """Gradient descent by any optax transform: the inner solver to start with.
+
+    Use it to train a network, and wherever the path matters: learning rates, momenta,
+    decay and per-step schedules become outer variables by building the transform from
+    `hyper`. For a small, smooth, deterministic problem that is to be solved to high
+    accuracy, [`metaopt.OptimistixSolver`][] needs far fewer steps.
+
+    ```python
+    mo.Descent(optax.adam(1e-3), num_steps=200)
+    mo.Descent(lambda hyper: optax.sgd(jnp.exp(hyper.log_lr)), num_steps=200)
+    mo.Descent(  # a learning rate for each step
+        lambda hyper: optax.sgd(lambda step: jnp.exp(hyper.log_lr[step])), num_steps=200
+    )
+    ```
+
+    Derivatives pass through the transform. Where a step of an elementary operation has
+    no finite derivative (the square root in Adam at a gradient entry of exactly zero)
+    it is taken as zero, and forward values are unchanged.
+
+    **Arguments:**
+
+    - `transform`: an optax gradient transformation, or a function `hyper -> transform`.
+    - `num_steps`: the number of steps, and the most that are taken.
+    - `atol`: stop once the Euclidean norm of the gradient is at most this; `None` takes
+        all the steps. Needs inner data without minibatches.
+    - `state_policy`: what becomes of model state, if the problem has any:
+        [`metaopt.CarriedState`][], [`metaopt.FrozenState`][] or
+        [`metaopt.PerStepState`][].
+
+    **Raises:**
+
+    `ValueError` for arguments out of range, and where the inner problem is not a loss
+    to minimise.
+    """
+
+    transform: Transform | Callable[[Hyper], Transform]
+    num_steps: int = eqx.field(static=True)
+    atol: float | None = eqx.field(default=None, static=True)
+    state_policy: AbstractStatePolicy | None = None
+
+    def __check_init__(self):
+        check_count(self.num_steps, "num_steps")
+        check_tolerance(self.atol, "atol")
+        if not callable(self.transform) and not _is_transform(self.transform):
+            raise ValueError(
+                "`transform` must be an optax transform such as `optax.sgd(0.1)`, or a "
+                f"function `hyper -> transform`; got {self.transform!r}."
+            )
+
+    @property
+    def stops_early(self):
+        return self.atol is not None
+
+    def check(self, problem, data):
+        if not isinstance(problem, AbstractInnerProblem):
+            raise ValueError(
+                f"`Descent` minimises a loss, and `{type(problem).__name__}` has none. "
+                "Use `metaopt.Picard` or `metaopt.OptimistixSolver`."
+            )
+        check_state_policy(self, problem)
+        data.check(self.num_steps)
+        if self.stops_early and data.varies:
+            raise ValueError(
+                "`Descent(atol=...)` compares the norm of the gradient, which minibatches"
+                " keep away from zero. Drop `atol`, or hand over plain arrays."
+            )
+
+    def optimality(self, problem, params, hyper, batch, key, state):
+        return problem_optimality(problem, params, hyper, batch, key, state)
+
+    def init(self, problem, params, hyper):
+        return self._build(hyper).init(params)
+
+    def step(self, problem, params, solver_state, hyper, batch, key, model_state):
+        trainable, static = split_trainable(params)
+
+        def loss(trainable):
+            full = eqx.combine(trainable, static)
+            out = problem.evaluate(full, hyper, batch, key, model_state)
+            return out.value, out
+
+        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        def update(gradient, solver_state, trainable, value):
+            return self._build(hyper).update(
+                gradient,
+                solver_state,
+                trainable,
+                value=value,
+                grad=gradient,
+                value_fn=lambda trainable: loss(trainable)[0],
+            )
+
+        updates, solver_state = finite_derivatives(update)(
+            gradient, solver_state, trainable, value
+        )
+        trainable = optax.apply_updates(trainable, updates)
+        converged = None
+        if self.atol is not None:
+            converged = tree_norm(gradient) <= jnp.asarray(self.atol)
+        output = StepOutput(
+            monitor=value, converged=converged, model_state=out.state, aux=out.aux
+        )
+        return eqx.combine(trainable, static), solver_state, output
+
+    def _build(self, hyper: Hyper) -> optax.GradientTransformationExtraArgs:
+        transform: Any = self.transform
+        if not _is_transform(transform):
+            transform = transform(hyper)
+            if not _is_transform(transform):
+                raise ValueError(
+                    "The function given to `Descent` must return an optax transform "
+                    f"such as `optax.sgd(0.1)`; it returned {transform!r}."
+                )
+        return optax.with_extra_args_support(transform)
+
+
+def _is_transform(x: Any) -> bool:
+    # A named tuple of two functions: not callable itself.
+    return isinstance(x, optax.GradientTransformation)

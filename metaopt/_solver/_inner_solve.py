@@ -1,0 +1,83 @@
+"""One inner solve as a value: everything but `hyper` and the start is fixed."""
+
+import equinox as eqx
+import jax
+
+from .._data import AbstractData
+from .._detach import detached
+from .._problem import AbstractProblem
+from .._tree import tree_norm
+from .._types import FloatScalar, Hyper, Key, ModelState, Params
+from ._base import (
+    AbstractDirectSolver,
+    AbstractIterativeSolver,
+    AbstractSolver,
+    Optimality,
+    Outcome,
+)
+from ._loop import Loop
+
+
+class InnerSolve(eqx.Module):
+    """One inner solve: a problem, the solver for it, its data and its randomness.
+
+    Adjoints receive one of these and choose how the derivative passes through it.
+    """
+
+    problem: AbstractProblem
+    solver: AbstractSolver
+    data: AbstractData
+    key: Key
+
+    def loop(self, params: Params) -> Loop:
+        """The steps of the solve. Needs an iterative solver."""
+        assert isinstance(self.solver, AbstractIterativeSolver)  # checked by adjoints
+        return Loop(self.problem, self.solver, self.data, params, self.key)
+
+    def primal(
+        self, params: Params, hyper: Hyper, model_state: ModelState
+    ) -> Outcome:
+        """The solution, held constant for derivatives."""
+
+        def solve(params, hyper, model_state):
+            if isinstance(self.solver, AbstractDirectSolver):
+                batch = self.data.full()
+                return self.solver.solve(
+                    self.problem, params, hyper, batch, self.key, model_state
+                )
+            loop = self.loop(params)
+            state = loop.start(params, hyper, model_state)
+            return loop.finish(*loop.run_primal(hyper, state, 0, loop.num_steps))
+
+        return detached(solve, params, hyper, model_state)
+
+    def optimality(self, outcome: Outcome, hyper: Hyper) -> Optimality:
+        """The condition that the solution satisfies, on all of the data.
+
+        A loss that takes a key is given one and the same here at every call: a frozen
+        draw of its randomness.
+        """
+        return self.solver.optimality(
+            self.problem,
+            outcome.params,
+            hyper,
+            self.data.full(),
+            self.key,
+            jax.lax.stop_gradient(outcome.model_state),
+        )
+
+    def last_residual(self, outcome: Outcome, hyper: Hyper) -> FloatScalar:
+        """The norm of the optimality at the solution, on the batch of the last step."""
+        if isinstance(self.solver, AbstractIterativeSolver):
+            batch, key = self.loop(outcome.params).last_draw()
+        else:
+            batch, key = self.data.full(), self.key
+
+        def residual(outcome, hyper):
+            condition = self.solver.optimality(
+                self.problem, outcome.params, hyper, batch, key, outcome.model_state
+            )
+            params = eqx.filter(outcome.params, eqx.is_inexact_array)
+            return tree_norm(condition(params, eqx.filter(hyper, eqx.is_inexact_array)))
+
+        return detached(residual, outcome, hyper)

@@ -1,0 +1,146 @@
+"""Any optimistix solver as an inner solver."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix as optx
+
+from .._problem import AbstractFixedPointProblem, AbstractInnerProblem
+from .._results import RESULTS
+from .._rewrite import carry_conditions
+from .._tree import split_trainable
+from .._validate import check_count
+from ._base import AbstractDirectSolver, Outcome
+from ._common import problem_optimality
+
+_Minimiser = optx.AbstractMinimiser
+_LeastSquares = optx.AbstractLeastSquaresSolver
+_RootFinder = optx.AbstractRootFinder
+_FixedPoint = optx.AbstractFixedPointSolver
+
+
+class OptimistixSolver(AbstractDirectSolver):
+    """Runs any optimistix minimiser, root finder or fixed-point solver.
+
+    Use it for smooth, deterministic problems that are to be solved to a tolerance, with
+    [`metaopt.ImplicitAdjoint`][]. A root finder given a loss finds a zero of its
+    gradient; given a fixed-point problem, a zero of `step(params) - params`.
+
+    ```python
+    mo.OptimistixSolver(optx.BFGS(rtol=1e-8, atol=1e-8))
+    ```
+
+    **Arguments:**
+
+    - `solver`: the optimistix solver.
+    - `max_steps`: the most steps it may take.
+
+    **Raises:**
+
+    `ValueError` where the solver does not fit the kind of the inner problem.
+    """
+
+    solver: _Minimiser | _LeastSquares | _RootFinder | _FixedPoint
+    max_steps: int = eqx.field(default=256, static=True)
+
+    def __check_init__(self):
+        known = (_Minimiser, _LeastSquares, _RootFinder, _FixedPoint)
+        if not isinstance(self.solver, known):
+            raise ValueError(
+                "`solver` must be an optimistix solver such as `optimistix.BFGS(...)`; "
+                f"got {self.solver!r}."
+            )
+        check_count(self.max_steps, "max_steps")
+
+    def check(self, problem, data):
+        data.check(1)
+        refuse_state(self, problem)
+        if isinstance(problem, AbstractInnerProblem):
+            fits = isinstance(self.solver, (_Minimiser, _RootFinder))
+            want = "an optimistix minimiser such as `BFGS`, or a root finder"
+        elif isinstance(problem, AbstractFixedPointProblem):
+            fits = True
+            want = ""
+        else:
+            fits = not isinstance(self.solver, _FixedPoint)
+            want = "an optimistix root finder such as `Newton`"
+        if not fits:
+            raise ValueError(
+                f"`{type(self.solver).__name__}` cannot solve `{type(problem).__name__}`"
+                f". Use {want}."
+            )
+
+    def optimality(self, problem, params, hyper, batch, key, state):
+        return problem_optimality(problem, params, hyper, batch, key, state)
+
+    def solve(self, problem, params, hyper, batch, key, model_state):
+        trainable, static = split_trainable(params)
+
+        def evaluate(trainable):
+            full = eqx.combine(trainable, static)
+            return problem.evaluate(full, hyper, batch, key, model_state)
+
+        if isinstance(problem, AbstractInnerProblem) and isinstance(
+            self.solver, _Minimiser
+        ):
+            entry = optx.minimise
+            fn = lambda y, _: evaluate(y).value
+        elif isinstance(problem, AbstractFixedPointProblem) and isinstance(
+            self.solver, _FixedPoint
+        ):
+            entry = optx.fixed_point
+            fn = lambda y, _: split_trainable(evaluate(y).value)[0]
+        else:
+            entry = optx.root_find
+            condition = self.optimality(
+                problem, params, hyper, batch, key, model_state
+            )
+            constant = split_trainable(hyper)[0]
+            fn = lambda y, _: condition(y, constant)
+
+        def run(trainable):
+            solution = entry(
+                fn, self.solver, trainable, max_steps=self.max_steps, throw=False
+            )
+            return solution.value, solution.result, solution.stats["num_steps"]
+
+        value, result, num_steps = carry_conditions(run)(trainable)
+        return direct_outcome(
+            problem,
+            eqx.combine(value, static),
+            evaluate(value),
+            RESULTS.promote(result),
+            num_steps,
+        )
+
+
+def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
+    """The outcome of a solve that ran as a whole."""
+    ours = result
+    for theirs, code in (
+        (RESULTS.nonlinear_max_steps_reached, RESULTS.inner_max_steps),
+        (RESULTS.nonlinear_divergence, RESULTS.inner_diverged),
+        (RESULTS.nonfinite, RESULTS.inner_nonfinite),
+    ):
+        ours = RESULTS.where(result == theirs, code, ours)
+    num_steps = jnp.asarray(num_steps)
+    failed = (ours == RESULTS.inner_nonfinite) | (ours == RESULTS.inner_diverged)
+    return Outcome(
+        params=params,
+        model_state=None,
+        aux=evaluation.aux if problem.has_aux else None,
+        result=ours,
+        num_steps=num_steps,
+        losses=None,
+        failed_step=jnp.where(failed, num_steps, -1),
+    )
+
+
+def refuse_state(solver, problem) -> None:
+    if problem.has_state:
+        raise ValueError(
+            f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "
+            "with a `state_policy`, or keep the statistics out of the inner problem."
+        )
+
+
+__all__ = ["OptimistixSolver", "direct_outcome", "refuse_state"]

@@ -1,0 +1,120 @@
+"""Pytrees as vectors. What `optax.tree` already offers is used from there."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._types import BoolScalar, FloatScalar, PyTree, Vector
+
+
+def tree_dot(x: Vector, y: Vector) -> FloatScalar:
+    """The inner product of two vectors, accumulated in at least float32.
+
+    Half-precision leaves are multiplied and summed in float32, so that the coefficients
+    of a Krylov method keep their meaning whatever the precision of the parameters.
+    """
+
+    def leaf_dot(a, b):
+        dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+        a, b = a.astype(dtype).ravel(), b.astype(dtype).ravel()
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    products = jax.tree.leaves(jax.tree.map(leaf_dot, x, y))
+    if not products:
+        return jnp.zeros((), jnp.float32)
+    dtype = jnp.result_type(*products)
+    return sum((p.astype(dtype) for p in products[1:]), products[0].astype(dtype))
+
+
+def tree_norm(x: Vector) -> FloatScalar:
+    """The Euclidean norm of a vector, accumulated in at least float32."""
+    return jnp.sqrt(tree_dot(x, x))
+
+
+def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:
+    """`scalar * x`, each leaf in its own dtype."""
+    return jax.tree.map(lambda a: scalar.astype(a.dtype) * a, x)
+
+
+def tree_axpy(scalar: FloatScalar, x: Vector, y: Vector) -> Vector:
+    """`scalar * x + y`, each leaf in the dtype of `y`."""
+    return jax.tree.map(lambda a, b: (scalar.astype(b.dtype) * a + b), x, y)
+
+
+def tree_add(x: Vector, y: Vector) -> Vector:
+    """`x + y`."""
+    return optax.tree.add(x, y)
+
+
+def tree_sub(x: Vector, y: Vector) -> Vector:
+    """`x - y`."""
+    return optax.tree.sub(x, y)
+
+
+def tree_neg(x: Vector) -> Vector:
+    """`-x`."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def tree_zeros_like(x: PyTree) -> PyTree:
+    """Zeros with the shapes and dtypes of `x` (arrays or `jax.ShapeDtypeStruct`s)."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
+
+
+def tree_where(condition: BoolScalar, x: PyTree, y: PyTree) -> PyTree:
+    """`x` where `condition` holds, else `y`; leaf by leaf, for one scalar condition."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def tree_all_finite(x: PyTree) -> BoolScalar:
+    """Whether no floating-point entry of `x` is infinite or NaN."""
+    leaves = jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))
+    checks = [jnp.all(jnp.isfinite(a)) for a in leaves]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+
+
+def tree_size(x: PyTree) -> int:
+    """The number of floating-point entries of `x`."""
+    leaves = jax.tree.leaves(eqx.filter(x, _is_inexact))
+    return sum(int(np.prod(a.shape)) for a in leaves)
+
+
+def tree_structs(x: PyTree) -> PyTree:
+    """`x` with every array replaced by its `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x)
+
+
+def tree_dtype(x: PyTree) -> np.dtype:
+    """The dtype in which a scalar made from the vector `x` is held: at least float32."""
+    leaves = jax.tree.leaves(eqx.filter(x, _is_inexact))
+    return jnp.result_type(jnp.float32, *(a.dtype for a in leaves))
+
+
+def tree_strong(x: PyTree) -> PyTree:
+    """`x` without weak types, which would make an equal call trace a second time."""
+    return jax.tree.map(
+        lambda a: (
+            jax.lax.convert_element_type(a, a.dtype) if eqx.is_inexact_array(a) else a
+        ),
+        x,
+    )
+
+
+def leaf_names(x: PyTree, root: str) -> list[str]:
+    """How a user would write each leaf of `x`, e.g. `hyper.log_lr` or `hyper['l2']`."""
+    paths = jax.tree_util.tree_flatten_with_path(x)[0]
+    return [root + jax.tree_util.keystr(path) for path, _ in paths]
+
+
+def split_trainable(x: PyTree) -> tuple[Vector, PyTree]:
+    """`x` as a vector of its floating-point arrays, and all the rest.
+
+    The inverse is `equinox.combine`.
+    """
+    return eqx.partition(x, eqx.is_inexact_array)
+
+
+def _is_inexact(a) -> bool:
+    return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.inexact)

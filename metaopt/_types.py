@@ -1,0 +1,46 @@
+"""Type aliases. Imports nothing of ours."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+
+Params: TypeAlias = PyTree[Any]
+"""The inner variables: any pytree whose floating-point arrays are trained."""
+
+Hyper: TypeAlias = PyTree[Any]
+"""The outer variables: any pytree whose floating-point arrays are tuned."""
+
+Batch: TypeAlias = PyTree[Any]
+"""What a loss is evaluated on: any pytree of arrays."""
+
+Aux: TypeAlias = PyTree[Any]
+"""Whatever a loss returns beside its value."""
+
+ModelState: TypeAlias = PyTree[Any]
+"""What a model updates as it runs and nobody differentiates a loss for, such as the
+running statistics of batch normalisation. `None` where there is none."""
+
+Key: TypeAlias = PRNGKeyArray
+BoolScalar: TypeAlias = Bool[Array, ""]
+FloatScalar: TypeAlias = Float[Array, ""]
+IntScalar: TypeAlias = Int[Array, ""]
+LossFn: TypeAlias = Callable[..., Any]
+Vector: TypeAlias = PyTree[Float[Array, "..."]]
+"""A point of a vector space: a pytree of floating-point arrays (and `None`s)."""
+
+__all__ = [
+    "Aux",
+    "Batch",
+    "BoolScalar",
+    "FloatScalar",
+    "Hyper",
+    "IntScalar",
+    "Key",
+    "LossFn",
+    "ModelState",
+    "Params",
+    "PyTree",
+    "Scalar",
+    "Vector",
+]

@@ -1,0 +1,154 @@
+"""Checks of what users hand over, made once at the public boundary."""
+
+import math
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._tree import leaf_names, tree_strong
+from ._types import Hyper
+
+
+def check_count(value: Any, name: str, minimum: int = 1) -> None:
+    """Raises a `ValueError` unless `value` is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"`{name}` must be an int; got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
+
+
+def check_tolerance(value: Any, name: str, *, infinite: bool = False) -> None:
+    """Raises a `ValueError` unless `value` is a non-negative number (or `None`)."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, np.floating, np.integer)
+    ):
+        raise ValueError(f"`{name}` must be a non-negative number; got {value!r}.")
+    if not value >= 0 or (math.isinf(value) and not infinite):
+        raise ValueError(
+            f"`{name}` must be a non-negative, finite number; got {value!r}."
+        )
+
+
+def canonical_hyper(hyper: Hyper) -> Hyper:
+    """`hyper` with Python numbers made arrays, so that a new value never retraces.
+
+    **Raises:**
+
+    `TypeError` for a Python int or bool leaf, or if nothing in `hyper` can be tuned;
+    `ValueError` for a leaf that is complex, empty, infinite or NaN.
+    """
+    names = leaf_names(hyper, "hyper")
+    leaves, structure = jax.tree.flatten(hyper)
+    out = [_canonical_leaf(name, leaf) for name, leaf in zip(names, leaves)]
+    if not any(eqx.is_inexact_array(leaf) for leaf in out):
+        raise TypeError(
+            "`hyper` holds no floating-point array, so there is nothing to tune"
+            + (f": it is {hyper!r}." if len(repr(hyper)) < 80 else ".")
+        )
+    check_finite(out, names)
+    return tree_strong(jax.tree.unflatten(structure, out))
+
+
+def _canonical_leaf(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, (bool, int)) or (
+        isinstance(leaf, np.generic) and not isinstance(leaf, np.inexact)
+    ):
+        raise TypeError(
+            f"`{name}` is {leaf!r}: an integer or bool cannot be tuned by hypergradient. "
+            f"Write it as a float, or keep it out of `hyper` (as a static field)."
+        )
+    if isinstance(leaf, (float, np.generic, np.ndarray)):
+        leaf = _to_jax(leaf, name)
+    if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"`{name}` is complex. Split it into its real and imaginary parts."
+        )
+    if eqx.is_inexact_array(leaf):
+        if leaf.size == 0:
+            raise ValueError(f"`{name}` is an empty array of shape {leaf.shape}.")
+    return leaf
+
+
+def canonical_arrays(tree: Any, name: str) -> Any:
+    """`tree` with NumPy arrays moved to JAX, and checked for NaN and complex numbers.
+
+    **Raises:**
+
+    `ValueError` naming the array.
+    """
+    names = leaf_names(tree, name)
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [
+        _to_jax(leaf, where) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
+        for where, leaf in zip(names, leaves)
+    ]
+    for where, leaf in zip(names, leaves):
+        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`{where}` is complex. Split it into its real and imaginary parts."
+            )
+    check_finite(leaves, names)
+    return tree_strong(jax.tree.unflatten(structure, leaves))
+
+
+def check_params(params: Any) -> None:
+    """Raises a `ValueError` unless `params` holds something to train."""
+    names = leaf_names(params, "params")
+    leaves = jax.tree.leaves(params)
+    if not any(eqx.is_inexact_array(leaf) for leaf in leaves):
+        raise ValueError(
+            "`params` holds no floating-point array, so there is nothing to train."
+        )
+    for name, leaf in zip(names, leaves):
+        if eqx.is_inexact_array(leaf) and leaf.size == 0:
+            raise ValueError(f"`{name}` is an empty array of shape {leaf.shape}.")
+        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`{name}` is complex. Split it into its real and imaginary parts."
+            )
+
+
+def check_finite(leaves: list[Any], names: list[str]) -> None:
+    """Raises a `ValueError` naming the first concrete leaf with an infinite or NaN."""
+    known = [
+        (name, leaf)
+        for name, leaf in zip(names, leaves)
+        if eqx.is_inexact_array(leaf) and not isinstance(leaf, jax.core.Tracer)
+    ]
+    if known and not _all_finite([leaf for _, leaf in known]):
+        name = next(name for name, leaf in known if not _all_finite([leaf]))
+        raise ValueError(f"`{name}` holds infinite or NaN values.")
+
+
+@jax.jit
+def _all_finite(leaves):
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _to_jax(leaf: Any, name: str) -> jax.Array:
+    given = np.asarray(leaf).dtype
+    array = jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(given))
+    if isinstance(leaf, np.ndarray) and given == np.float64 != array.dtype:
+        warnings.warn(
+            f"`{name}` is float64 and is used as {array.dtype}, because JAX runs in 32 "
+            "bits by default. Cast it, or set `jax.config.update('jax_enable_x64', "
+            "True)`.",
+            stacklevel=3,
+        )
+    return array
+
+
+__all__ = [
+    "canonical_arrays",
+    "canonical_hyper",
+    "check_count",
+    "check_finite",
+    "check_params",
+    "check_tolerance",
+]

@@ -1,0 +1,230 @@
+"""Reading and fetching data files, with nothing in them trusted.
+
+A file from elsewhere may be cut short, may be a web page, may be huge when unpacked, or
+may hold pickled objects that run code when loaded. So: sizes are checked against a cap
+before memory is taken for them, checksums before anything is unpacked, no pickle is
+ever read, and a file appears under its name only when it is complete.
+"""
+
+import hashlib
+import http.client
+import math
+import os
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+# The third and fourth byte of an IDX file: element type (0x08 is uint8) and number of
+# axes; the first two are zero. http://yann.lecun.com/exdb/mnist/ defines the format.
+_IDX_UINT8 = 0x08
+
+_READ_ERRORS = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged or not what it should be.
+
+    The text names the file and the reason. No part of the file has been kept.
+    """
+
+
+def data_folder(root: str | os.PathLike | None) -> Path:
+    """Where data sets are looked for and kept.
+
+    **Arguments:**
+
+    - `root`: a folder that the user named, or `None`.
+
+    **Returns:**
+
+    `root` if given; else the folder named by the environment variable `METAOPT_DATA`;
+    else `metaopt` in the user's cache folder. It need not exist.
+    """
+    if root is not None:
+        return Path(root)
+    named = os.environ.get("METAOPT_DATA")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "metaopt"
+
+
+def _is_web_page(content: bytes) -> bool:
+    return content.lstrip()[:1] == b"<"
+
+
+def check_sha256(content: bytes, sha256: str, source: str) -> None:
+    """Refuses content that is not what was published.
+
+    **Arguments:**
+
+    - `content`: the whole content of a file.
+    - `sha256`: the published checksum, in hexadecimal.
+    - `source`: where the content came from (a path or an address), for the message.
+    """
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256.lower():
+        reason = (
+            "is a web page, not the data"
+            if _is_web_page(content)
+            else "is damaged or another file"
+        )
+        raise DataError(
+            f"{source} {reason}: its SHA-256 is {found}, expected {sha256.lower()}."
+        )
+
+
+def fetch(url: str, sha256: str, max_bytes: int, timeout: float = 30.0) -> bytes:
+    """Downloads one small file into memory and checks it.
+
+    **Arguments:**
+
+    - `url`: where it is, an `http` or `https` address.
+    - `sha256`: its published checksum, in hexadecimal.
+    - `max_bytes`: reading stops with an error beyond this size.
+    - `timeout`: how many seconds the server may be silent.
+
+    **Returns:**
+
+    The content. Nothing is written to disk.
+    """
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise DataError(f"{url} cannot be downloaded: not an http or https address.")
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            content = response.read(max_bytes + 1)
+    except (OSError, http.client.HTTPException) as error:
+        # urllib.error.URLError, a refused connection and a time-out are OSErrors.
+        raise DataError(f"{url} could not be downloaded: {error!r}.") from error
+    if len(content) > max_bytes:
+        raise DataError(f"{url} is larger than the allowed {max_bytes:,} bytes.")
+    check_sha256(content, sha256, url)
+    return content
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there complete or not at all.
+
+    **Arguments:**
+
+    - `path`: the file to write; its folder is made if need be.
+    - `content`: the whole content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp lets nobody else read it, but a data folder may be shared.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def parse_idx(content: bytes, num_axes: int, max_bytes: int, source: str) -> np.ndarray:
+    """Reads a gzipped IDX file of unsigned bytes (the format of MNIST).
+
+    **Arguments:**
+
+    - `content`: the whole gzipped file.
+    - `num_axes`: how many axes the array must have.
+    - `max_bytes`: the largest size that it may unpack to.
+    - `source`: where the content came from, for messages.
+
+    **Returns:**
+
+    A uint8 array with `num_axes` axes.
+    """
+    if _is_web_page(content):
+        raise DataError(f"{source} is a web page, not the data.")
+    try:
+        # A decompressor with a bound: a file of a few kilobytes can unpack to many
+        # gigabytes.
+        unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        raw = unpacker.decompress(content, max_bytes + 1)
+    except zlib.error as error:
+        raise DataError(f"{source} is not a sound gzip file: {error}.") from error
+    if len(raw) > max_bytes:
+        raise DataError(
+            f"{source} unpacks to more than the allowed {max_bytes:,} bytes."
+        )
+    if not unpacker.eof:
+        raise DataError(f"{source} is not a sound gzip file: it is cut short.")
+    magic = bytes((0, 0, _IDX_UINT8, num_axes))
+    if raw[:4] != magic:
+        raise DataError(
+            f"{source} has the wrong magic number {raw[:4].hex()}, expected "
+            f"{magic.hex()} (IDX, unsigned bytes, {num_axes} axes)."
+        )
+    start = 4 + 4 * num_axes
+    shape = tuple(
+        int.from_bytes(raw[4 + 4 * axis : 8 + 4 * axis], "big")
+        for axis in range(num_axes)
+    )
+    if len(raw) != start + math.prod(shape):
+        raise DataError(
+            f"{source} says it holds an array of shape {shape}, which takes "
+            f"{start + math.prod(shape):,} bytes, but has {len(raw):,}."
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _check_npz_member(archive: zipfile.ZipFile, key: str, max_bytes: int) -> None:
+    info = archive.getinfo(f"{key}.npy")
+    if info.file_size > max_bytes:
+        raise ValueError(f"array `{key}` takes more than {max_bytes:,} bytes")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            header = np.lib.format.read_array_header_1_0(member)
+        else:
+            header = np.lib.format.read_array_header_2_0(member)
+    shape, _, dtype = header
+    if dtype.hasobject:
+        raise ValueError(
+            f"array `{key}` holds pickled Python objects, which can run code"
+        )
+    # NumPy takes memory for what the header claims before it reads on.
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(
+            f"array `{key}` claims shape {shape}, more than its {info.file_size:,} "
+            "bytes can hold"
+        )
+
+
+def read_npz(path: Path, keys: Sequence[str], max_bytes: int) -> dict[str, np.ndarray]:
+    """Reads named arrays from an `.npz` file, never unpickling anything.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `keys`: the names of the arrays.
+    - `max_bytes`: the largest size that one of them may unpack to.
+
+    **Returns:**
+
+    A dictionary with those keys.
+    """
+    try:
+        with path.open("rb") as file:
+            if _is_web_page(file.read(64)):
+                raise ValueError("it is a web page, not the data")
+        with zipfile.ZipFile(path) as archive:
+            for key in keys:
+                _check_npz_member(archive, key, max_bytes)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in keys}
+    except _READ_ERRORS as error:
+        reason = error.args[0] if error.args else repr(error)
+        raise DataError(f"{path} cannot be read: {reason}.") from error

@@ -1,0 +1,129 @@
+"""Labelled images, and how to divide them."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Float32, Int32
+
+
+class ImageData(eqx.Module):
+    """Labelled images, flattened, held on the host as NumPy arrays.
+
+    It is a pytree with two leaves, `x` and `y`, so it can be given to a jitted function
+    as it is. `len(data)` is the number of images; `data[:1000]` and `data[indices]`
+    select some of them.
+
+    **Arguments:**
+
+    - `x`: the images, float32 of shape `(n, d)`, brightness from 0 to 1.
+    - `y`: their labels, int32 of shape `(n,)`, from 0 to `num_classes - 1`.
+    - `num_classes`: how many classes there are.
+    - `name`: what the data are called in tables and pictures.
+
+    **Raises:**
+
+    `ValueError` if the shapes, dtypes or ranges are not those.
+    """
+
+    x: Float32[np.ndarray, "n d"]
+    y: Int32[np.ndarray, " n"]
+    num_classes: int = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.x.ndim != 2 or self.x.dtype != np.float32:
+            raise ValueError(
+                "`x` must be float32 of shape (n, d), got "
+                f"{self.x.dtype} of shape {self.x.shape}."
+            )
+        if self.y.ndim != 1 or self.y.dtype != np.int32:
+            raise ValueError(
+                "`y` must be int32 of shape (n,), got "
+                f"{self.y.dtype} of shape {self.y.shape}."
+            )
+        if len(self.x) != len(self.y):
+            raise ValueError(
+                f"`x` has {len(self.x)} images but `y` has {len(self.y)} labels."
+            )
+        # Written so that NaN fails.
+        if self.x.size and not (self.x.min() >= 0 and self.x.max() <= 1):
+            raise ValueError(
+                "`x` must lie between 0 and 1, got values from "
+                f"{self.x.min()} to {self.x.max()}."
+            )
+        if self.y.size and not (self.y.min() >= 0 and self.y.max() < self.num_classes):
+            raise ValueError(
+                f"`y` must lie between 0 and {self.num_classes - 1} "
+                f"(`num_classes` is {self.num_classes}), got labels from "
+                f"{self.y.min()} to {self.y.max()}."
+            )
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.y)
+
+    def __getitem__(self, index: slice | np.ndarray) -> "ImageData":
+        """The images that a slice, or an array of positions or booleans, selects."""
+        return ImageData(self.x[index], self.y[index], self.num_classes, self.name)
+
+
+def _check_count(value: object, argument: str, lowest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{argument} must be an integer, got {value!r}.")
+    if value < lowest:
+        raise ValueError(f"{argument} must be at least {lowest}, got {value}.")
+    return int(value)
+
+
+def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, ...]:
+    """Divides data at random into parts that have no image in common.
+
+    The images are shuffled, whatever their class, and dealt out in turn; images beyond
+    the sum of `sizes` are left out. The same seed gives the same parts on every
+    machine. The classes are not balanced: use it where each part has at least some
+    dozens of images per class.
+
+    !!! example
+
+        ```python
+        import metaopt as mo
+
+        digits = mo.datasets.load_digits()
+        train, valid, test = mo.datasets.split(digits, (800, 400, 597), seed=0)
+        ```
+
+    **Arguments:**
+
+    - `data`: what to divide.
+    - `sizes`: how many images each part gets, at least 1 each and `len(data)` in all at
+        most.
+    - `seed`: a non-negative integer that fixes the shuffle.
+
+    **Returns:**
+
+    One `ImageData` for each entry of `sizes`, in that order.
+
+    **Raises:**
+
+    `ValueError` that names the argument, if a size or the seed is not such a number.
+    """
+    if not isinstance(sizes, Sequence | np.ndarray) or len(sizes) == 0:
+        raise ValueError(
+            "`sizes` must be a sequence with one size for each part, for example "
+            f"(800, 400), got {sizes!r}."
+        )
+    checked = [
+        _check_count(size, f"`sizes[{i}]`", lowest=1) for i, size in enumerate(sizes)
+    ]
+    seed = _check_count(seed, "`seed`", lowest=0)
+    if sum(checked) > len(data):
+        raise ValueError(
+            f"`sizes` sum to {sum(checked)}, but {data.name} has only {len(data)} "
+            "images."
+        )
+    order = np.random.default_rng(seed).permutation(len(data))
+    ends = np.cumsum(checked)
+    return tuple(
+        data[order[end - size : end]] for end, size in zip(ends, checked, strict=True)
+    )

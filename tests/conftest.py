@@ -1,0 +1,40 @@
+"""Set-up shared by all tests: CPU, float64 allowed, fixed seeds."""
+
+import os
+
+
+# Read by jax when it is first imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+# Closed forms and finite differences are compared in float64. Tests of float32
+# behaviour ask for float32 arrays.
+jax.config.update("jax_enable_x64", True)
+
+# The same examples on every run, and no limit on the time of one (compilation).
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_numpy_seed():
+    np.random.seed(0)
+
+
+@pytest.fixture
+def get_key():
+    """A function that returns a new random key at each call, the same on each run."""
+    key = jax.random.key(20_24)
+
+    def new_key():
+        nonlocal key
+        key, out = jax.random.split(key)
+        return out
+
+    return new_key

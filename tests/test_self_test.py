@@ -1,0 +1,132 @@
+"""The known-answer self-test and the command that runs it."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import jaxlib.version
+import pytest
+
+from metaopt import __main__ as command_line, _self_test
+
+
+@pytest.fixture
+def fresh_warning():
+    _self_test.warn_if_known_bad.cache_clear()
+    yield
+    _self_test.warn_if_known_bad.cache_clear()
+
+
+def test_known_answer():
+    # jaxlib 0.10.2 once passed every other test here while its products were wrong.
+    assert _self_test.known_answer()
+
+
+def test_known_answer_fails_on_wrong_rows(monkeypatch):
+    # What the bad release does, in miniature: rows shifted by 128.
+    right = _self_test._batched_square_norm
+    monkeypatch.setattr(
+        _self_test, "_batched_square_norm", lambda rows: right(rows).at[128:].set(0.0)
+    )
+    assert not _self_test.known_answer()
+    monkeypatch.setattr(
+        _self_test, "_batched_square_norm", lambda rows: right(rows) * float("nan")
+    )
+    assert not _self_test.known_answer()
+
+
+def test_warns_once_about_the_bad_release(monkeypatch, fresh_warning):
+    monkeypatch.setattr(jaxlib.version, "__version__", "0.10.2")
+    with pytest.warns(RuntimeWarning, match=r"0\.10\.2 computes wrong numbers.*pip"):
+        _self_test.warn_if_known_bad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _self_test.warn_if_known_bad()
+
+
+@pytest.mark.parametrize("version", ["0.10.0", "0.10.1", "0.11.0", "0.10.20"])
+def test_other_releases_do_not_warn(monkeypatch, fresh_warning, version):
+    monkeypatch.setattr(jaxlib.version, "__version__", version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _self_test.warn_if_known_bad()
+
+
+@pytest.mark.parametrize(
+    "right, version, trusted, word",
+    [
+        (True, "0.10.1", True, "OK"),
+        (False, "0.10.1", False, "WRONG"),
+        (False, "0.10.2", False, "WRONG"),
+        (True, "0.10.2", False, "DOUBTFUL"),
+    ],
+)
+def test_verdict(right, version, trusted, word):
+    ok, sentence = _self_test.verdict(right, version)
+    assert ok is trusted
+    assert sentence.startswith(word)
+    assert version in sentence
+    assert trusted or "pip install" in sentence
+
+
+def test_check_passes(capsys):
+    assert command_line.main(["check"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name in ("python", "jax", "jaxlib", "equinox", "optax", "lineax", "jaxopt"):
+        assert f"\n{name} " in out
+    assert out.splitlines()[-1].startswith("OK")
+    assert out.isascii()
+
+
+def test_check_fails_aloud(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "known_answer", lambda: False)
+    assert command_line.main(["check"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["check", "--help"]])
+def test_help(arguments, capsys):
+    assert command_line.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "usage: python -m metaopt" in out
+    assert err == ""
+
+
+def test_version(capsys):
+    assert command_line.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("metaopt ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no command given"),
+        (["chek"], "did you mean 'check'"),
+        (["--versoin"], "did you mean '--version'"),
+        (["zzzzzz"], "known: check, --version, --help"),
+        (["check", "now"], "'check' takes no argument 'now'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert command_line.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_reader_gone():
+    # A pipe whose reader has closed once ended in a BrokenPipeError traceback.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "metaopt", "--version"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr
