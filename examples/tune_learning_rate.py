@@ -1,6 +1,6 @@
 """Tunes learning rates, momentum, weight decay and a schedule by hypergradient.
 
-A small network is trained for 100 steps of SGD. Unrolled differentiation through all of
+A small network is trained for 50 steps of SGD. Unrolled differentiation through all of
 them says how each setting should change for a lower validation loss: first one learning
 rate and one weight decay per layer and a momentum, then a learning rate for every step
 and layer. The result is compared with an untuned default and with random search on the
@@ -19,10 +19,12 @@ from _shared import load, parse_arguments, print_table, write_metrics
 
 import metaopt as mo
 
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NUM_STEPS = 100  # of the inner solver
+
+NUM_STEPS = 50  # of the inner solver
 LAYERS = 3
 BATCH_SIZE = 100
 # A reverse pass costs about 2.5 gradients for each inner step besides the forward one:
@@ -117,7 +119,10 @@ def tune(problem, hyper, train, valid, rate: float, steps: int, key, label: str)
         adjoint=mo.UnrolledAdjoint(),
         # Near the largest stable rate a hypergradient can be huge for one draw of the
         # minibatches: clipping bounds what it does to the moments of Adam.
-        outer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
+        outer=optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adam(optax.cosine_decay_schedule(rate, steps)),
+        ),
     )
     solution = mo.solve_bilevel(
         problem,
@@ -184,29 +189,35 @@ def evaluate(problem, hyper, train, parts, keys):
     return mean, np.mean(curves, axis=0)
 
 
+def smooth(values, width=9):
+    """A centred running mean, over fewer values at the ends."""
+    weights = np.convolve(np.ones(len(values)), np.ones(width), "same")
+    return np.convolve(values, np.ones(width), "same") / weights
+
+
 def picture(out, schedule: Hyper, curves: dict[str, np.ndarray], valid_losses):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     rates = np.exp(np.asarray(schedule.log_rate))
     for layer in range(LAYERS):
         axes[0].plot(rates[:, layer], label=f"layer {layer + 1}", linewidth=1.8)
-    axes[0].set(
-        title="Learned schedule", xlabel="inner step", ylabel="learning rate"
-    )
+    axes[0].set(title="Learned schedule", xlabel="inner step", ylabel="learning rate")
     axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     for name, curve in curves.items():
-        axes[1].plot(curve, label=name, linewidth=1.8)
+        axes[1].plot(smooth(curve, 3), label=name, linewidth=1.8)
     axes[1].set(
         title="Training from unseen seeds", xlabel="inner step", ylabel="training loss"
     )
     axes[1].set_yscale("log")
     axes[1].legend(frameon=False)
     begin = 0
-    for name, losses in valid_losses.items():
-        axes[2].plot(range(begin, begin + len(losses)), losses, label=name)
+    for color, (name, losses) in zip(("C2", "C3"), valid_losses.items()):
+        steps = np.arange(begin, begin + len(losses))
+        axes[2].plot(steps, losses, color=color, alpha=0.25, linewidth=1)
+        axes[2].plot(steps, smooth(losses), color=color, label=name, linewidth=2)
         begin += len(losses)
     axes[2].set(
-        title="Validation loss while tuning",
+        title="Validation loss while tuning (bold: running mean)",
         xlabel="outer step",
         ylabel="validation loss",
     )
@@ -219,7 +230,7 @@ def picture(out, schedule: Hyper, curves: dict[str, np.ndarray], valid_losses):
 
 
 def main():
-    arguments = parse_arguments("tune_learning_rate", __doc__, steps=60)
+    arguments = parse_arguments("tune_learning_rate", str(__doc__), steps=60)
     steps = 2 if arguments.quick else arguments.steps
     num_seeds = 2 if arguments.quick else 10
     data = load(arguments.data)
@@ -236,7 +247,14 @@ def main():
     keys = jax.random.split(key, 4)
 
     fixed = tune(
-        problem, default_hyper(), train, valid, 0.04, steps, keys[0], "one rate per layer"
+        problem,
+        default_hyper(),
+        train,
+        valid,
+        0.08,
+        steps,
+        keys[0],
+        "one rate per layer",
     )
     scheduled = tune(
         problem,

@@ -4,22 +4,29 @@ The inner problem is strongly convex and solved to convergence, so the hypergrad
 implicit: one linear system, solved by conjugate gradients on Hessian-vector products,
 whatever the number of outer variables. The result is compared with the best of a grid
 of 21 values of one shared decay. With 650 outer variables and 750 validation images it
-overfits the validation set, and the table shows by how much.
+overfits the validation set: the table shows by how much, and `--steps 150` how the test
+loss turns round.
 """
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import optax
-import optimistix as optx
 from _shared import load, parse_arguments, print_table, write_metrics
 
 import metaopt as mo
 
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+# The tuned decays spread over many powers of ten: float32 cannot solve such an inner
+# problem to convergence.
+jax.config.update("jax_enable_x64", True)
 
 GRID = np.linspace(-14.0, 2.0, 21)  # of the logarithm of one shared decay
 NUM_SPLITS = 3
@@ -57,8 +64,8 @@ def accuracy(params, batch):
     return jnp.mean(jnp.argmax(predict(params, x), axis=-1) == y)
 
 
-def inner_solver() -> mo.OptimistixSolver:
-    return mo.OptimistixSolver(optx.LBFGS(rtol=1e-5, atol=1e-5), max_steps=2000)
+def inner_solver() -> mo.Descent:
+    return mo.Descent(optax.lbfgs(), num_steps=1000, atol=1e-5)
 
 
 def shared_decay(problem: SoftmaxRegression, log_decay):
@@ -92,7 +99,7 @@ def grid_search(problem, train, valid):
         hyper = shared_decay(problem, log_decay)
         return cross_entropy(fit(problem, hyper, train), hyper, valid)
 
-    return jax.lax.map(at, jnp.asarray(GRID, jnp.float32))
+    return jax.lax.map(at, jnp.asarray(GRID))
 
 
 def tune(inner, hyper, train, valid, test, steps, key):
@@ -110,7 +117,7 @@ def tune(inner, hyper, train, valid, test, steps, key):
         valid,
         solver=mo.NestedSolver(
             inner=inner_solver(),
-            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3)),
+            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3, max_steps=5000)),
             outer=optax.adam(0.1),
             start=mo.WarmStart(),
         ),
@@ -135,7 +142,7 @@ def measure(params, parts):
 def run_split(data, sizes, seed, steps):
     """The grid, one tuned decay and one tuned decay per parameter, on one split."""
     train, valid, test = (
-        (jnp.asarray(part.x), jnp.asarray(part.y))
+        (jnp.asarray(part.x, float), jnp.asarray(part.y))
         for part in mo.datasets.split(data, sizes, seed)
     )
     parts = {"train": train, "valid": valid, "test": test}
@@ -155,7 +162,7 @@ def run_split(data, sizes, seed, steps):
 
 def picture(out, data, grid_losses, solution, test_losses, rows):
     figure = plt.figure(figsize=(13, 6.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1))
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.45, 1)))
     axes = upper.subplots(1, 2)
     axes[0].plot(GRID / np.log(10), grid_losses, "o-", color="C0")
     axes[0].set(
@@ -180,22 +187,18 @@ def picture(out, data, grid_losses, solution, test_losses, rows):
     side = int(np.sqrt(data.x.shape[1]))
     decays = np.asarray(solution.hyper["weight"]) / np.log(10)
     images = lower.subplots(1, data.num_classes)
+    colors = matplotlib.colors.Normalize(*np.quantile(decays, (0.02, 0.98)))
     for label, axis in enumerate(images):
-        shown = axis.imshow(
-            decays[:, label].reshape(side, side),
-            cmap="viridis",
-            vmin=np.quantile(decays, 0.02),
-            vmax=np.quantile(decays, 0.98),
-        )
+        axis.imshow(decays[:, label].reshape(side, side), cmap="viridis", norm=colors)
         axis.set(title=str(label), xticks=[], yticks=[])
     lower.suptitle("Learned decay of each weight, by class (powers of ten)")
-    lower.colorbar(shown, ax=images, shrink=0.8)
+    lower.colorbar(plt.cm.ScalarMappable(colors, "viridis"), ax=images, shrink=0.8)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "tune_regularization.png", dpi=130)
 
 
 def main():
-    arguments = parse_arguments("tune_regularization", __doc__, steps=150)
+    arguments = parse_arguments("tune_regularization", str(__doc__), steps=60)
     steps = 3 if arguments.quick else arguments.steps
     num_splits = 1 if arguments.quick else NUM_SPLITS
     data = load(arguments.data)

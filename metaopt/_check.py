@@ -3,13 +3,12 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ._adjoint import AbstractAdjoint
-from ._hypergradient import Objective, differentiate, prepare
+from ._hypergradient import differentiate, Objective, prepare
 from ._problem import BilevelProblem
 from ._report import Report, table
 from ._results import RESULTS, SolveError
@@ -137,9 +136,7 @@ def check_hypergradient(
     error = float(np.linalg.norm(slopes - differences) / scale)
     failed = bool(report.result != RESULTS.successful)
     passed = not failed and bool(error <= rtol)
-    check = HypergradientCheck(
-        slopes, differences, noise, error, rtol, passed, report
-    )
+    check = HypergradientCheck(slopes, differences, noise, error, rtol, passed, report)
     if throw and not passed:
         cause = f"\n\n{report}" if failed else ""
         raise SolveError(f"{check}{cause}", check)

@@ -172,9 +172,7 @@ def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
     for name, leaf in zip(names, jax.tree.leaves(arrays)):
         if eqx.is_array(leaf) and leaf.size == 0:
             where = f" at `{name}`" if name else ""
-            raise ValueError(
-                f"{whose} holds an empty array{where}, of shape {leaf.shape}."
-            )
+            raise ValueError(f"{whose} holds an empty array{where}, of shape {leaf.shape}.")
 
 
 def _num_rows(arrays: PyTree[Any], owner: str) -> int:

@@ -9,11 +9,13 @@ assumes that every output depends on every input.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from ._types import PyTree
+
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -36,8 +38,8 @@ def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 def _equation(eqn, marks: list[bool]) -> list[bool]:
     params, name = eqn.params, eqn.primitive.name
     if name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
         body = params["jaxpr"].jaxpr
+        consts, carry = _scan_counts(eqn, body)
         state = marks[consts : consts + carry]
         while True:
             outs = dependence(body, marks[:consts] + state + marks[consts + carry :])
@@ -68,6 +70,21 @@ def _equation(eqn, marks: list[bool]) -> list[bool]:
             if len(outs) == len(eqn.outvars):
                 return outs
     return [True] * len(eqn.outvars)
+
+
+def _scan_counts(eqn, body: Jaxpr) -> tuple[int, int]:
+    """How many constants and carries a `scan` has.
+
+    Told by shapes, because the names of its parameters differ between versions of JAX:
+    what is scanned over has one axis more outside than inside.
+    """
+
+    def count_scanned(outer, inner) -> int:
+        return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
+
+    carry = len(eqn.outvars) - count_scanned(eqn.outvars, body.outvars)
+    scanned = count_scanned(eqn.invars, body.invars)
+    return len(eqn.invars) - carry - scanned, carry
 
 
 def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
@@ -101,22 +118,10 @@ def evaluate_tracing_scale(
     all. With `scale` multiplying a cotangent and `linear` its pullback, a leaf that
     does not depend on it is zero by construction.
     """
-    structure = None
-
-    def flat(scale):
-        nonlocal structure
-        linear, rest = fn(scale)
-        leaves, linear_structure = jax.tree.flatten(linear)
-        others, rest_structure = jax.tree.flatten(rest)
-        structure = linear_structure, rest_structure, len(leaves)
-        return leaves + others
-
     one = jnp.ones((), dtype)
-    closed = jax.make_jaxpr(flat)(one)
-    assert structure is not None
-    linear_structure, rest_structure, count = structure
-    reached = dependence(closed.jaxpr, [True])[:count]
-    outs = jax.extend.core.jaxpr_as_fun(closed)(one)
-    linear = jax.tree.unflatten(linear_structure, outs[:count])
-    rest = jax.tree.unflatten(rest_structure, outs[count:])
-    return linear, rest, reached
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(one)
+    structure = jax.tree.structure(shapes)
+    marks = jax.tree.unflatten(structure, dependence(closed.jaxpr, [True]))
+    values = jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(closed)(one))
+    (linear, rest), (reached, _) = values, marks
+    return linear, rest, jax.tree.leaves(reached)

@@ -13,7 +13,7 @@ from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._raise import raise_on_failure
 from ._reach import split_unreached, zero_message
 from ._report import Report
-from ._results import RESULTS, first_failure, mask_result
+from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, Outcome
 from ._tree import split_trainable, tree_all_finite, tree_norm
 from ._types import Aux, FloatScalar, Hyper, Key, ModelState, Params
@@ -91,7 +91,7 @@ class Objective(eqx.Module):
         """
         adjoint.check(self.solve.solver, self.solve.data)
         self._check_inner_loss(hyper)
-        static_output = None
+        static_output: Any = None
 
         def scaled(scale):
             nonlocal static_output
@@ -123,9 +123,7 @@ class Objective(eqx.Module):
         def loss(trainable):
             full = eqx.combine(trainable, static)
             batch = data.batch(draw)
-            return problem.evaluate(
-                full, hyper, batch, self.init_key, model_state
-            ).value
+            return problem.evaluate(full, hyper, batch, self.init_key, model_state).value
 
         if not depends(loss, trainable):
             raise ValueError(
@@ -176,6 +174,10 @@ def hypergradient(
     """One hypergradient, and a report of how far it can be trusted.
 
     ```python
+    import jax.numpy as jnp
+    import metaopt as mo
+    import optax
+
     problem = mo.BilevelProblem(
         lambda params, hyper, batch: (params - hyper) ** 2,
         lambda params, hyper, batch: params**2,
@@ -231,9 +233,7 @@ def prepare(
 ) -> tuple[BilevelProblem, Hyper, Params | None, AbstractData, AbstractData, Key]:
     """Checks what users hand over and brings it into canonical form."""
     if not isinstance(problem, BilevelProblem):
-        raise ValueError(
-            f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}."
-        )
+        raise ValueError(f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}.")
     if not isinstance(inner, AbstractSolver):
         raise ValueError(
             "The inner solver must be one of metaopt, such as `metaopt.Descent("

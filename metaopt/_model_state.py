@@ -25,9 +25,7 @@ class AbstractStatePolicy(eqx.Module):
         """The model state that the loss sees at a step."""
 
     @abc.abstractmethod
-    def write(
-        self, carried: ModelState, new: ModelState, step: IntScalar
-    ) -> ModelState:
+    def write(self, carried: ModelState, new: ModelState, step: IntScalar) -> ModelState:
         """The state that the loop carries after a step returned `new`."""
 
     @abc.abstractmethod

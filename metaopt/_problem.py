@@ -85,6 +85,10 @@ class AbstractInnerProblem(AbstractProblem):
     Subclass it and write two methods:
 
     ```python
+    import jax.numpy as jnp
+    import metaopt as mo
+
+
     class Ridge(mo.AbstractInnerProblem):
         def init(self, hyper, key):
             return jnp.zeros(8)
@@ -154,7 +158,9 @@ class AbstractFixedPointProblem(AbstractProblem):
     def optimality(self, params, hyper, batch, key, state):
         new = self.evaluate(params, hyper, batch, key, state).value
         new, old = split_trainable(new)[0], split_trainable(params)[0]
-        return jax.tree.map(jnp.subtract, new, old)
+        # In this order the Jacobian is the identity minus that of the step, so that the
+        # Neumann series of a contraction converges.
+        return jax.tree.map(jnp.subtract, old, new)
 
     @property
     def tags(self):
@@ -179,9 +185,7 @@ class AbstractRootProblem(AbstractProblem):
         return out
 
     def optimality(self, params, hyper, batch, key, state):
-        return split_trainable(
-            self.evaluate(params, hyper, batch, key, state).value
-        )[0]
+        return split_trainable(self.evaluate(params, hyper, batch, key, state).value)[0]
 
     @property
     def tags(self):
@@ -202,6 +206,8 @@ class InnerProblem(AbstractInnerProblem):
     **Example:**
 
     ```python
+    import metaopt as mo
+
     problem = mo.InnerProblem(lambda params, hyper, batch: (params - hyper) ** 2)
     ```
     """

@@ -1,19 +1,19 @@
 """Raising a numerical failure once, at the outermost call."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 from ._report import verdict
 from ._results import RESULTS, SolveError
 
+
 T = TypeVar("T")
 
 
-def raise_on_failure(
-    value: T, result: RESULTS, throw: bool, show: object = None
-) -> T:
+def raise_on_failure(value: T, result: Any, throw: bool, show: object = None) -> T:
     """`value`, unless `throw` and `result` is a failure.
 
     Outside of compiled functions the failure is a [`metaopt.SolveError`][] that holds

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import numpy as np
 
 from ._results import RESULTS
@@ -219,7 +220,7 @@ def _number(x: Any) -> str:
     return f"{float(x):.4g}"
 
 
-def verdict(result: RESULTS) -> str:
+def verdict(result: Any) -> str:
     """A sentence on how a solve ended."""
     values = result._value  # pyright: ignore[reportAttributeAccessIssue]
     if not _is_known(values):

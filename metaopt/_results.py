@@ -1,5 +1,7 @@
 """What comes back: result codes with their texts. Data only."""
 
+from typing import Any
+
 import optimistix as optx
 
 
@@ -96,17 +98,25 @@ class SolveError(RuntimeError):
         self.value = value
 
 
-def first_failure(*results: RESULTS) -> RESULTS:
+def where_result(condition: Any, x: Any, y: Any) -> Any:
+    """`x` where `condition` holds, else `y`, for two results.
+
+    `RESULTS.where`, whose types no type checker follows through the subclassing.
+    """
+    return RESULTS.where(condition, x, y)
+
+
+def first_failure(*results: Any) -> Any:
     """The first of several results that is not `successful`."""
-    out = RESULTS.successful
+    out: Any = RESULTS.successful
     for result in reversed(results):
-        out = RESULTS.where(result == RESULTS.successful, out, result)
+        out = where_result(result == RESULTS.successful, out, result)
     return out
 
 
-def mask_result(condition, result: RESULTS) -> RESULTS:
+def mask_result(condition: Any, result: Any) -> Any:
     """`result` where `condition` holds, else `successful`."""
-    return RESULTS.where(condition, result, RESULTS.successful)
+    return where_result(condition, result, RESULTS.successful)
 
 
-__all__ = ["RESULTS", "SolveError", "first_failure", "mask_result"]
+__all__ = ["RESULTS", "SolveError", "first_failure", "mask_result", "where_result"]

@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, cast, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,15 +10,17 @@ import jax.extend as jex
 import jax.extend.core.primitives as prims
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
+
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 _Jaxpr = (jex.core.Jaxpr, jex.core.ClosedJaxpr)  # one class since JAX 0.11
 
 
 def carry_conditions(fn: _Fn) -> _Fn:
-    """`fn`, in which every `lax.while_loop` whose condition computes with floating-point
-    numbers carries the value of its condition as a bool instead.
+    """`fn`, in which every `lax.while_loop` with floats in its condition carries the
+    value of the condition as a bool instead.
 
     Use it around solvers of other libraries before they are batched with `jax.vmap`, as
     in `jax.vmap(carry_conditions(fn))`; our own loops do not need it. Under `jax.vmap`
@@ -56,11 +58,12 @@ def finite_derivatives(fn: _Fn) -> _Fn:
     0 * inf = NaN, although the function is constant, or smooth, in the direction asked
     for. Do not use it on a loss: there a derivative that is not finite is news.
 
-    It concerns `sqrt`, `rsqrt`, `cbrt`, `div`, `pow`, negative integer powers, `log` and
-    `log1p` of real numbers, everywhere but in functions with custom derivatives, which
-    keep their own. The values of `fn` do not change, and neither do its derivatives
-    where the partial derivatives of all these operations are finite. The derivatives of
-    the derivatives follow the same rule.
+    It concerns `sqrt`, `rsqrt`, `cbrt`, `div`, `pow`, negative integer powers, `log`
+    and `log1p` of real numbers, and products with something that is not finite (as in
+    the branch that `jnp.where` does not take), everywhere but in functions with custom
+    derivatives, which keep their own. The values of `fn` do not change, and neither do
+    its derivatives where the partial derivatives of these operations are finite. Second
+    derivatives follow the same rule.
 
     **Arguments:**
 
@@ -101,7 +104,7 @@ _CALLS = frozenset(
 )
 
 
-def _rewritten(fn, rewriting: _Rewriting):
+def _rewritten(fn: _Fn, rewriting: _Rewriting) -> _Fn:
     @ft.wraps(fn)
     def wrapper(*args, **kwargs):
         dynamic, static = eqx.partition((args, kwargs), eqx.is_array)
@@ -117,7 +120,7 @@ def _rewritten(fn, rewriting: _Rewriting):
         out = jax.tree.unflatten(jax.tree.structure(struct), map(jnp.asarray, out))
         return eqx.combine(out, rest)
 
-    return wrapper
+    return cast(_Fn, wrapper)
 
 
 def _evaluate(jaxpr: jex.core.ClosedJaxpr, args, rewriting: _Rewriting) -> list[Any]:
@@ -195,7 +198,8 @@ def _bind_rewritten_remat(eqn, inputs, rewriting: _Rewriting) -> Sequence[Any]:
 
 
 def _evaluate_with_consts(jaxpr, num_consts: int, *args):
-    return jax.core.eval_jaxpr(jaxpr, args[:num_consts], *args[num_consts:])
+    closed = jex.core.ClosedJaxpr(jaxpr, args[:num_consts])
+    return jex.core.jaxpr_as_fun(closed)(*args[num_consts:])
 
 
 def _rewrite_jaxpr(jaxpr, rewriting: _Rewriting) -> jex.core.ClosedJaxpr:
@@ -272,78 +276,110 @@ def _has_unbounded_derivative(eqn) -> bool:
 
 
 def _mask(eqn, inputs, rewriting: _Rewriting) -> Sequence[Any]:
-    """The operation in two copies: one that is differentiated, and is kept away from
-    where its slope is not finite, and one without derivatives for its value there.
-
-    A `jax.custom_jvp` would need one copy only, but its rule does not survive two
-    derivatives of a `scan` in JAX 0.10, whose partial evaluation unwraps it.
-    """
     del rewriting
     operation = ft.partial(eqn.primitive.bind, **eqn.params)
-    constant = [lax.stop_gradient(x) for x in inputs]
-    value = operation(*constant)
-    moves = [
+    moves = tuple(
         jnp.issubdtype(atom.aval.dtype, jnp.floating)
         and not isinstance(atom, jex.core.Literal)
         for atom in eqn.invars
-    ]
+    )
+    slopes = ft.partial(_SLOPES[eqn.primitive], **eqn.params)
+    masked = ft.partial(_masked, operation, slopes, moves)
+    return [_only_differentiated(operation, masked)(*inputs)]
+
+
+def _masked(operation, slopes, moves: Sequence[bool], *inputs) -> Array:
+    """The operation in two copies: one that is differentiated, and is kept away from
+    where a slope is not finite, and one without derivatives for its value there.
+
+    No rule is needed for the derivatives of this, of any order. A rule that masks the
+    slope itself would do with one copy, but JAX 0.10 forgets such rules when it
+    differentiates a `scan` twice, because partial evaluation unwraps them.
+    """
+    constant = [lax.stop_gradient(x) for x in inputs]
+    value = operation(*constant)
     finite = jnp.ones(value.shape, bool)
-    for slope, move in zip(_SLOPES[eqn.primitive](value, *constant), moves, strict=True):
-        if move:
-            finite = finite & jnp.isfinite(slope(**eqn.params))
+    for slope, moving in zip(slopes(value, *constant), moves, strict=True):
+        if moving:
+            finite = finite & jnp.isfinite(slope())
 
     def away(x):
         x = jnp.broadcast_to(x, value.shape)
         return lax.select(finite, x, jnp.ones_like(x))
 
-    inputs = [away(x) if move else x for x, move in zip(inputs, moves, strict=True)]
-    return [lax.select(finite, operation(*inputs), value)]
+    inputs = [away(x) if moving else x for x, moving in zip(inputs, moves)]
+    return lax.select(finite, operation(*inputs), value)
+
+
+def _only_differentiated(operation, masked) -> Callable[..., Array]:
+    """`operation`, with the derivatives of `masked`: where nothing is differentiated,
+    the program is the same as before, and so is every bit of what it computes."""
+
+    @jax.custom_jvp
+    def out(*inputs):
+        return operation(*inputs)
+
+    def rule(inputs, tangents):
+        moving = [not isinstance(t, SymbolicZero) for t in tangents]
+
+        def of_moving(*moved):
+            moved = iter(moved)
+            return masked(*(next(moved) if m else x for x, m in zip(inputs, moving)))
+
+        return jax.jvp(
+            of_moving,
+            [x for x, m in zip(inputs, moving) if m],
+            [t for t, m in zip(tangents, moving) if m],
+        )
+
+    out.defjvp(rule, symbolic_zeros=True)
+    return out
 
 
 # The partial derivatives of each operation, given its value and its arguments. Every
 # argument can be replaced by one, where all of these are finite.
 
 
-def _sqrt_slopes(value, x):
-    return (lambda **_: 0.5 / value,)
+def _sqrt_slopes(value, x, **_):
+    return (lambda: 0.5 / value,)
 
 
-def _rsqrt_slopes(value, x):
-    return (lambda **_: value / x,)
+def _rsqrt_slopes(value, x, **_):
+    return (lambda: value / x,)
 
 
-def _cbrt_slopes(value, x):
-    return (lambda **_: 1 / (3 * value * value),)
+def _cbrt_slopes(value, x, **_):
+    return (lambda: 1 / (3 * value * value),)
 
 
-def _mul_slopes(value, x, y):
-    return (lambda **_: y, lambda **_: x)
+def _mul_slopes(value, x, y, **_):
+    return (lambda: y, lambda: x)
 
 
-def _div_slopes(value, x, y):
-    return (lambda **_: 1 / y, lambda **_: value / y)
+def _div_slopes(value, x, y, **_):
+    return (lambda: 1 / y, lambda: value / y)
 
 
-def _pow_slopes(value, x, y):
+def _pow_slopes(value, x, y, **_):
     # As in JAX, the slope in `x` is zero for `y = 0`, and the one in `y` for `x = 0`.
-    lower = jnp.where(y == 0, 1, y - 1).astype(jnp.result_type(y))
-    log = jnp.log(jnp.where(x == 0, 1, x))
-    return (lambda **_: y * lax.pow(x, lower), lambda **_: log * value)
+    lower = lax.select(jnp.equal(y, 0), jnp.ones_like(y), y - jnp.ones_like(y))
+    log = jnp.log(lax.select(jnp.equal(x, 0), jnp.ones_like(x), x))
+    return (lambda: y * lax.pow(x, lower), lambda: log * value)
 
 
-def _integer_pow_slopes(value, x):
-    return (lambda y, **_: y * lax.integer_pow(x, y - 1),)
+def _integer_pow_slopes(value, x, *, y):
+    return (lambda: y * lax.integer_pow(x, y - 1),)
 
 
-def _log_slopes(value, x):
-    return (lambda **_: 1 / x,)
+def _log_slopes(value, x, **_):
+    return (lambda: 1 / x,)
 
 
-def _log1p_slopes(value, x):
-    return (lambda **_: 1 / (1 + x),)
+def _log1p_slopes(value, x, **_):
+    return (lambda: 1 / (1 + x),)
 
 
-_SLOPES: dict[jex.core.Primitive, Callable[..., tuple[Callable[..., Array], ...]]] = {
+_SLOPES: dict[jex.core.Primitive, Callable[..., tuple[Callable[[], Array], ...]]] = {
     prims.cbrt_p: _cbrt_slopes,
     prims.div_p: _div_slopes,
     prims.integer_pow_p: _integer_pow_slopes,

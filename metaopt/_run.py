@@ -24,6 +24,7 @@ from ._validate import (
     check_tolerance,
 )
 
+
 _COLUMNS = (
     "outer_loss",
     "hypergradient_norm",
@@ -87,9 +88,7 @@ def solve_bilevel(
     `throw`, whose `value` is the solution as far as it was reached.
     """
     if not isinstance(problem, BilevelProblem):
-        raise ValueError(
-            f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}."
-        )
+        raise ValueError(f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}.")
     if not isinstance(solver, AbstractBilevelSolver):
         raise ValueError(
             "`solver` must be a bilevel solver such as `metaopt.NestedSolver(...)`; got "
@@ -155,7 +154,7 @@ class _Run:
         self.state = state
         self.rows: list[dict[str, Any]] = []
         self.report: Report | None = None
-        self.result: RESULTS = RESULTS.successful
+        self.result: Any = RESULTS.successful
         self.interrupted = False
         self.num_skipped = 0
 

@@ -10,7 +10,7 @@ from ._data import AbstractData, as_data
 from ._detach import forbid_derivative
 from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
-from ._reach import START_MESSAGE, guard_hyper
+from ._reach import guard_hyper, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, InnerSolve
 from ._types import Hyper, Key, ModelState, Params
@@ -35,6 +35,11 @@ def solve_inner(
     with a report of how far it can be trusted, use [`metaopt.hypergradient`][].
 
     ```python
+    import jax
+    import jax.numpy as jnp
+    import metaopt as mo
+    import optax
+
     problem = mo.InnerProblem(lambda params, hyper, data: (params - hyper) ** 2)
 
     def outer(hyper):

@@ -25,7 +25,7 @@ def tree_dot(x: Vector, y: Vector) -> FloatScalar:
     if not products:
         return jnp.zeros((), jnp.float32)
     dtype = jnp.result_type(*products)
-    return sum((p.astype(dtype) for p in products[1:]), products[0].astype(dtype))
+    return jnp.sum(jnp.stack([p.astype(dtype) for p in products]))
 
 
 def tree_norm(x: Vector) -> FloatScalar:
@@ -40,7 +40,7 @@ def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:
 
 def tree_axpy(scalar: FloatScalar, x: Vector, y: Vector) -> Vector:
     """`scalar * x + y`, each leaf in the dtype of `y`."""
-    return jax.tree.map(lambda a, b: (scalar.astype(b.dtype) * a + b), x, y)
+    return jax.tree.map(lambda a, b: scalar.astype(b.dtype) * a + b, x, y)
 
 
 def tree_add(x: Vector, y: Vector) -> Vector:

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+
 Params: TypeAlias = PyTree[Any]
 """The inner variables: any pytree whose floating-point arrays are trained."""
 

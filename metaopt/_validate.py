@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,9 +31,7 @@ def check_tolerance(value: Any, name: str, *, infinite: bool = False) -> None:
     ):
         raise ValueError(f"`{name}` must be a non-negative number; got {value!r}.")
     if not value >= 0 or (math.isinf(value) and not infinite):
-        raise ValueError(
-            f"`{name}` must be a non-negative, finite number; got {value!r}."
-        )
+        raise ValueError(f"`{name}` must be a non-negative, finite number; got {value!r}.")
 
 
 def canonical_hyper(hyper: Hyper) -> Hyper:
@@ -121,9 +120,12 @@ def check_finite(leaves: list[Any], names: list[str]) -> None:
         for name, leaf in zip(names, leaves)
         if eqx.is_inexact_array(leaf) and not isinstance(leaf, jax.core.Tracer)
     ]
-    if known and not _all_finite([leaf for _, leaf in known]):
-        name = next(name for name, leaf in known if not _all_finite([leaf]))
-        raise ValueError(f"`{name}` holds infinite or NaN values.")
+    # Inside a user's own `jax.jit` a compiled function is staged even for arrays that
+    # are known, unless it is told to run now.
+    with jax.ensure_compile_time_eval():
+        if known and not _all_finite([leaf for _, leaf in known]):
+            name = next(name for name, leaf in known if not _all_finite([leaf]))
+            raise ValueError(f"`{name}` holds infinite or NaN values.")
 
 
 @jax.jit
@@ -133,7 +135,8 @@ def _all_finite(leaves):
 
 def _to_jax(leaf: Any, name: str) -> jax.Array:
     given = np.asarray(leaf).dtype
-    array = jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(given))
+    with jax.ensure_compile_time_eval():
+        array = jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(given))
     if isinstance(leaf, np.ndarray) and given == np.float64 != array.dtype:
         warnings.warn(
             f"`{name}` is float64 and is used as {array.dtype}, because JAX runs in 32 "

@@ -53,9 +53,7 @@ def files(arrays):
 
 
 def checksums_of(files):
-    return {
-        name: hashlib.sha256(content).hexdigest() for name, content in files.items()
-    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -327,9 +325,7 @@ def test_mnist_downloads_once(tmp_path, served, files, arrays):
 
 def test_mnist_address_without_slash(tmp_path, served, files, arrays):
     url = served[1].rstrip("/")
-    assert_right(
-        load_mnist(tmp_path, base_url=url, checksums=checksums_of(files)), arrays
-    )
+    assert_right(load_mnist(tmp_path, base_url=url, checksums=checksums_of(files)), arrays)
 
 
 BAD_DOWNLOADS = {

@@ -121,9 +121,7 @@ def docstrings() -> dict[str, tuple[Path, int, str]]:
 
     for path in sorted((REPOSITORY / "metaopt").rglob("*.py")):
         relative = path.relative_to(REPOSITORY).with_suffix("")
-        visit(
-            ast.parse(path.read_text(encoding="utf-8")), ".".join(relative.parts), path
-        )
+        visit(ast.parse(path.read_text(encoding="utf-8")), ".".join(relative.parts), path)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from our_source import COMMAND_LINE, module_name, MODULES, parse, REPOSITORY, ROOT
 
 
@@ -163,9 +164,7 @@ def test_import_faults_are_seen(tmp_path):
     for path, source in sources.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(source)
-    modules = {
-        module_name(tmp_path / path, tmp_path): tmp_path / path for path in sources
-    }
+    modules = {module_name(tmp_path / path, tmp_path): tmp_path / path for path in sources}
     graph = import_graph(modules)
     assert graph == {
         "__init__": {"_b"},
@@ -184,16 +183,12 @@ def test_import_faults_are_seen(tmp_path):
         return list(floor_faults(parse_floors(text), graph))
 
     block = "<!-- floors -->\n\n```text\n{}\n```\n"
-    only = [
-        "_c._d (floor 3) imports __init__ (floor 5); only lower floors may be imported"
-    ]
+    only = ["_c._d (floor 3) imports __init__ (floor 5); only lower floors may be imported"]
     assert faults(block.format("_a\n_b\n_c\n_e")) == only
     assert faults(block.format("_a\n_b\n_c._d\n_c\n_e")) == [only[0].replace("5", "6")]
     assert "_e is missing" in faults(block.format("_a\n_b\n_c"))[0]
     assert "_x is on the floors" in faults(block.format("_a _x\n_b\n_c\n_e"))[0]
     assert "more than once" in faults(block.format("_a\n_b _a\n_c\n_e"))[0]
-    assert (
-        "_b (floor 1) imports _a (floor 1)" in faults(block.format("_a _b\n_c\n_e"))[0]
-    )
+    assert "_b (floor 1) imports _a (floor 1)" in faults(block.format("_a _b\n_c\n_e"))[0]
     with pytest.raises(ValueError, match="no fenced block"):
         parse_floors("# Design\n")

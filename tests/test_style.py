@@ -13,9 +13,17 @@ from pathlib import Path
 
 import equinox as eqx
 import pytest
-from our_source import import_module, MODULES, PACKAGE, parse, REPOSITORY, ROOT
 
 import metaopt
+from our_source import (
+    import_module,
+    module_name,
+    MODULES,
+    PACKAGE,
+    parse,
+    REPOSITORY,
+    ROOT,
+)
 
 
 # Classes
@@ -124,9 +132,7 @@ def public_names() -> dict[str, object]:
     packages = [
         path
         for path in sorted(PACKAGE.rglob("__init__.py"))
-        if not any(
-            part.startswith("_") for part in path.relative_to(PACKAGE).parts[:-1]
-        )
+        if not any(part.startswith("_") for part in path.relative_to(PACKAGE).parts[:-1])
     ]
     names = {}
     for path in packages:

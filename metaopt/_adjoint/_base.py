@@ -2,16 +2,17 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 
 from .._data import AbstractData
-from .._results import RESULTS
+from .._results import first_failure, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
 from .._tree import split_trainable
 from .._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params, Vector
+
 
 OuterLoss = Callable[[Params, Hyper, ModelState], tuple[FloatScalar, Aux]]
 """`outer(params, hyper, model_state) -> (value, aux)`: batch and key are fixed."""
@@ -69,10 +70,10 @@ class AbstractAdjoint(eqx.Module):
     imports a function that solves.
     """
 
-    biased: eqx.AbstractClassVar[bool]
+    biased: ClassVar[bool]
     """Whether the derivative is biased by construction."""
 
-    sees_path: eqx.AbstractClassVar[bool]
+    sees_path: ClassVar[bool]
     """Whether initial params and settings of the solver are within reach."""
 
     @abc.abstractmethod
@@ -118,7 +119,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
         trainable, static = split_trainable(hyper)
-        static_outcome = None
+        static_outcome: Any = None
 
         def objective(trainable):
             nonlocal static_outcome
@@ -132,7 +133,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
         value, pullback, arrays = jax.vjp(objective, trainable, has_aux=True)
         (gradient,) = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
-        info = AdjointInfo(RESULTS.successful, inner.last_residual(outcome, hyper))
+        info = AdjointInfo(first_failure(), inner.last_residual(outcome, hyper))
         return HypergradientOutput(value, aux, gradient, outcome, info, None)
 
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._linear import CG, AbstractLinearSolver, LinearSolution
+from .._linear import AbstractLinearSolver, CG, LinearSolution
 from .._operators import cross_pullback, jacobian_operator, newton_length
-from .._results import RESULTS, first_failure
+from .._results import first_failure, RESULTS, where_result
 from .._tree import split_trainable, tree_norm, tree_structs, tree_sub
+from .._types import Vector
 from .._validate import check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput
 
@@ -82,9 +83,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             tags=condition.tags,
             throw=throw,
         )
-        return eqx.tree_at(
-            lambda o: o.params, outcome, eqx.combine(solution, static)
-        )
+        return eqx.tree_at(lambda o: o.params, outcome, eqx.combine(solution, static))
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
         outer_variables, static_hyper = split_trainable(hyper)
@@ -98,15 +97,15 @@ class ImplicitAdjoint(AbstractAdjoint):
             full_params = eqx.combine(trainable, static)
             return outer(full_params, full_hyper, outcome.model_state)
 
-        value, pullback, aux = jax.vjp(
-            outer_loss, trainable, outer_variables, has_aux=True
-        )
+        value, pullback, aux = jax.vjp(outer_loss, trainable, outer_variables, has_aux=True)
         in_params, direct = pullback(scale.astype(value.dtype))
         residual, operator = jacobian_operator(
             lambda p: condition(p, outer_variables), trainable, condition.tags
         )
         inner_result, inner_error = self._inner_result(residual, operator, trainable)
-        linear = _solve_transposed(self.linear_solver, operator, in_params, carry)
+        linear = _solve_transposed(
+            self.linear_solver, operator, condition.tags, in_params, carry
+        )
         through_params = cross_pullback(
             lambda h: condition(trainable, h), outer_variables, linear.value
         )
@@ -126,7 +125,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         length = newton_length(residual, operator.mv(residual), tree_norm)
         size = tree_norm(params)
         error = jnp.where(length == 0, 0.0, length / size)
-        result = RESULTS.where(
+        result = where_result(
             error <= self.inner_rtol,
             RESULTS.successful,
             RESULTS.inner_not_converged,
@@ -167,9 +166,7 @@ def _(primals, tangents, *, linear_solver, tags, throw):
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(solution.value, failed)
-        return jax.tree.map(
-            lambda leaf: jnp.where(failed, jnp.nan, leaf), solution.value
-        )
+        return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), solution.value)
 
     tangent = jax.lax.custom_linear_solve(
         product,
@@ -184,12 +181,13 @@ def _(primals, tangents, *, linear_solver, tags, throw):
 def _solve_transposed(
     linear_solver: AbstractLinearSolver,
     operator: lx.AbstractLinearOperator,
-    vector,
-    start,
+    tags: frozenset[object],
+    vector: Vector,
+    start: Vector | None,
 ) -> LinearSolution:
     """Solves with the transposed operator, differentiably once more."""
-    transposed = operator if lx.is_symmetric(operator) else operator.transpose()
-    tags = operator.tags if lx.is_symmetric(operator) else frozenset()
+    symmetric = lx.symmetric_tag in tags
+    transposed = operator if symmetric else operator.transpose()
     start = jax.lax.stop_gradient(start)
 
     def solve(product, vector):
@@ -202,7 +200,7 @@ def _solve_transposed(
         vector,
         solve,
         transpose_solve=solve,
-        symmetric=lx.is_symmetric(operator),
+        symmetric=symmetric,
         has_aux=True,
     )
     return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)

@@ -18,9 +18,7 @@ class AbstractMemoryPlan(eqx.Module):
     """
 
     @abc.abstractmethod
-    def scan(
-        self, body: Callable, carry: Any, xs: Any, length: int
-    ) -> tuple[Any, Any]:
+    def scan(self, body: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
         """Repeats `body` as `jax.lax.scan` does."""
 
 

@@ -68,7 +68,12 @@ class NestedSolver(AbstractBilevelSolver):
 
     def __check_init__(self):
         for name, value, kind, example in (
-            ("inner", self.inner, AbstractSolver, "metaopt.Descent(optax.sgd(0.1), 100)"),
+            (
+                "inner",
+                self.inner,
+                AbstractSolver,
+                "metaopt.Descent(optax.sgd(0.1), 100)",
+            ),
             ("adjoint", self.adjoint, AbstractAdjoint, "metaopt.UnrolledAdjoint()"),
             ("outer", self.outer, optax.GradientTransformation, "optax.adam(0.01)"),
             ("start", self.start, AbstractStart, "metaopt.ColdStart()"),
@@ -100,9 +105,7 @@ class NestedSolver(AbstractBilevelSolver):
 
     def step(self, problem, state, train, valid):
         objective = self._objective(problem, state, train, valid)
-        output, report = objective.differentiate(
-            self.adjoint, state.hyper, state.carry
-        )
+        output, report = objective.differentiate(self.adjoint, state.hyper, state.carry)
         trainable, static = split_trainable(state.hyper)
         outer = optax.with_extra_args_support(self.outer)
         updates, outer_state = outer.update(
@@ -140,9 +143,7 @@ class NestedSolver(AbstractBilevelSolver):
             state.given, state.params, state.first_model_state, state.model_state
         )
         key = jax.random.fold_in(state.key, state.num_steps)
-        return Objective(
-            problem, self.inner, train, valid, params, model_state, key
-        )
+        return Objective(problem, self.inner, train, valid, params, model_state, key)
 
 
 def _where_arrays(condition, new: Any, old: Any) -> Any:

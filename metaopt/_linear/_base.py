@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
-from .._results import RESULTS
-from .._tree import tree_dtype, tree_norm, tree_scale, tree_structs, tree_sub
+from .._results import mask_result, RESULTS
+from .._tree import tree_dtype, tree_norm, tree_structs, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
@@ -20,8 +20,8 @@ class LinearSolution(eqx.Module):
 
     **Attributes:**
 
-    - `value`: the solution $x$, a vector like $b$; the best one met if the solve failed,
-        and finite in any case.
+    - `value`: the solution $x$, a vector like $b$; the best one met if the solve
+        failed, and finite in any case.
     - `result`: how the solve ended.
     - `residual`: $\|b - A x\| / \|b\|$, computed anew from `value` and without damping;
         0 where $b = 0$.
@@ -86,15 +86,16 @@ def check_tolerances(rtol: float | None, atol: float) -> None:
     """Raises a `ValueError` unless these can be met: `rtol` positive or `None`."""
     check_tolerance(rtol, "rtol")
     if rtol == 0:
-        raise ValueError("`rtol` must be positive, or `None` for a fixed number of "
-                         "steps; got 0.")  # fmt: skip
+        raise ValueError(
+            "`rtol` must be positive, or `None` for a fixed number of steps; got 0."
+        )
     if atol is None:
         raise ValueError("`atol` must be a non-negative number; got None.")
     check_tolerance(atol, "atol")
 
 
 def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
-    """Raises a `ValueError` unless the operator is square, pytree structure included."""
+    """Raises a `ValueError` unless the operator is square, as a map of pytrees."""
     given, returned = operator.in_structure(), operator.out_structure()
     if _strong(given) != _strong(returned):
         raise ValueError(
@@ -165,6 +166,12 @@ def unit_scale(vector: Vector) -> FloatScalar:
     return jnp.where(inside | (size == 0) | ~jnp.isfinite(size), 1, power)
 
 
+def out_of_steps(rtol: float | None) -> RESULTS:
+    """The result of a solve that has taken all its steps."""
+    fixed = jnp.asarray(rtol is None)
+    return mask_result(~fixed, RESULTS.linear_max_steps)
+
+
 def relative_residual(
     operator: lx.AbstractLinearOperator, value: Vector, vector: Vector
 ) -> FloatScalar:
@@ -183,9 +190,9 @@ def reported(
     value: Vector,
     result: RESULTS,
     residual: FloatScalar,
-    num_steps,
-    num_products,
-    min_curvature=jnp.inf,
+    num_steps: IntScalar | int,
+    num_products: IntScalar | int,
+    min_curvature: FloatScalar | float = jnp.inf,
 ) -> LinearSolution:
     """A [`metaopt.LinearSolution`][] of arrays."""
     return LinearSolution(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     tree_axpy,
     tree_dot,
@@ -25,10 +25,12 @@ from ._base import (
     check_structures,
     check_tolerances,
     floored_rtol,
+    out_of_steps,
     relative,
     reported,
     unit_scale,
 )
+
 
 _CHECK_EVERY = 25  # steps of two products
 
@@ -281,9 +283,9 @@ class _Method:
         )
 
     def result(self, c: _State) -> RESULTS:
-        result = RESULTS.linear_max_steps
-        if self.solver.rtol is None:
-            result = RESULTS.successful
-        result = RESULTS.where(c.stagnated, RESULTS.linear_stagnation, result)
-        result = RESULTS.where(c.nonfinite, RESULTS.linear_nonfinite, result)
-        return RESULTS.where(c.converged, RESULTS.successful, result)
+        failure = first_failure(
+            mask_result(c.nonfinite, RESULTS.linear_nonfinite),
+            mask_result(c.stagnated, RESULTS.linear_stagnation),
+            out_of_steps(self.solver.rtol),
+        )
+        return mask_result(~c.converged, failure)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     tree_axpy,
     tree_dot,
@@ -28,14 +28,17 @@ from ._base import (
     check_structures,
     check_tolerances,
     floored_rtol,
+    out_of_steps,
     relative,
     reported,
     unit_scale,
 )
 
+
 # One product in this many goes into replacing the residual of the recurrence, which
 # drifts away from the true one, by the latter.
 _CHECK_EVERY = 50
+_MAX_FLAT = 4
 
 
 class CG(AbstractLinearSolver):
@@ -96,12 +99,12 @@ class CG(AbstractLinearSolver):
     def check(self, operator):
         check_square("CG", operator)
         if not lx.is_positive_semidefinite(operator):
-            promised = "is symmetric" if lx.is_symmetric(operator) else "promises nothing"
+            promise = "symmetry only" if lx.is_symmetric(operator) else "nothing"
             raise ValueError(
                 "`CG` needs a symmetric positive (semi)definite operator, and this one "
-                f"{promised}. For fixed points, roots and saddles use `metaopt.GMRES()`"
-                ", `metaopt.BiCGStab()`, `metaopt.Neumann()` or `metaopt.Dense()`; if "
-                "you know that it is definite, give it the tag "
+                f"promises {promise}. For fixed points, roots and saddles use "
+                "`metaopt.GMRES()`, `metaopt.BiCGStab()`, `metaopt.Neumann()` or "
+                "`metaopt.Dense()`; if you know that it is definite, give it the tag "
                 "`lineax.positive_semidefinite_tag`."
             )
 
@@ -130,14 +133,16 @@ class _State(eqx.Module):
     gamma: FloatScalar  # r.M r of the step that p was made for
     p_size: FloatScalar  # p.M^-1 p, by recurrence
     residual: FloatScalar  # the norm of b - A x at the last check
-    best: Vector
-    best_size: FloatScalar
-    failed_size: FloatScalar  # the true residual when it last contradicted r
+    best: Vector  # the iterate of least energy among those checked
+    best_energy: FloatScalar
+    best_residual: FloatScalar
+    least_size: FloatScalar  # the least norm of a true r
+    failed_size: FloatScalar  # the norm of the true r when it last contradicted r
     min_curvature: FloatScalar
     max_ratio: FloatScalar  # the largest p.A p / p.M^-1 p
     num_steps: IntScalar
     num_products: IntScalar
-    num_worse: IntScalar  # steps since `best` changed
+    num_flat: IntScalar  # checks in a row that found no progress
     checks: BoolScalar  # the next product is with x, not with p
     claimed: BoolScalar  # ... because r meets the tolerance
     closes: BoolScalar  # ... and is the last one
@@ -154,8 +159,13 @@ class _Method:
     """One solve: what stays the same while it runs, and the steps.
 
     There is one product in the loop, with the direction or, to check, with the iterate.
-    So the operator is compiled once, and under `jax.vmap` a check costs only the element
-    that makes it.
+    So the operator is compiled once, and under `jax.vmap` a check costs only the
+    element that makes it.
+
+    Iterates are compared by their energy x.A x / 2 - b.x, which every step lowers, as
+    it does the distance to the solution (Hestenes and Stiefel, theorem 6:3). The
+    residual goes up first on an ill-conditioned system, where for a long time zero is
+    the iterate of least residual.
     """
 
     def __init__(self, solver: CG, operator, vector, scale):
@@ -167,7 +177,6 @@ class _Method:
         self.scale = scale
         self.eps = float(jnp.finfo(self.dtype).eps)
         self.damping = jnp.asarray(solver.damping, self.dtype)
-        self.max_worse = max(50, solver.max_steps // 4)
         if solver.rtol is None:
             # Below the rounding of the right-hand side there is nothing left to do.
             self.tolerance = self.eps * self.size
@@ -183,8 +192,9 @@ class _Method:
         if preconditioner is None:
             return r
         if isinstance(preconditioner, lx.AbstractLinearOperator):
-            preconditioner = preconditioner.mv
-        z = preconditioner(r)
+            z = preconditioner.mv(r)
+        else:
+            z = preconditioner(r)
         if tree_structs(z) != tree_structs(r):
             raise ValueError(
                 "`preconditioner` must return a vector like the one that it is given, "
@@ -197,12 +207,12 @@ class _Method:
         infinite = jnp.full((), jnp.inf, self.dtype)
         false, none = jnp.asarray(False), jnp.zeros((), jnp.int32)
         finite = jnp.isfinite(self.size)
-        x = tree_zeros_like(self.b)
+        zeros = x = tree_zeros_like(self.b)
         warm = start is not None
         if warm:
-            # A solve that is over before it starts has the solution zero.
+            # For a right-hand side of zero the answer is zero, whatever the start.
             start = jax.tree.map(lambda a: a / self.scale.astype(a.dtype), start)
-            x = tree_where(finite & (self.size > 0), start, x)
+            x = tree_where(finite & (self.size > 0), start, zeros)
         converged = self.size <= (zero if warm else self.tolerance)
         z = self.precondition(self.b)
         gamma = tree_dot(self.b, z)
@@ -215,14 +225,16 @@ class _Method:
             gamma=gamma,
             p_size=gamma,
             residual=self.size,
-            best=x,
-            best_size=infinite if warm else self.size,
+            best=zeros,
+            best_energy=zero,
+            best_residual=self.size,
+            least_size=infinite,
             failed_size=infinite,
             min_curvature=infinite,
             max_ratio=zero,
             num_steps=none,
             num_products=none,
-            num_worse=none,
+            num_flat=none,
             checks=jnp.asarray(warm),
             claimed=false,
             closes=false,
@@ -236,9 +248,8 @@ class _Method:
         )
 
     def goes_on(self, s: _State) -> BoolScalar:
-        # Every step is followed by one check at most. The second half never decides.
-        limit = 2 * self.solver.max_steps + 3
-        return s.running & (s.num_products < limit)
+        # Every step is followed by one check at most, so the second half never decides.
+        return s.running & (s.num_products < 2 * self.solver.max_steps + 3)
 
     def step(self, s: _State) -> _State:
         operand = tree_where(s.checks, s.x, s.p)
@@ -246,84 +257,95 @@ class _Method:
         damped = product
         if self.solver.damping != 0:
             damped = tree_axpy(self.damping, operand, product)
+        steps = ~s.checks
 
-        # What the product is if it was with the iterate: a check.
-        true_r = tree_sub(self.b, damped)
-        # ... and if it was with the direction. Curvature is compared with that met
-        # before, each relative to p.M^-1 p, so that the comparison knows neither the
-        # number of unknowns nor the scale of anything. Below one unit of rounding of
-        # the largest it cannot be told from zero.
+        # If the product was with the direction: a step. The curvature is compared with
+        # the largest one met, each relative to p.M^-1 p, so that the comparison knows
+        # neither the number of unknowns nor the scale of anything. Below one unit of
+        # rounding of that it cannot be told from zero.
         plain_curvature, p_square = tree_dot(s.p, product), tree_dot(s.p, s.p)
         curvature = plain_curvature + self.damping * p_square
-        ratio = curvature / s.p_size
-        max_ratio = jnp.maximum(s.max_ratio, ratio)
+        max_ratio = jnp.maximum(s.max_ratio, curvature / s.p_size)
         positive = curvature > self.eps * max_ratio * s.p_size
         alpha = s.gamma / jnp.where(positive, curvature, 1)
-        step_x, step_r = tree_axpy(alpha, s.p, s.x), tree_axpy(-alpha, damped, s.r)
+        step_r = tree_axpy(-alpha, damped, s.r)
 
-        steps = ~s.checks
-        r = tree_where(s.checks, true_r, step_r)
+        # If it was with the iterate: a check.
+        r = tree_where(s.checks, tree_sub(self.b, damped), step_r)
         size = residual = tree_norm(r)
         if self.solver.damping != 0:
             residual = tree_norm(tree_sub(self.b, product))
-        broken = steps & ~(positive & jnp.isfinite(size))
-        # A start that is further from the solution than zero is not a help.
-        useless = s.checks & (s.num_steps == 0) & ~(size <= self.size)
-        x = tree_where(steps & ~broken, step_x, s.x)
-        x = tree_where(useless, tree_zeros_like(x), x)
-        r = tree_where(useless, self.b, tree_where(broken, s.r, r))
-        size = jnp.where(useless, self.size, jnp.where(broken, s.size, size))
-        residual = jnp.where(useless, self.size, residual)
-        num_steps = s.num_steps + jnp.where(steps & ~broken, 1, 0)
+        energy = -(tree_dot(s.x, self.b) + tree_dot(s.x, r)) / 2
 
-        # Sizes that come from the recurrence are not to be trusted where a check says
-        # otherwise.
-        drifted = s.checks & (size > 2 * s.size)
-        best_size = jnp.where(drifted, jnp.maximum(s.best_size, size), s.best_size)
-        better = ~broken & (size <= best_size)
-        best = tree_where(better, x, s.best)
-        best_size = jnp.where(better, size, best_size)
-        num_worse = jnp.where(better, 0, s.num_worse + jnp.where(steps, 1, 0))
+        overflow = steps & positive & ~jnp.isfinite(size)
+        indefinite = steps & ~positive & jnp.isfinite(curvature)
+        nonfinite = overflow | (steps & ~jnp.isfinite(curvature))
+        broken = indefinite | nonfinite
+        accepted = steps & ~broken
+        # A start of higher energy than zero is not a help. (NaN compares as false.)
+        useless = s.checks & (s.num_steps == 0) & ~(energy <= 0)
+
+        x = tree_where(accepted, tree_axpy(alpha, s.p, s.x), s.x)
+        r = tree_where(broken, s.r, r)
+        size = jnp.where(broken, s.size, size)
+        x = tree_where(useless, s.best, x)
+        r = tree_where(useless, self.b, r)
+        size = jnp.where(useless, self.size, size)
+        residual = jnp.where(useless, self.size, residual)
+        energy = jnp.where(useless, 0, energy)
+        num_steps = s.num_steps + jnp.where(accepted, 1, 0)
 
         within = ~broken & (size <= self.tolerance)
         contradicted = s.checks & s.claimed & ~within
         failed_size = jnp.where(contradicted, size, s.failed_size)
+
+        # Where rounding has the last word neither residual nor energy go down any more.
+        # On the way, the former may go up for long, and the latter does not.
+        flat = ~(size < s.least_size) & ~(
+            energy < s.best_energy - 100 * self.eps * jnp.abs(s.best_energy)
+        )
+        num_flat = jnp.where(s.checks, jnp.where(flat, s.num_flat + 1, 0), s.num_flat)
+        better = s.checks & (energy <= s.best_energy)
+
         fixed = self.solver.rtol is None
         stagnated = jnp.asarray(False)
         if not fixed:
-            stagnated = contradicted & ~(size < s.failed_size / 2)
-            stagnated = stagnated | (num_worse >= self.max_worse)
+            stagnated = (num_flat >= _MAX_FLAT) | (
+                contradicted & ~(size < s.failed_size / 2)
+            )
 
         # The next direction.
         z = self.precondition(r)
         gamma = tree_dot(r, z)
-        restarts = s.restarts | contradicted
-        beta = jnp.where(restarts, 0, gamma / s.gamma)
-        p = tree_axpy(beta, s.p, z)
-        p_size = gamma + beta**2 * s.p_size
         bad = ~broken & ~within & ~(gamma > 0)
+        restarts = s.restarts | contradicted | useless
+        beta = jnp.where(restarts, 0, gamma / s.gamma)
 
         # What comes next: a step, a check, or the last check.
         stops = s.closes | (s.checks & within)
+        claimed = accepted & within
         closes = broken | bad | stagnated | (num_steps >= self.solver.max_steps)
         if fixed:
-            closes = closes | (steps & within)
-        claimed = steps & within
-        due = steps & (num_steps % _CHECK_EVERY == 0)
+            closes = closes | claimed
+        due = accepted & (num_steps % _CHECK_EVERY == 0)
         checks = closes | claimed | due
-        keeps = checks | stops
-        # With a number of steps asked for by name, the last iterate is the answer.
-        to_best = closes & ~stops & (broken | bad if fixed else True)
+        # The direction waits for the residual that a check gives it.
+        waits = checks | stops
+        falls_back = stops & ~within & ~better
         return _State(
-            x=tree_where(to_best, best, x),
+            x=tree_where(falls_back, s.best, x),
             r=r,
-            p=tree_where(keeps, s.p, p),
-            size=jnp.where(to_best, best_size, size),
-            gamma=jnp.where(keeps, s.gamma, gamma),
-            p_size=jnp.where(keeps, s.p_size, p_size),
-            residual=jnp.where(s.checks, residual, s.residual),
-            best=best,
-            best_size=best_size,
+            p=tree_where(waits, s.p, tree_axpy(beta, s.p, z)),
+            size=size,
+            gamma=jnp.where(waits, s.gamma, gamma),
+            p_size=jnp.where(waits, s.p_size, gamma + beta**2 * s.p_size),
+            residual=jnp.where(
+                s.checks, jnp.where(falls_back, s.best_residual, residual), s.residual
+            ),
+            best=tree_where(better, x, s.best),
+            best_energy=jnp.where(better, energy, s.best_energy),
+            best_residual=jnp.where(better, residual, s.best_residual),
+            least_size=jnp.where(s.checks, jnp.minimum(s.least_size, size), s.least_size),
             failed_size=failed_size,
             min_curvature=jnp.where(
                 steps & jnp.isfinite(plain_curvature),
@@ -333,29 +355,25 @@ class _Method:
             max_ratio=jnp.where(steps & positive, max_ratio, s.max_ratio),
             num_steps=num_steps,
             num_products=s.num_products + 1,
-            num_worse=num_worse,
+            num_flat=num_flat,
             checks=checks,
             claimed=claimed,
             closes=closes,
-            restarts=restarts & keeps,
+            restarts=restarts & waits,
             running=~stops,
             converged=within,
-            indefinite=s.indefinite | (broken & ~positive & jnp.isfinite(curvature)),
+            indefinite=s.indefinite | indefinite,
             bad_preconditioner=s.bad_preconditioner | bad,
-            nonfinite=s.nonfinite
-            | (broken & ~(jnp.isfinite(curvature) & (~positive | jnp.isfinite(size)))),
+            nonfinite=s.nonfinite | nonfinite,
             stagnated=s.stagnated | stagnated,
         )
 
     def result(self, s: _State) -> RESULTS:
-        result = RESULTS.linear_max_steps
-        if self.solver.rtol is None:
-            result = RESULTS.successful
-        for failed, code in (
-            (s.stagnated, RESULTS.linear_stagnation),
-            (s.bad_preconditioner, RESULTS.linear_preconditioner),
-            (s.indefinite, RESULTS.linear_indefinite),
-            (s.nonfinite, RESULTS.linear_nonfinite),
-        ):
-            result = RESULTS.where(failed, code, result)
-        return RESULTS.where(s.converged, RESULTS.successful, result)
+        failure = first_failure(
+            mask_result(s.nonfinite, RESULTS.linear_nonfinite),
+            mask_result(s.indefinite, RESULTS.linear_indefinite),
+            mask_result(s.bad_preconditioner, RESULTS.linear_preconditioner),
+            mask_result(s.stagnated, RESULTS.linear_stagnation),
+            out_of_steps(self.solver.rtol),
+        )
+        return mask_result(~s.converged, failure)

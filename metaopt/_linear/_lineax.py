@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._rewrite import carry_conditions
 from .._tree import (
     tree_add,
@@ -32,6 +32,7 @@ from ._base import (
     check_tolerances,
     coarsest_eps,
     floored_rtol,
+    out_of_steps,
     relative,
     relative_residual,
     reported,
@@ -121,22 +122,19 @@ class GMRES(AbstractLinearSolver):
             )
 
         s = _first_cycle_state(operator, b, size, tolerance, scale, start)
-        s = lax.while_loop(
-            lambda s: s.running & (s.num_cycles < max_cycles), cycle, s
+        s = lax.while_loop(lambda s: s.running & (s.num_cycles < max_cycles), cycle, s)
+        stagnated = s.stagnated & (self.rtol is not None)
+        failure = first_failure(
+            mask_result(s.singular, RESULTS.linear_nonfinite),
+            mask_result(stagnated, RESULTS.linear_stagnation),
+            out_of_steps(self.rtol),
         )
-        result = RESULTS.linear_max_steps
-        if self.rtol is None:
-            result = RESULTS.successful
-        else:
-            result = RESULTS.where(s.stagnated, RESULTS.linear_stagnation, result)
-        result = RESULTS.where(s.singular, RESULTS.linear_nonfinite, result)
-        result = RESULTS.where(s.converged, RESULTS.successful, result)
         # A cycle has a product for each step, and two for residuals of its own.
         num_products = s.num_cycles * (restart + 3) + (start is not None)
         residual = jnp.where(size == 0, 0, relative(s.residual, size))
         return reported(
             tree_scale(scale, s.x),
-            result,
+            mask_result(~s.converged, failure),
             residual,
             s.num_cycles * restart,
             num_products,
@@ -235,17 +233,15 @@ class Dense(AbstractLinearSolver):
         size = tree_norm(vector)
         promoted = _promoted(operator, vector)
         method = lx.LU()
-        value, _, _ = method.compute(
-            method.init(promoted, {}), _cast_up(vector), {}
-        )
+        value, _, _ = method.compute(method.init(promoted, {}), _cast_up(vector), {})
         value = jax.tree.map(lambda a, b: a.astype(b.dtype), value, vector)
         finite = tree_all_finite(value) & jnp.isfinite(size)
         value = tree_where(finite & (size > 0), value, tree_zeros_like(vector))
         residual = relative_residual(operator, value, vector)
         residual = jnp.where(size == 0, 0, residual)
-        # LU is backward stable: what it leaves is rounding, unless there is no solution.
+        # LU is backward stable: it leaves rounding only, unless there is no solution.
         regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
-        result = RESULTS.where(regular, RESULTS.successful, RESULTS.linear_nonfinite)
+        result = mask_result(~regular, RESULTS.linear_nonfinite)
         return reported(value, result, residual, 1, tree_size(vector) + 1)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     tree_all_finite,
     tree_axpy,
@@ -26,6 +26,7 @@ from ._base import (
     relative,
     reported,
 )
+
 
 _NUM_POWER_STEPS = 10
 _POWER_SAFETY = 1.2
@@ -116,11 +117,11 @@ class Neumann(AbstractLinearSolver):
         diverged = (self.num_terms > 0) & (size > 0) & (grown | ~jnp.isfinite(end))
         finite = tree_all_finite(x)
         x = tree_where(finite, x, jax.tree.map(jnp.zeros_like, x))
-        result = RESULTS.where(
-            diverged, RESULTS.linear_diverged, RESULTS.successful
-        )
         healthy = jnp.isfinite(size) & jnp.isfinite(scale) & (finite | diverged)
-        result = RESULTS.where(healthy, result, RESULTS.linear_nonfinite)
+        result = first_failure(
+            mask_result(~healthy, RESULTS.linear_nonfinite),
+            mask_result(diverged, RESULTS.linear_diverged),
+        )
         x = tree_where(size == 0, jax.tree.map(jnp.zeros_like, x), x)
         residual = jnp.where(size == 0, 0, relative(end, size))
         return reported(x, result, residual, self.num_terms, num_products)
@@ -135,16 +136,12 @@ class Neumann(AbstractLinearSolver):
         return jnp.where(jnp.isfinite(largest), scale, jnp.nan), _NUM_POWER_STEPS
 
 
-def largest_eigenvalue(
-    operator: lx.AbstractLinearOperator, vector: Vector
-) -> FloatScalar:
+def largest_eigenvalue(operator: lx.AbstractLinearOperator, vector: Vector) -> FloatScalar:
     """An estimate from below of the largest size of an eigenvalue of a symmetric
     operator: power iteration, always from the same random vector."""
     leaves, structure = jax.tree.flatten(vector)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    leaves = [
-        jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)
-    ]
+    leaves = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
     start = jax.tree.unflatten(structure, leaves)
 
     def step(_, carry):

@@ -28,9 +28,7 @@ def problem_optimality(
     return Optimality(residual, problem.tags)
 
 
-def check_state_policy(
-    solver: AbstractIterativeSolver, problem: AbstractProblem
-) -> None:
+def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem) -> None:
     """A problem with model state needs a policy for it, and the other way round."""
     name = type(solver).__name__
     if problem.has_state and solver.state_policy is None:

@@ -17,6 +17,7 @@ from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, problem_optimality
 
+
 Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
 
 
@@ -29,6 +30,10 @@ class Descent(AbstractIterativeSolver):
     accuracy, [`metaopt.OptimistixSolver`][] needs far fewer steps.
 
     ```python
+    import jax.numpy as jnp
+    import metaopt as mo
+    import optax
+
     mo.Descent(optax.adam(1e-3), num_steps=200)
     mo.Descent(lambda hyper: optax.sgd(jnp.exp(hyper.log_lr)), num_steps=200)
     mo.Descent(  # a learning rate for each step
@@ -58,8 +63,21 @@ class Descent(AbstractIterativeSolver):
 
     transform: Transform | Callable[[Hyper], Transform]
     num_steps: int = eqx.field(static=True)
-    atol: float | None = eqx.field(default=None, static=True)
-    state_policy: AbstractStatePolicy | None = None
+    atol: float | None = eqx.field(static=True)
+    state_policy: AbstractStatePolicy | None
+
+    def __init__(
+        self,
+        transform: Transform | Callable[[Hyper], Transform],
+        num_steps: int,
+        *,
+        atol: float | None = None,
+        state_policy: AbstractStatePolicy | None = None,
+    ):
+        self.transform = transform
+        self.num_steps = num_steps
+        self.atol = atol
+        self.state_policy = state_policy
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")

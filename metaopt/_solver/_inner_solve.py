@@ -22,6 +22,13 @@ class InnerSolve(eqx.Module):
     """One inner solve: a problem, the solver for it, its data and its randomness.
 
     Adjoints receive one of these and choose how the derivative passes through it.
+
+    **Attributes:**
+
+    - `problem`: the inner problem.
+    - `solver`: how it is solved.
+    - `data`: where its batches come from.
+    - `key`: for everything random in the solve.
     """
 
     problem: AbstractProblem
@@ -34,9 +41,7 @@ class InnerSolve(eqx.Module):
         assert isinstance(self.solver, AbstractIterativeSolver)  # checked by adjoints
         return Loop(self.problem, self.solver, self.data, params, self.key)
 
-    def primal(
-        self, params: Params, hyper: Hyper, model_state: ModelState
-    ) -> Outcome:
+    def primal(self, params: Params, hyper: Hyper, model_state: ModelState) -> Outcome:
         """The solution, held constant for derivatives."""
 
         def solve(params, hyper, model_state):

@@ -16,11 +16,13 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from .._problem import AbstractFixedPointProblem, AbstractInnerProblem
-from .._results import RESULTS
+from .._results import RESULTS, where_result
 from .._rewrite import carry_conditions
 from .._tree import split_trainable, tree_all_finite
 from ._base import AbstractDirectSolver, Optimality
+from ._common import problem_optimality
 from ._optimistix import direct_outcome, refuse_state
+
 
 _FUNCTION_NAMES = ("fun", "fixed_point_fun", "optimality_fun")
 _NON_SMOOTH = ("prox", "block_prox", "projection", "projection_grad")
@@ -34,7 +36,11 @@ class JaxoptSolver(AbstractDirectSolver):
     solver for non-symmetric systems, such as `metaopt.GMRES()`. For smooth,
     unconstrained problems prefer [`metaopt.OptimistixSolver`][], which is maintained.
 
+    <!-- no-test: jaxopt may be absent -->
     ```python
+    import jax.numpy as jnp, jaxopt
+    import metaopt as mo
+
     mo.JaxoptSolver("LBFGS", {"tol": 1e-8})
     mo.JaxoptSolver(  # lasso; `hyper` reaches the proximal operator
         "ProximalGradient",
@@ -87,6 +93,9 @@ class JaxoptSolver(AbstractDirectSolver):
         refuse_state(self, problem)
 
     def optimality(self, problem, params, hyper, batch, key, state):
+        if self._function_name() == "fixed_point_fun":
+            # jaxopt's own has the other sign, for which a Neumann series diverges.
+            return problem_optimality(problem, params, hyper, batch, key, state)
         static_params = split_trainable(params)[1]
         static_hyper = split_trainable(hyper)[1]
 
@@ -120,10 +129,10 @@ class JaxoptSolver(AbstractDirectSolver):
 
         solution, error, num_steps, tolerance = carry_conditions(run)(params)
         finite = tree_all_finite(solution)
-        result = RESULTS.where(
+        result = where_result(
             error <= tolerance, RESULTS.successful, RESULTS.inner_max_steps
         )
-        result = RESULTS.where(finite, result, RESULTS.inner_nonfinite)
+        result = where_result(finite, result, RESULTS.inner_nonfinite)
         evaluation = None
         if problem.has_aux:
             evaluation = problem.evaluate(solution, hyper, batch, key, model_state)
@@ -155,9 +164,7 @@ class JaxoptSolver(AbstractDirectSolver):
         cls = self._cls()
         options = dict(self.options)
         name = self._function_name()
-        if name == "fixed_point_fun" and not isinstance(
-            problem, AbstractFixedPointProblem
-        ):
+        if name == "fixed_point_fun" and not isinstance(problem, AbstractFixedPointProblem):
             raise ValueError(
                 f"`jaxopt.{cls.__name__}` solves fixed-point problems, and "
                 f"`{type(problem).__name__}` is none."

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._data import AbstractData
 from .._problem import AbstractProblem
-from .._results import RESULTS, mask_result
+from .._results import mask_result, RESULTS, where_result
 from .._tree import split_trainable, tree_all_finite
 from .._types import (
     Aux,
@@ -25,6 +25,7 @@ from .._types import (
     Vector,
 )
 from ._base import AbstractIterativeSolver, Outcome
+
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
 """`scan(body, carry, xs, length) -> (carry, ys)`, as `jax.lax.scan`."""
@@ -50,6 +51,13 @@ class Loop(eqx.Module):
 
     The three parts `start`, `step` and `finish` are everything an adjoint that follows
     the path needs: it chooses how `step` is repeated, and what is held constant.
+
+    **Attributes:**
+
+    - `problem`, `solver`, `data`: what is solved, how, and on what.
+    - `static_params`: the leaves of the params that are not trained.
+    - `draws`: a pair of the step numbers and the data's plan, stacked by step.
+    - `key`: folded with the step number, the key of each step.
     """
 
     problem: AbstractProblem
@@ -81,9 +89,7 @@ class Loop(eqx.Module):
         """The number of steps of the whole loop."""
         return self.solver.num_steps
 
-    def start(
-        self, params: Params, hyper: Hyper, model_state: ModelState
-    ) -> LoopState:
+    def start(self, params: Params, hyper: Hyper, model_state: ModelState) -> LoopState:
         """The state before the first step."""
         trainable = split_trainable(params)[0]
         solver_state = self.solver.init(self.problem, trainable, hyper)
@@ -145,19 +151,19 @@ class Loop(eqx.Module):
         """
         draws = jax.tree.map(lambda leaf: leaf[begin:end], self.draws)
         if not self.solver.stops_early:
-            body = lambda state, draw: self._step(hyper, state, draw)
-            return jax.lax.scan(body, state, draws, end - begin)
+            step = lambda state, draw: self._step(hyper, state, draw)
+            return jax.lax.scan(step, state, draws, end - begin)
 
         # The condition reads a carried bool and an integer: see `_rewrite.py`.
         def condition(carry):
-            state, _, step = carry
-            return jnp.logical_not(state.done) & (step < end - begin)
+            state, _, index = carry
+            return jnp.logical_not(state.done) & (index < end - begin)
 
         def body(carry):
-            state, losses, step = carry
-            draw = jax.tree.map(lambda leaf: leaf[step], draws)
+            state, losses, index = carry
+            draw = jax.tree.map(lambda leaf: leaf[index], draws)
             state, loss = self._step(hyper, state, draw)
-            return state, losses.at[step].set(loss), step + 1
+            return state, losses.at[index].set(loss), index + 1
 
         losses = jnp.full(end - begin, jnp.nan, state.last_monitor.dtype)
         carry = state, losses, jnp.zeros((), int)
@@ -174,17 +180,15 @@ class Loop(eqx.Module):
         finite = tree_all_finite(state.params)
         failed = jnp.logical_not(finite) | (state.failed_step >= 0)
         last = jnp.maximum(state.num_steps - 1, 0)
-        failed_step = jnp.where(
-            failed & (state.failed_step < 0), last, state.failed_step
-        )
+        failed_step = jnp.where(failed & (state.failed_step < 0), last, state.failed_step)
         grew = (failed_step > 0) & (state.last_monitor > state.first_monitor)
         result = mask_result(
             failed,
-            RESULTS.where(grew, RESULTS.inner_diverged, RESULTS.inner_nonfinite),
+            where_result(grew, RESULTS.inner_diverged, RESULTS.inner_nonfinite),
         )
         if self.solver.stops_early:
             stopped_short = jnp.logical_not(state.converged | failed)
-            result = RESULTS.where(stopped_short, RESULTS.inner_max_steps, result)
+            result = where_result(stopped_short, RESULTS.inner_max_steps, result)
         model_state = state.model_state
         if self.problem.has_state:
             assert self.solver.state_policy is not None  # checked by the solver

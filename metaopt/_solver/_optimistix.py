@@ -1,16 +1,20 @@
 """Any optimistix solver as an inner solver."""
 
+import functools as ft
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 
 from .._problem import AbstractFixedPointProblem, AbstractInnerProblem
-from .._results import RESULTS
+from .._results import RESULTS, where_result
 from .._rewrite import carry_conditions
 from .._tree import split_trainable
 from .._validate import check_count
 from ._base import AbstractDirectSolver, Outcome
 from ._common import problem_optimality
+
 
 _Minimiser = optx.AbstractMinimiser
 _LeastSquares = optx.AbstractLeastSquaresSolver
@@ -23,9 +27,12 @@ class OptimistixSolver(AbstractDirectSolver):
 
     Use it for smooth, deterministic problems that are to be solved to a tolerance, with
     [`metaopt.ImplicitAdjoint`][]. A root finder given a loss finds a zero of its
-    gradient; given a fixed-point problem, a zero of `step(params) - params`.
+    gradient; given a fixed-point problem, a zero of `params - step(params)`.
 
     ```python
+    import metaopt as mo
+    import optimistix as optx
+
     mo.OptimistixSolver(optx.BFGS(rtol=1e-8, atol=1e-8))
     ```
 
@@ -39,7 +46,7 @@ class OptimistixSolver(AbstractDirectSolver):
     `ValueError` where the solver does not fit the kind of the inner problem.
     """
 
-    solver: _Minimiser | _LeastSquares | _RootFinder | _FixedPoint
+    solver: Any
     max_steps: int = eqx.field(default=256, static=True)
 
     def __check_init__(self):
@@ -90,12 +97,12 @@ class OptimistixSolver(AbstractDirectSolver):
             entry = optx.fixed_point
             fn = lambda y, _: split_trainable(evaluate(y).value)[0]
         else:
-            entry = optx.root_find
-            condition = self.optimality(
-                problem, params, hyper, batch, key, model_state
-            )
+            condition = self.optimality(problem, params, hyper, batch, key, model_state)
             constant = split_trainable(hyper)[0]
             fn = lambda y, _: condition(y, constant)
+            # A solver that asks for structure (conjugate gradients inside Newton's
+            # method) is told what the kind of the problem promises.
+            entry = ft.partial(optx.root_find, tags=condition.tags)
 
         def run(trainable):
             solution = entry(
@@ -121,7 +128,7 @@ def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
         (RESULTS.nonlinear_divergence, RESULTS.inner_diverged),
         (RESULTS.nonfinite, RESULTS.inner_nonfinite),
     ):
-        ours = RESULTS.where(result == theirs, code, ours)
+        ours = where_result(result == theirs, code, ours)
     num_steps = jnp.asarray(num_steps)
     failed = (ours == RESULTS.inner_nonfinite) | (ours == RESULTS.inner_diverged)
     return Outcome(

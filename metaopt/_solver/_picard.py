@@ -34,11 +34,26 @@ class Picard(AbstractIterativeSolver):
     point.
     """
 
-    num_steps: int = eqx.field(default=100, static=True)
-    rtol: float | None = eqx.field(default=1e-6, static=True)
-    atol: float = eqx.field(default=0.0, static=True)
-    relaxation: float = eqx.field(default=1.0, static=True)
-    state_policy: AbstractStatePolicy | None = None
+    num_steps: int = eqx.field(static=True)
+    rtol: float | None = eqx.field(static=True)
+    atol: float = eqx.field(static=True)
+    relaxation: float = eqx.field(static=True)
+    state_policy: AbstractStatePolicy | None
+
+    def __init__(
+        self,
+        num_steps: int = 100,
+        *,
+        rtol: float | None = 1e-6,
+        atol: float = 0.0,
+        relaxation: float = 1.0,
+        state_policy: AbstractStatePolicy | None = None,
+    ):
+        self.num_steps = num_steps
+        self.rtol = rtol
+        self.atol = atol
+        self.relaxation = relaxation
+        self.state_policy = state_policy
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
@@ -46,9 +61,7 @@ class Picard(AbstractIterativeSolver):
         check_tolerance(self.atol, "atol")
         check_tolerance(self.relaxation, "relaxation")
         if not 0 < self.relaxation <= 1:
-            raise ValueError(
-                f"`relaxation` must lie in (0, 1]; got {self.relaxation!r}."
-            )
+            raise ValueError(f"`relaxation` must lie in (0, 1]; got {self.relaxation!r}.")
 
     @property
     def stops_early(self):

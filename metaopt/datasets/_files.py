@@ -156,9 +156,7 @@ def parse_idx(content: bytes, num_axes: int, max_bytes: int, source: str) -> np.
     except zlib.error as error:
         raise DataError(f"{source} is not a sound gzip file: {error}.") from error
     if len(raw) > max_bytes:
-        raise DataError(
-            f"{source} unpacks to more than the allowed {max_bytes:,} bytes."
-        )
+        raise DataError(f"{source} unpacks to more than the allowed {max_bytes:,} bytes.")
     if not unpacker.eof:
         raise DataError(f"{source} is not a sound gzip file: it is cut short.")
     magic = bytes((0, 0, _IDX_UINT8, num_axes))
@@ -169,8 +167,7 @@ def parse_idx(content: bytes, num_axes: int, max_bytes: int, source: str) -> np.
         )
     start = 4 + 4 * num_axes
     shape = tuple(
-        int.from_bytes(raw[4 + 4 * axis : 8 + 4 * axis], "big")
-        for axis in range(num_axes)
+        int.from_bytes(raw[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(num_axes)
     )
     if len(raw) != start + math.prod(shape):
         raise DataError(
@@ -192,9 +189,7 @@ def _check_npz_member(archive: zipfile.ZipFile, key: str, max_bytes: int) -> Non
             header = np.lib.format.read_array_header_2_0(member)
     shape, _, dtype = header
     if dtype.hasobject:
-        raise ValueError(
-            f"array `{key}` holds pickled Python objects, which can run code"
-        )
+        raise ValueError(f"array `{key}` holds pickled Python objects, which can run code")
     # NumPy takes memory for what the header claims before it reads on.
     if math.prod(shape) * dtype.itemsize > info.file_size:
         raise ValueError(

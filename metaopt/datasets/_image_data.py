@@ -119,8 +119,7 @@ def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, 
     seed = _check_count(seed, "`seed`", lowest=0)
     if sum(checked) > len(data):
         raise ValueError(
-            f"`sizes` sum to {sum(checked)}, but {data.name} has only {len(data)} "
-            "images."
+            f"`sizes` sum to {sum(checked)}, but {data.name} has only {len(data)} images."
         )
     order = np.random.default_rng(seed).permutation(len(data))
     ends = np.cumsum(checked)

@@ -57,9 +57,7 @@ def _what_to_do(folder: Path) -> str:
     )
 
 
-def _as_data(
-    images: list[np.ndarray], labels: list[np.ndarray], source: str
-) -> ImageData:
+def _as_data(images: list[np.ndarray], labels: list[np.ndarray], source: str) -> ImageData:
     for part, x, y in zip(("training", "test"), images, labels, strict=True):
         if len(x) != len(y):
             raise DataError(

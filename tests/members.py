@@ -1,0 +1,139 @@
+"""Every member of every axis, for the tests that are about all of them.
+
+Adding a member is adding a row. Each row is a function of a case of `problems.py`, so
+that step sizes and tolerances fit it, and says what kinds of problem it serves.
+"""
+
+import dataclasses
+import functools as ft
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optax
+import optimistix as optx
+import pytest
+
+import metaopt as mo
+from problems import Case, CASES, FIXED_POINT, LOSS, ROOT
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """A row of a table.
+
+    `make(case)` gives the same object each time, so that an equal call does not compile
+    again. `num_terms` says which Neumann series a biased adjoint reproduces at the inner
+    solution; `None` means that it is exact.
+    """
+
+    make: Callable[[Case], Any]
+    serves: frozenset[str]
+    num_terms: int | None = None
+    needs: str | None = None  # a package that need not be installed
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        missing = self.needs is not None and not importlib.util.find_spec(self.needs)
+        return [pytest.mark.skipif(missing, reason=f"{self.needs} is not installed")]
+
+
+def _member(make: Callable[[Case], Any], *serves: str, **kwargs: Any) -> Member:
+    return Member(ft.cache(make), frozenset(serves), **kwargs)
+
+
+LINEAR_SOLVERS = {
+    "CG": _member(lambda case: mo.CG(rtol=case.rtol), LOSS),
+    "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
+    "BiCGStab": _member(lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
+    "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT),
+    "Neumann": _member(
+        lambda case: mo.Neumann(num_terms=case.num_steps, scale=case.rate),
+        LOSS,
+        FIXED_POINT,
+    ),
+}
+
+_ALONG_THE_PATH = {
+    "unrolled": _member(lambda case: mo.UnrolledAdjoint(), LOSS, FIXED_POINT),
+    "unrolled, steps made again": _member(
+        lambda case: mo.UnrolledAdjoint(mo.RecomputeSteps()), LOSS, FIXED_POINT
+    ),
+    # A block size that leaves a rest.
+    "unrolled, blocks made again": _member(
+        lambda case: mo.UnrolledAdjoint(mo.SqrtBlocks(11)), LOSS, FIXED_POINT
+    ),
+    "forward": _member(lambda case: mo.ForwardAdjoint(), LOSS, FIXED_POINT),
+    "truncated, whole length": _member(
+        lambda case: mo.TruncatedAdjoint(case.num_steps), LOSS, FIXED_POINT
+    ),
+    "truncated": _member(
+        lambda case: mo.TruncatedAdjoint(5), LOSS, FIXED_POINT, num_terms=4
+    ),
+    "one step": _member(lambda case: mo.OneStepAdjoint(), LOSS, FIXED_POINT, num_terms=0),
+}
+
+
+def _implicit(linear: Member) -> Member:
+    make = ft.cache(lambda case: mo.ImplicitAdjoint(linear.make(case)))
+    return dataclasses.replace(linear, make=make)
+
+
+ADJOINTS = _ALONG_THE_PATH | {
+    f"implicit, {name}": _implicit(linear) for name, linear in LINEAR_SOLVERS.items()
+}
+
+SOLVERS = {
+    "descent": _member(lambda case: mo.Descent(optax.sgd(case.rate), case.num_steps), LOSS),
+    "momentum": _member(
+        lambda case: mo.Descent(optax.sgd(case.rate, 0.25), case.num_steps), LOSS
+    ),
+    "picard": _member(
+        lambda case: mo.Picard(num_steps=case.num_steps, rtol=None), FIXED_POINT
+    ),
+    "minimiser": _member(
+        lambda case: mo.OptimistixSolver(optx.BFGS(rtol=case.rtol, atol=case.rtol)), LOSS
+    ),
+    "root finder": _member(
+        lambda case: mo.OptimistixSolver(optx.Newton(rtol=case.rtol, atol=case.rtol)),
+        LOSS,
+        FIXED_POINT,
+        ROOT,
+    ),
+    "fixed-point solver": _member(
+        lambda case: mo.OptimistixSolver(optx.FixedPointIteration(rtol=1e-13, atol=1e-13)),
+        FIXED_POINT,
+    ),
+    "jaxopt lbfgs": _member(
+        lambda case: mo.JaxoptSolver("LBFGS", {"tol": 1e-12, "maxiter": 200}),
+        LOSS,
+        needs="jaxopt",
+    ),
+    "jaxopt anderson": _member(
+        lambda case: mo.JaxoptSolver("AndersonAcceleration", {"tol": 1e-12}),
+        FIXED_POINT,
+        needs="jaxopt",
+    ),
+    "jaxopt broyden": _member(
+        lambda case: mo.JaxoptSolver("Broyden", {"tol": 1e-12}), ROOT, needs="jaxopt"
+    ),
+}
+
+
+def solver_for(adjoint: Member, case: Case) -> mo.AbstractSolver:
+    """An inner solver for the case that the adjoint can serve: one by steps if there is
+    one, and otherwise the first."""
+    del adjoint
+    return SOLVERS[case.solvers[0]].make(case)
+
+
+def pairs(
+    table: dict[str, Member], *columns: Any, marks: Callable[..., list] | None = None
+) -> Iterator[Any]:
+    """Parameters for `pytest.mark.parametrize`: each row with each case it serves."""
+    for name, member in table.items():
+        for case_name, make_case in CASES.items():
+            if make_case.__wrapped__ and _kind(case_name) in member.serves:
+                yield pytest.param(
+                    name, case_name, marks=member.marks, id=f"{name}-{case_name}"
+                )
