@@ -103,7 +103,7 @@ def check_hypergradient(
     check_count(num_directions, "num_directions")
     check_tolerance(step, "step")
     check_tolerance(rtol, "rtol")
-    arguments = prepare(problem, hyper, params, train, valid, inner, key)
+    arguments = prepare(problem, hyper, params, train, valid, inner, adjoint, key)
     hyper = arguments[1]
     flat, unravel = ravel_pytree(split_trainable(hyper)[0])
     precision = jnp.finfo(flat.dtype).eps

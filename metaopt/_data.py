@@ -162,9 +162,28 @@ class BatchSequence(AbstractData):
         )
 
 
-def as_data(data: Any) -> AbstractData:
-    """`data` as a source of batches: plain arrays become a [`metaopt.FullBatch`][]."""
-    return data if isinstance(data, AbstractData) else FullBatch(data)
+def as_data(data: Any, name: str = "data") -> AbstractData:
+    """`data` as a source of batches: plain arrays become a [`metaopt.FullBatch`][].
+
+    **Raises:**
+
+    `ValueError` where plain arrays differ in the length of their leading axis: examples
+    and labels that do not belong together can broadcast without a word.
+    """
+    if isinstance(data, AbstractData):
+        return data
+    names, leaves = leaf_names(data, name), jax.tree.leaves(data)
+    counts = {
+        name: leaf.shape[0]
+        for name, leaf in zip(names, leaves)
+        if eqx.is_array(leaf) and leaf.ndim > 0
+    }
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"{_listed(counts)}: arrays that differ in their number of rows. If that is "
+            "meant, say so with `metaopt.FullBatch(data)`."
+        )
+    return FullBatch(data)
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
@@ -189,7 +208,10 @@ def _num_rows(arrays: PyTree[Any], owner: str) -> int:
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"The arrays of `{owner}` must share the length of their leading axis; got "
-            + ", ".join(f"{count} rows in `{name}`" for name, count in counts.items())
-            + "."
+            f"{_listed(counts)}."
         )
     return next(iter(counts.values()))
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} rows in `{name}`" for name, count in counts.items())

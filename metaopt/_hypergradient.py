@@ -16,8 +16,24 @@ from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, Outcome
 from ._tree import split_trainable, tree_all_finite, tree_norm
-from ._types import Aux, FloatScalar, Hyper, Key, ModelState, Params
-from ._validate import canonical_arrays, canonical_hyper, check_params
+from ._types import (
+    Aux,
+    BoolScalar,
+    FloatScalar,
+    Hyper,
+    Key,
+    ModelState,
+    Params,
+    Vector,
+)
+from ._validate import (
+    ADJOINT_EXAMPLE,
+    canonical_arrays,
+    canonical_hyper,
+    check_kind,
+    check_params,
+    DESCENT_EXAMPLE,
+)
 
 
 class Objective(eqx.Module):
@@ -110,7 +126,11 @@ class Objective(eqx.Module):
         )
         self._check_outer_loss(output.outcome, hyper)
         idle = self._check_reached(adjoint, hyper, reached)
-        return output, _report(adjoint, output, idle)
+        report = _report(adjoint, output, idle)
+        # Where there is no solution there is no hypergradient: a linear solver that
+        # stops at once can leave a zero that looks like one.
+        gradient = _nan_where(_is_void(report.result), output.gradient)
+        return eqx.tree_at(lambda o: o.gradient, output, gradient), report
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
@@ -216,7 +236,7 @@ def hypergradient(
     is zero by construction; [`metaopt.SolveError`][] for a numerical failure under
     `throw`, whose `value` is what would have been returned.
     """
-    arguments = prepare(problem, hyper, params, train, valid, inner, key)
+    arguments = prepare(problem, hyper, params, train, valid, inner, adjoint, key)
     gradient, report = differentiate(*arguments, inner, adjoint, model_state)
     code = report.result
     return raise_on_failure((gradient, report), code, throw, show=report)
@@ -229,22 +249,19 @@ def prepare(
     train: Any,
     valid: Any,
     inner: AbstractSolver,
+    adjoint: AbstractAdjoint,
     key: Key | None,
 ) -> tuple[BilevelProblem, Hyper, Params | None, AbstractData, AbstractData, Key]:
     """Checks what users hand over and brings it into canonical form."""
-    if not isinstance(problem, BilevelProblem):
-        raise ValueError(f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}.")
-    if not isinstance(inner, AbstractSolver):
-        raise ValueError(
-            "The inner solver must be one of metaopt, such as `metaopt.Descent("
-            f"optax.sgd(0.1), num_steps=100)`; got {inner!r}."
-        )
+    check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
+    check_kind(inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
+    check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
     hyper = canonical_hyper(hyper)
     if params is not None:
         params = canonical_arrays(params, "params")
         check_params(params)
-    train = as_data(canonical_arrays(train, "train"))
-    valid = as_data(canonical_arrays(valid, "valid"))
+    train = as_data(canonical_arrays(train, "train"), "train")
+    valid = as_data(canonical_arrays(valid, "valid"), "valid")
     if key is None:
         key = jax.random.key(0)
     return problem, hyper, params, train, valid, key
@@ -266,6 +283,22 @@ def differentiate(
     objective = Objective(problem, inner, train, valid, params, model_state, key)
     output, report = objective.differentiate(adjoint, hyper, None)
     return output.gradient, report
+
+
+def _is_void(result: Any) -> BoolScalar:
+    """Whether a result says that something was not finite."""
+    codes = (
+        RESULTS.inner_nonfinite,
+        RESULTS.inner_diverged,
+        RESULTS.outer_nonfinite,
+        RESULTS.linear_nonfinite,
+        RESULTS.hypergradient_nonfinite,
+    )
+    return jnp.any(jnp.stack([result == code for code in codes]))
+
+
+def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
+    return jax.tree.map(lambda leaf: jnp.where(condition, jnp.nan, leaf), tree)
 
 
 def _report(

@@ -20,6 +20,7 @@ from ._validate import (
     canonical_arrays,
     canonical_hyper,
     check_count,
+    check_kind,
     check_params,
     check_tolerance,
 )
@@ -87,13 +88,8 @@ def solve_bilevel(
     is zero by construction; [`metaopt.SolveError`][] for a numerical failure under
     `throw`, whose `value` is the solution as far as it was reached.
     """
-    if not isinstance(problem, BilevelProblem):
-        raise ValueError(f"`problem` must be a `metaopt.BilevelProblem`; got {problem!r}.")
-    if not isinstance(solver, AbstractBilevelSolver):
-        raise ValueError(
-            "`solver` must be a bilevel solver such as `metaopt.NestedSolver(...)`; got "
-            f"{solver!r}."
-        )
+    check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
+    check_kind(solver, AbstractBilevelSolver, "solver", "metaopt.NestedSolver(...)")
     check_count(num_steps, "num_steps")
     check_tolerance(atol, "atol")
     hyper = canonical_hyper(hyper)
@@ -135,7 +131,7 @@ class _Feed:
         self.fresh = False
 
     def _check(self, data: Any) -> AbstractData:
-        return as_data(canonical_arrays(data, self.name))
+        return as_data(canonical_arrays(data, self.name), self.name)
 
 
 class _Run:

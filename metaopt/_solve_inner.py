@@ -14,7 +14,14 @@ from ._reach import guard_hyper, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, InnerSolve
 from ._types import Hyper, Key, ModelState, Params
-from ._validate import canonical_arrays, canonical_hyper, check_params
+from ._validate import (
+    ADJOINT_EXAMPLE,
+    canonical_arrays,
+    canonical_hyper,
+    check_kind,
+    check_params,
+    DESCENT_EXAMPLE,
+)
 
 
 def solve_inner(
@@ -77,6 +84,9 @@ def solve_inner(
     `ValueError` and `TypeError` for arguments that do not fit; [`metaopt.SolveError`][]
     for a numerical failure under `throw`.
     """
+    check_kind(problem, AbstractProblem, "problem", "metaopt.InnerProblem(loss)")
+    check_kind(solver, AbstractSolver, "solver", DESCENT_EXAMPLE)
+    check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
     hyper = canonical_hyper(hyper)
     data = canonical_arrays(data, "data")
     if params is not None:

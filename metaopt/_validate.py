@@ -14,6 +14,10 @@ from ._tree import leaf_names, tree_strong
 from ._types import Hyper
 
 
+DESCENT_EXAMPLE = "metaopt.Descent(optax.sgd(0.1), num_steps=100)"
+ADJOINT_EXAMPLE = "metaopt.UnrolledAdjoint()"
+
+
 def check_count(value: Any, name: str, minimum: int = 1) -> None:
     """Raises a `ValueError` unless `value` is an int of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -92,8 +96,16 @@ def canonical_arrays(tree: Any, name: str) -> Any:
             raise ValueError(
                 f"`{where}` is complex. Split it into its real and imaginary parts."
             )
+        if eqx.is_array(leaf) and leaf.size == 0:
+            raise ValueError(f"`{where}` is an empty array, of shape {leaf.shape}.")
     check_finite(leaves, names)
     return tree_strong(jax.tree.unflatten(structure, leaves))
+
+
+def check_kind(value: Any, kind: type, name: str, example: str) -> None:
+    """Raises a `ValueError` unless `value` is an object of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
 
 
 def check_params(params: Any) -> None:
@@ -148,10 +160,13 @@ def _to_jax(leaf: Any, name: str) -> jax.Array:
 
 
 __all__ = [
+    "ADJOINT_EXAMPLE",
+    "DESCENT_EXAMPLE",
     "canonical_arrays",
     "canonical_hyper",
     "check_count",
     "check_finite",
+    "check_kind",
     "check_params",
     "check_tolerance",
 ]

@@ -7,9 +7,10 @@ that step sizes and tolerances fit it, and says what kinds of problem it serves.
 import dataclasses
 import functools as ft
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 import optimistix as optx
 import pytest
@@ -120,20 +121,16 @@ SOLVERS = {
 }
 
 
-def solver_for(adjoint: Member, case: Case) -> mo.AbstractSolver:
-    """An inner solver for the case that the adjoint can serve: one by steps if there is
-    one, and otherwise the first."""
-    del adjoint
+def inner_solver(case: Case) -> mo.AbstractSolver:
+    """One that every adjoint for this kind of problem can serve: by steps, if any is."""
     return SOLVERS[case.solvers[0]].make(case)
 
 
-def pairs(
-    table: dict[str, Member], *columns: Any, marks: Callable[..., list] | None = None
-) -> Iterator[Any]:
-    """Parameters for `pytest.mark.parametrize`: each row with each case it serves."""
-    for name, member in table.items():
-        for case_name, make_case in CASES.items():
-            if make_case.__wrapped__ and _kind(case_name) in member.serves:
-                yield pytest.param(
-                    name, case_name, marks=member.marks, id=f"{name}-{case_name}"
-                )
+def rows_and_cases(table: dict[str, Member]) -> list[Any]:
+    """Each row of a table with each case that it serves, as parameters for pytest."""
+    return [
+        pytest.param(row, case, id=f"{row}-{case}", marks=member.marks)
+        for row, member in table.items()
+        for case in CASES
+        if CASES[case](jnp.float64).kind in member.serves
+    ]

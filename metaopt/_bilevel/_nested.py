@@ -13,7 +13,7 @@ from .._problem import initialise
 from .._solver import AbstractSolver
 from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where
 from .._types import Hyper, IntScalar, Key, ModelState, Params
-from .._validate import check_params
+from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
 from ._base import AbstractBilevelSolver, BilevelStep
 from ._start import AbstractStart, ColdStart
 
@@ -67,21 +67,11 @@ class NestedSolver(AbstractBilevelSolver):
     start: AbstractStart = ColdStart()
 
     def __check_init__(self):
-        for name, value, kind, example in (
-            (
-                "inner",
-                self.inner,
-                AbstractSolver,
-                "metaopt.Descent(optax.sgd(0.1), 100)",
-            ),
-            ("adjoint", self.adjoint, AbstractAdjoint, "metaopt.UnrolledAdjoint()"),
-            ("outer", self.outer, optax.GradientTransformation, "optax.adam(0.01)"),
-            ("start", self.start, AbstractStart, "metaopt.ColdStart()"),
-        ):
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"`{name}` must be something like `{example}`; got {value!r}."
-                )
+        check_kind(self.inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
+        check_kind(self.adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
+        transform = optax.GradientTransformation
+        check_kind(self.outer, transform, "outer", "optax.adam(0.01)")
+        check_kind(self.start, AbstractStart, "start", "metaopt.ColdStart()")
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         init_key, key = jax.random.split(key)
