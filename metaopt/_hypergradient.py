@@ -126,11 +126,12 @@ class Objective(eqx.Module):
         )
         self._check_outer_loss(output.outcome, hyper)
         idle = self._check_reached(adjoint, hyper, reached)
-        report = _report(adjoint, output, idle)
+        result = _judge(output)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
-        gradient = _nan_where(_is_void(report.result), output.gradient)
-        return eqx.tree_at(lambda o: o.gradient, output, gradient), report
+        gradient = _nan_where(_is_void(result), output.gradient)
+        output = eqx.tree_at(lambda o: o.gradient, output, gradient)
+        return output, _report(adjoint, output, result, idle)
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
@@ -301,18 +302,25 @@ def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
     return jax.tree.map(lambda leaf: jnp.where(condition, jnp.nan, leaf), tree)
 
 
+def _judge(output: HypergradientOutput) -> Any:
+    """The first failure on the way of the data."""
+    outer_failed = jnp.logical_not(jnp.isfinite(output.value))
+    gradient_failed = jnp.logical_not(tree_all_finite(output.gradient))
+    return first_failure(
+        output.outcome.result,
+        mask_result(outer_failed, RESULTS.outer_nonfinite),
+        output.info.result,
+        mask_result(gradient_failed, RESULTS.hypergradient_nonfinite),
+    )
+
+
 def _report(
-    adjoint: AbstractAdjoint, output: HypergradientOutput, idle: tuple[str, ...]
+    adjoint: AbstractAdjoint,
+    output: HypergradientOutput,
+    result: Any,
+    idle: tuple[str, ...],
 ) -> Report:
     outcome, info = output.outcome, output.info
-    outer_finite = jnp.isfinite(output.value)
-    gradient_finite = tree_all_finite(output.gradient)
-    result = first_failure(
-        outcome.result,
-        mask_result(jnp.logical_not(outer_finite), RESULTS.outer_nonfinite),
-        info.result,
-        mask_result(jnp.logical_not(gradient_finite), RESULTS.hypergradient_nonfinite),
-    )
     return Report(
         result=result,
         outer_loss=output.value,

@@ -77,7 +77,7 @@ def in_while(x):
 
 def in_while_condition(x):
     return lax.while_loop(
-        lambda x: jnp.max(halve_until(x)) < 0.9, lambda x: 1.5 * x, 0.01 * x
+        lambda x: jnp.max(halve_until(x, 100.0)) < 3, lambda x: 1.5 * x, 0.01 * x
     )
 
 

@@ -1,0 +1,381 @@
+"""Misuse that can be seen without numbers: each is an error that names the argument,
+what was given and what to write, raised before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import metaopt as mo
+
+
+def inner_loss(params, hyper, batch):
+    return jnp.sum((params - hyper) ** 2)
+
+
+def outer_loss(params, hyper, batch):
+    return jnp.sum(params**2)
+
+
+def regression(params, hyper, batch):
+    x, y = batch
+    return jnp.mean((x @ params - y) ** 2) + jnp.exp(hyper) * jnp.sum(params**2)
+
+
+PROBLEM = mo.BilevelProblem(inner_loss, outer_loss)
+REGRESSION = mo.BilevelProblem(regression, regression)
+CONTRACTION = mo.BilevelProblem(
+    mo.FixedPointProblem(lambda z, hyper, batch: 0.5 * z + hyper), outer_loss
+)
+DESCENT = mo.Descent(optax.sgd(0.1), num_steps=10)
+X, Y = np.ones((20, 3)), np.ones(20)
+
+
+def call(problem=PROBLEM, hyper=1.0, params=None, train=None, valid=None, **options):
+    params = jnp.zeros(3) if params is None else params
+    settings = {"inner": DESCENT, "adjoint": mo.UnrolledAdjoint()} | options
+    return mo.hypergradient(problem, hyper, params, train, valid, **settings)
+
+
+def data_call(train, valid=(X, Y), **options):
+    return call(REGRESSION, 0.0, None, train, valid, **options)
+
+
+def wrap(loss):
+    return mo.BilevelProblem(loss, outer_loss)
+
+
+NAN_X = np.where(np.arange(60).reshape(20, 3) == 7, np.nan, X)
+LINEAR_HYPER = {"rate": 0.1, "target": 1.0}
+
+VALUE_ERRORS = {
+    # what is handed over
+    "problem": (lambda: call(inner_loss), "`problem` must be something like"),
+    "inner solver": (lambda: call(inner=optax.sgd(0.1)), "`inner` must be something like"),
+    "adjoint": (lambda: call(adjoint="implicit"), "`adjoint` must be .* got 'implicit'"),
+    "inner of a problem": (
+        lambda: mo.BilevelProblem(3, outer_loss),
+        "`inner` must be an inn",
+    ),
+    "class for an instance": (
+        lambda: mo.BilevelProblem(mo.AbstractInnerProblem, outer_loss),
+        "an instance of a subclass",
+    ),
+    "outer loss": (
+        lambda: mo.BilevelProblem(inner_loss, 3.0),
+        "`outer_loss` must be a func",
+    ),
+    "no init": (
+        lambda: mo.hypergradient(PROBLEM, 1.0, inner=DESCENT, adjoint=mo.UnrolledAdjoint()),
+        r"pass `params=\.\.\.`",
+    ),
+    # hyper and params
+    "hyper NaN": (lambda: call(hyper=float("nan")), "`hyper` holds infinite or NaN"),
+    "hyper leaf NaN": (
+        lambda: call(hyper={"a": 1.0, "b": np.array([1.0, np.inf])}),
+        r"`hyper\['b'\]` holds infinite or NaN",
+    ),
+    "hyper empty": (lambda: call(hyper=jnp.zeros(0)), r"`hyper` is an empty array"),
+    "hyper complex": (lambda: call(hyper=jnp.zeros(2, complex)), "`hyper` is complex"),
+    "params empty pytree": (lambda: call(params={}), "`params` holds no floating-point"),
+    "params ints": (lambda: call(params=jnp.arange(3)), "`params` holds no floating-point"),
+    "params zero size": (
+        lambda: call(params=jnp.zeros((0, 3))),
+        "`params` is an empty arr",
+    ),
+    "params complex": (lambda: call(params=jnp.zeros(3, complex)), "`params` is complex"),
+    # data
+    "data NaN": (lambda: data_call((NAN_X, Y)), r"`train\[0\]` holds infinite or NaN"),
+    "valid NaN": (
+        lambda: data_call((X, Y), (X, np.full(20, np.nan))),
+        r"`valid\[1\]` holds infinite or NaN",
+    ),
+    "data empty": (lambda: data_call((X[:0], Y[:0])), r"`train\[0\]` is an empty array"),
+    "rows differ": (
+        lambda: data_call((X, Y[:5])),
+        r"20 rows in `train\[0\]`, 5 rows in `tr",
+    ),
+    "rows broadcast": (
+        lambda: data_call((X, Y[:1])),
+        r"20 rows in `train\[0\]`, 1 rows in",
+    ),
+    "rows of minibatches": (
+        lambda: data_call(mo.Minibatches((X, Y[:5]), 4)),
+        r"20 rows in `arrays\[0\]`, 5 rows",
+    ),
+    "no arrays": (lambda: data_call(mo.Minibatches((), 4)), "needs at least one array"),
+    "scalar in minibatches": (
+        lambda: data_call(mo.Minibatches((X, np.float32(1.0)), 4)),
+        "arrays with a leading axis",
+    ),
+    "batch size": (
+        lambda: data_call(mo.Minibatches((X, Y), 40)),
+        "between 1 and .* 20; got",
+    ),
+    "batch size float": (lambda: data_call(mo.Minibatches((X, Y), 4.0)), "must be an int"),
+    "too few batches": (
+        lambda: data_call(mo.BatchSequence((X[None], Y[None]))),
+        "holds 1 batches but .* 10 steps",
+    ),
+    "no full batch": (
+        lambda: data_call(
+            mo.BatchSequence((X[None], Y[None])),
+            inner=mo.Descent(optax.sgd(0.1), 1),
+            adjoint=mo.ImplicitAdjoint(),
+        ),
+        "all of the data as one batch",
+    ),
+    # what losses return
+    "loss vector": (
+        lambda: call(wrap(lambda p, h, b: p - h)),
+        "the inner loss returned an a",
+    ),
+    "loss tuple": (
+        lambda: call(wrap(lambda p, h, b: (inner_loss(p, h, b), 1))),
+        "the inner loss returned a tuple of length 2.*has_aux",
+    ),
+    "loss Python float": (
+        lambda: call(wrap(lambda p, h, b: 1.0)),
+        "returned 1.0 of type `flo",
+    ),
+    "loss int": (lambda: call(wrap(lambda p, h, b: jnp.sum(p) > 0)), "dtype bool"),
+    "loss complex": (
+        lambda: call(wrap(lambda p, h, b: jnp.sum(p) + 1j)),
+        "a complex number",
+    ),
+    "outer vector": (
+        lambda: call(mo.BilevelProblem(inner_loss, lambda p, h, b: p)),
+        "the outer loss returned an array of shape",
+    ),
+    "aux missing": (
+        lambda: call(
+            mo.BilevelProblem(mo.InnerProblem(inner_loss, has_aux=True), outer_loss)
+        ),
+        r"must return the tuple \(value, aux\)",
+    ),
+    "outer aux missing": (
+        lambda: call(mo.BilevelProblem(inner_loss, outer_loss, has_aux=True)),
+        r"the outer loss must return the tuple \(value, aux\)",
+    ),
+    "step of another shape": (
+        lambda: call(
+            mo.BilevelProblem(mo.FixedPointProblem(lambda z, h, b: jnp.sum(z)), outer_loss),
+            inner=mo.Picard(),
+        ),
+        "in the place of `params`, which is an array of shape",
+    ),
+    "step of another structure": (
+        lambda: call(
+            mo.BilevelProblem(mo.FixedPointProblem(lambda z, h, b: (z, z)), outer_loss),
+            inner=mo.Picard(),
+        ),
+        "must return one like `params`",
+    ),
+    "residual of another dtype": (
+        lambda: call(
+            mo.BilevelProblem(
+                mo.RootProblem(lambda z, h, b: z.astype(jnp.float32)), outer_loss
+            ),
+            inner=mo.OptimistixSolver(optx.Newton(1e-8, 1e-8)),
+            adjoint=mo.ImplicitAdjoint(mo.GMRES()),
+        ),
+        "Shapes and dtypes must agree",
+    ),
+    # what losses depend on
+    "loss without params": (
+        lambda: call(wrap(lambda p, h, b: jnp.sum(h) ** 2 * 1.0)),
+        "inner loss does not depend on `params`",
+    ),
+    "outer without params": (
+        lambda: call(mo.BilevelProblem(inner_loss, lambda p, h, b: jnp.sum(h**2))),
+        "outer loss does not depend on `params`",
+    ),
+    "no hyper at all": (
+        lambda: call(wrap(lambda p, h, b: jnp.sum(p**2))),
+        "Neither loss depends on `hyper`",
+    ),
+    "no hyper at all, implicit": (
+        lambda: call(wrap(lambda p, h, b: jnp.sum(p**2)), adjoint=mo.ImplicitAdjoint()),
+        "Neither loss depends on `hyper`",
+    ),
+    "rate under implicit": (
+        lambda: call(
+            wrap(lambda p, h, b: jnp.sum((p - h["target"]) ** 2)),
+            LINEAR_HYPER,
+            inner=mo.Descent(lambda h: optax.sgd(h["rate"]), 10),
+            adjoint=mo.ImplicitAdjoint(),
+        ),
+        r"respect to `hyper\['rate'\]` is zero by construction.*UnrolledAdjoint",
+    ),
+    # settings
+    "num_steps 0": (
+        lambda: mo.Descent(optax.sgd(0.1), 0),
+        "`num_steps` must be at least 1",
+    ),
+    "num_steps float": (
+        lambda: mo.Descent(optax.sgd(0.1), 1.5),
+        "`num_steps` must be an int",
+    ),
+    "num_steps bool": (lambda: mo.Picard(True), "`num_steps` must be an int"),
+    "not a transform": (
+        lambda: mo.Descent(0.1, 5),
+        "`transform` must be an optax transform",
+    ),
+    "not a transform made": (
+        lambda: call(inner=mo.Descent(lambda h: 0.1, 5)),
+        "must return an optax transform",
+    ),
+    "descent atol": (
+        lambda: mo.Descent(optax.sgd(0.1), 5, atol=-1.0),
+        "`atol` must be a non",
+    ),
+    "picard rtol": (lambda: mo.Picard(rtol=float("nan")), "`rtol` must be a non-negative"),
+    "relaxation": (lambda: mo.Picard(relaxation=1.5), r"`relaxation` must lie in \(0, 1\]"),
+    "inner_rtol": (
+        lambda: mo.ImplicitAdjoint(inner_rtol="a"),
+        "`inner_rtol` must be a non-n",
+    ),
+    "linear solver": (
+        lambda: mo.ImplicitAdjoint(optx.BFGS(1, 1)),
+        "`linear_solver` must be",
+    ),
+    "memory": (lambda: mo.UnrolledAdjoint("2GiB"), "`memory` must be a memory plan"),
+    "block size": (lambda: mo.SqrtBlocks(0), "`block_size` must be at least 1"),
+    "truncated 0": (lambda: mo.TruncatedAdjoint(0), "at least 1; got 0"),
+    "truncated negative": (lambda: mo.TruncatedAdjoint(-3), "at least 1; got -3"),
+    "optimistix solver": (
+        lambda: mo.OptimistixSolver("BFGS"),
+        "must be an optimistix solver",
+    ),
+    "outer transform": (
+        lambda: mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), 0.1),
+        "`outer` must be something like `optax.adam",
+    ),
+    "start": (
+        lambda: mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), optax.sgd(0.1), "warm"),
+        "`start` must be something like",
+    ),
+    # what cannot be combined
+    "truncated beyond": (
+        lambda: call(adjoint=mo.TruncatedAdjoint(20)),
+        r"`TruncatedAdjoint\(20\)` .* the solver takes, 10",
+    ),
+    "truncated and tolerance": (
+        lambda: call(
+            inner=mo.Descent(optax.sgd(0.1), 10, atol=1e-3), adjoint=mo.TruncatedAdjoint(3)
+        ),
+        "needs a fixed number of steps",
+    ),
+    "path of a whole": (
+        lambda: call(inner=mo.OptimistixSolver(optx.BFGS(1e-8, 1e-8))),
+        r"`OptimistixSolver` runs as a whole. Use `metaopt.ImplicitAdjoint\(\)`",
+    ),
+    "CG for a fixed point": (
+        lambda: call(CONTRACTION, inner=mo.Picard(), adjoint=mo.ImplicitAdjoint()),
+        r"`CG` needs a symmetric positive .* `metaopt.GMRES\(\)`",
+    ),
+    "descent for a fixed point": (
+        lambda: call(CONTRACTION),
+        "has none. Use `metaopt.Picard`",
+    ),
+    "picard for a loss": (lambda: call(inner=mo.Picard()), "`Picard` solves fixed-point"),
+    "fixed-point solver for a loss": (
+        lambda: call(
+            inner=mo.OptimistixSolver(optx.FixedPointIteration(1e-6, 1e-6)),
+            adjoint=mo.ImplicitAdjoint(),
+        ),
+        "`FixedPointIteration` cannot solve",
+    ),
+    "tolerance and minibatches": (
+        lambda: data_call(
+            mo.Minibatches((X, Y), 4), inner=mo.Descent(optax.sgd(0.1), 10, atol=1e-3)
+        ),
+        "Drop `atol`",
+    ),
+    "state without policy": (
+        lambda: call(
+            mo.BilevelProblem(mo.InnerProblem(inner_loss, has_state=True), outer_loss)
+        ),
+        r"state_policy=metaopt.CarriedState\(\)",
+    ),
+    "policy without state": (
+        lambda: call(
+            inner=mo.Descent(optax.sgd(0.1), 5, state_policy=mo.CarriedState()),
+        ),
+        "declares no model state",
+    ),
+    "outer steps": (
+        lambda: mo.solve_bilevel(
+            PROBLEM,
+            1.0,
+            params=jnp.zeros(3),
+            solver=mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), optax.sgd(0.1)),
+            num_steps=0,
+        ),
+        "`num_steps` must be at least 1",
+    ),
+    "bilevel solver": (
+        lambda: mo.solve_bilevel(PROBLEM, 1.0, solver=DESCENT, num_steps=1),
+        "`solver` must be something like `metaopt.NestedSolver",
+    ),
+    "inner problem": (
+        lambda: mo.solve_inner(
+            PROBLEM, 1.0, jnp.zeros(3), solver=DESCENT, adjoint=mo.UnrolledAdjoint()
+        ),
+        "`problem` must be something like `metaopt.InnerProblem",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUE_ERRORS)
+def test_misuse_is_a_value_error_that_says_what_to_write(name):
+    function, message = VALUE_ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+@pytest.mark.parametrize(
+    "hyper, message",
+    [
+        (3, "`hyper` is 3: an integer or bool cannot be tuned"),
+        (True, "`hyper` is True: an integer or bool"),
+        ({"depth": 3, "rate": 0.1}, r"`hyper\['depth'\]` is 3"),
+        (np.int64(3), "an integer or bool cannot be tuned"),
+        (jnp.arange(3), "`hyper` holds no floating-point array"),
+        ({}, "`hyper` holds no floating-point array"),
+        (None, "`hyper` holds no floating-point array"),
+    ],
+)
+def test_hyper_that_cannot_be_tuned_is_a_type_error(hyper, message):
+    with pytest.raises(TypeError, match=message):
+        call(hyper=hyper)
+
+
+def test_exceptions_of_losses_surface_unchanged():
+    class OwnError(Exception):
+        pass
+
+    def broken(params, hyper, batch):
+        raise OwnError("from the loss")
+
+    with pytest.raises(OwnError, match="from the loss"):
+        call(wrap(broken))
+
+
+def test_rows_may_differ_where_that_is_said():
+    def loss(params, hyper, batch):
+        x, target = batch
+        return jnp.sum((jnp.mean(x, axis=0) * params - target - hyper) ** 2)
+
+    data = mo.FullBatch((jnp.ones((20, 3)), jnp.zeros(3)))
+    gradient, _ = call(mo.BilevelProblem(loss, loss), 1.0, None, data, data)
+    assert jnp.isfinite(gradient)
+
+
+def test_float64_data_in_32_bits_warns_and_names_the_array():
+    x, y = X.astype(np.float32), Y.astype(np.float32)
+    with jax.enable_x64(False):
+        with pytest.warns(UserWarning, match=r"`train\[0\]` is float64 and is used as flo"):
+            data_call((X, y), (x, y))
