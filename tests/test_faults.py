@@ -63,8 +63,7 @@ def test_diverging_inner_solver(name):
     assert code(report) == "inner_diverged"
     assert jnp.all(jnp.isnan(gradient))
     assert 0 < report.failed_step < 400
-    assert f"{int(report.failed_step)}
-  The inner solver diverged" in str(report)
+    assert "failed at step" in str(report)
 
 
 def test_diverging_inner_solver_stops_early_where_it_can():
@@ -416,7 +415,8 @@ for adjoint in (
 ):
     gradient, _ = mo.hypergradient(
         problem, jnp.zeros(2), jnp.ones(2) * 0.9,
-        inner=mo.Descent(optax.sgd(jnp.float32(0.02), momentum=jnp.float32(0.9)), steps), adjoint=adjoint,
+        inner=mo.Descent(optax.sgd(jnp.float32(0.02), jnp.float32(0.9)), steps),
+        adjoint=adjoint,
     )
     assert bool(jnp.all(jnp.isfinite(gradient)))
 solution = mo.solve_bilevel(
