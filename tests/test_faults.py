@@ -6,6 +6,7 @@ Each test names what other libraries were seen to return for the same input.
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,255 @@
+"""The outer loop: what it returns, when it stops, and what it survives."""
+
+import csv
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+
+
+PROBLEM = mo.BilevelProblem(
+    lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+    lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2),
+)
+DESCENT = mo.Descent(optax.sgd(0.2), num_steps=60)
+SOLVER = mo.NestedSolver(DESCENT, mo.ImplicitAdjoint(), optax.sgd(0.25))
+
+
+def solve(problem=PROBLEM, hyper=(0.0, 1.0), solver=SOLVER, num_steps=25, **options):
+    hyper = jnp.asarray(hyper)
+    options = {"params": jnp.zeros(2)} | options
+    return mo.solve_bilevel(problem, hyper, solver=solver, num_steps=num_steps, **options)
+
+
+def test_finds_the_minimum_and_reports_it():
+    solution = solve()
+    np.testing.assert_allclose(solution.hyper, 2.0, atol=1e-6)
+    np.testing.assert_allclose(solution.params, solution.hyper, atol=1e-9)
+    assert solution.outer_loss < 1e-12
+    history = solution.history
+    assert len(history) == 25
+    assert np.all(np.diff(history.outer_loss) < 0)
+    assert history.num_inner_steps.sum() == 25 * 60
+    text = str(solution)
+    for part in ("outer steps", "outer loss, final", "linear steps", "Successful."):
+        assert part in text
+
+
+def test_params_belong_to_the_hyper_that_is_returned():
+    # One outer step: the inner solution used for it belongs to the hyper before.
+    solution = solve(num_steps=1)
+    np.testing.assert_allclose(solution.params, solution.hyper, atol=1e-9)
+    np.testing.assert_allclose(solution.outer_loss, jnp.sum((solution.hyper - 2) ** 2))
+
+
+def test_history_is_written_as_csv(tmp_path):
+    history = solve(num_steps=4).history
+    history.to_csv(tmp_path / "history.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "history.csv").read_text())))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    losses = [float(row["outer_loss"]) for row in rows]
+    assert losses == history.to_dict()["outer_loss"]
+
+
+def test_stops_on_tolerance():
+    solution = solve(atol=1e-3, num_steps=100)
+    assert 3 < len(solution.history) < 40
+    assert solution.history.hypergradient_norm[-1] <= 1e-3
+    assert "Successful" in str(solution)
+
+
+def test_says_that_the_tolerance_was_not_met():
+    with pytest.raises(mo.SolveError, match="before the tolerance on the norm") as info:
+        solve(atol=1e-12, num_steps=3)
+    assert len(info.value.value.history) == 3  # nothing is lost
+
+
+def test_failure_keeps_what_was_reached():
+    # From the fourth step on the data holds a value at which the loss is not defined.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2) + jnp.log(batch[0]),
+    )
+    feed = (jnp.array([1.0 if i < 3 else -1.0]) for i in itertools.count())
+    with pytest.raises(mo.SolveError, match="The outer loss is infinite or NaN") as info:
+        solve(problem, valid=feed, num_steps=10)
+    solution = info.value.value
+    assert len(solution.history) == 4
+    assert jnp.all(jnp.isfinite(solution.hyper))
+    np.testing.assert_allclose(solution.hyper, solve(num_steps=3).hyper)
+
+
+def test_goes_on_without_throw():
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2) + jnp.log(batch[0]),
+    )
+    feed = (jnp.array([-1.0 if i == 3 else 1.0]) for i in itertools.count())
+    solution = solve(problem, valid=feed, num_steps=25, throw=False)
+    assert solution.num_skipped == 1
+    assert np.isnan(solution.history.outer_loss[3])
+    assert "updates skipped" in str(solution) and "outer loss is infinite" in str(solution)
+    np.testing.assert_allclose(solution.hyper, 2.0, atol=1e-5)
+
+
+def test_iterator_of_data_is_pulled_once_for_each_step():
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch: jnp.sum((params - batch) ** 2),
+    )
+    pulled = []
+
+    def feed():
+        for i in itertools.count():
+            pulled.append(i)
+            yield jnp.full(2, float(i))
+
+    solution = solve(problem, valid=feed(), num_steps=3)
+    assert pulled == [0, 1, 2]
+    assert len(solution.history) == 3
+
+
+def test_callback_sees_every_step():
+    seen = []
+    solve(
+        num_steps=3, callback=lambda i, state, info: seen.append((i, float(state.hyper[0])))
+    )
+    assert [i for i, _ in seen] == [0, 1, 2]
+    assert seen[0][1] != seen[1][1]
+
+
+def test_progress_bar(capsys):
+    solve(num_steps=3, progress=True)
+    error = capsys.readouterr().err
+    assert "3/3" in error and "loss=" in error
+    solve(num_steps=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_by_hand():
+    train = valid = mo.FullBatch(None)
+    state = SOLVER.init(
+        PROBLEM,
+        jnp.array([0.0, 1.0]),
+        train,
+        valid,
+        params=jnp.zeros(2),
+        model_state=None,
+        key=jax.random.key(0),
+    )
+    step = jax.jit(lambda state: SOLVER.step(PROBLEM, state, train, valid)[0])
+    for _ in range(5):
+        state = step(state)
+    np.testing.assert_allclose(state.hyper, solve(num_steps=5).hyper, rtol=1e-12)
+
+
+def test_reproducible_by_key():
+    class Noisy(mo.AbstractInnerProblem):
+        def init(self, hyper, key):
+            return jax.random.normal(key, (2,))
+
+        def loss(self, params, hyper, batch, *, key):
+            return jnp.sum((params - hyper + 0.1 * jax.random.normal(key, (2,))) ** 2)
+
+    problem = mo.BilevelProblem(Noisy(), PROBLEM.outer_loss)
+    solver = mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), optax.sgd(0.25))
+    run = lambda seed: (
+        solve(
+            problem, solver=solver, num_steps=3, params=None, key=jax.random.key(seed)
+        ).hyper
+    )
+    assert jnp.array_equal(run(1), run(1))
+    assert not jnp.array_equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("start", [mo.ColdStart(), mo.WarmStart()])
+def test_warm_start_goes_on_from_the_last_solution(start):
+    # Five steps are not enough from scratch; warm starts get there together.
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.1), num_steps=5),
+        mo.ImplicitAdjoint(inner_rtol=jnp.inf),
+        optax.sgd(0.05),
+        start,
+    )
+    residuals = solve(solver=solver, num_steps=60).history.inner_residual
+    if isinstance(start, mo.WarmStart):
+        assert residuals[-1] < 1e-2 * residuals[0]
+    else:
+        assert residuals[-1] > 0.5 * residuals[0]
+
+
+def test_warm_start_of_the_linear_system():
+    # The right-hand side hardly changes near the end, and nor does the solution.
+    curvatures = jnp.logspace(-2, 0, 30)
+    problem = mo.BilevelProblem(
+        lambda p, h, b: jnp.sum(curvatures * (p - h) ** 2),
+        lambda p, h, b: jnp.sum((p - 2.0) ** 2 * curvatures[::-1]),
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.5), num_steps=3000),
+        mo.ImplicitAdjoint(mo.CG(rtol=1e-3)),
+        optax.sgd(0.01),
+        mo.WarmStart(),
+    )
+    counts = solve(
+        problem, jnp.zeros(30), solver, num_steps=10, params=jnp.zeros(30)
+    ).history.num_linear_steps
+    assert counts[0] >= 10 and np.all(counts[1:] <= 0.6 * counts[0])
+
+
+def test_outer_key_reaches_the_outer_loss():
+    problem = mo.BilevelProblem(
+        PROBLEM.inner,
+        lambda p, h, b, *, key: jnp.sum((p - jax.random.normal(key, (2,))) ** 2),
+    )
+    losses = solve(problem, num_steps=3).history.outer_loss
+    assert len(set(losses.tolist())) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_interrupt_returns_what_was_reached():
+    program = textwrap.dedent(
+        """
+        import jax
+        jax.config.update("jax_platforms", "cpu")
+        import jax.numpy as jnp, optax
+        import metaopt as mo
+        problem = mo.BilevelProblem(
+            lambda p, h, b: jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum((p - 2) ** 2)
+        )
+        solver = mo.NestedSolver(
+            mo.Descent(optax.sgd(0.2), 60), mo.ImplicitAdjoint(), optax.sgd(0.01)
+        )
+        tell = lambda i, state, info: print("step", i, flush=True) if i == 5 else None
+        solution = mo.solve_bilevel(
+            problem, jnp.zeros(2), params=jnp.zeros(2), solver=solver,
+            num_steps=10**9, callback=tell, progress=True,
+        )
+        print(len(solution.history) >= 6, bool(jnp.all(jnp.isfinite(solution.hyper))))
+        print(solution)
+        """
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "step 5\n"
+    run.send_signal(signal.SIGINT)
+    output, error = run.communicate(timeout=60)
+    assert run.returncode == 0, error
+    assert output.startswith("True True\n")
+    assert "interrupted from the keyboard" in output
