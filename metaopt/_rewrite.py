@@ -361,10 +361,14 @@ def _div_slopes(value, x, y, **_):
 
 
 def _pow_slopes(value, x, y, **_):
-    # As in JAX, the slope in `x` is zero for `y = 0`, and the one in `y` for `x = 0`.
-    lower = lax.select(jnp.equal(y, 0), jnp.ones_like(y), y - jnp.ones_like(y))
+    # As in JAX: the slope in `x` is zero for an integer `y = 0`, and that in `y` is zero
+    # for `x = 0`.
+    power = lax.convert_element_type(y, value.dtype)
+    lower = y - jnp.ones_like(y)
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        lower = lax.select(jnp.equal(y, 0), jnp.ones_like(y), lower)
     log = jnp.log(lax.select(jnp.equal(x, 0), jnp.ones_like(x), x))
-    return (lambda: y * lax.pow(x, lower), lambda: log * value)
+    return (lambda: power * lax.pow(x, lower), lambda: log * value)
 
 
 def _integer_pow_slopes(value, x, *, y):

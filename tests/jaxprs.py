@@ -45,7 +45,6 @@ def with_floats(condition: list[jex.core.JaxprEqn]) -> list[str]:
 def counts_steps(condition: list[jex.core.JaxprEqn]) -> bool:
     """Whether a condition compares integers, as the bound of a loop does."""
     return any(
-        eqn.primitive.name == "lt"
-        and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.integer)
+        eqn.primitive.name == "lt" and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.integer)
         for eqn in condition
     )

@@ -224,7 +224,6 @@ def test_what_is_not_an_array_passes_through(rewrite):
 
     def fn(point, power, *, flag, table):
         assert flag == "yes" and isinstance(power, int)
-        assert isinstance(table, np.ndarray)
         out = point.x**power + table
         return Point(out, point.name + "!", note=fn), {"n": power, "none": None}, 1.5
 
@@ -326,10 +325,7 @@ OPERATIONS = {
     "integer power": (lambda x: x**-2, lambda x: -2 * x**-3.0),
     "power": (lambda x: x**0.5, lambda x: 0.5 / np.sqrt(x)),
     "power, of x": (lambda x: 0.9**x, lambda x: np.log(0.9) * 0.9**x),
-    "power, both": (
-        lambda x: x**x,
-        lambda x: np.where(x > 0, x**x * (1 + np.log(np.where(x > 0, x, 1))), np.inf),
-    ),
+    "power, both": (lambda x: x**x, lambda x: x**x * (1 + np.log(x))),
     "inverse": (lambda x: 3 / x, lambda x: -3 / x**2),
     "quotient": (lambda x: x / (x * x), lambda x: -1 / x**2),
     "sign": (lambda x: x / jnp.sqrt(x * x), lambda x: 0 * x),
@@ -359,9 +355,9 @@ def test_derivatives_are_finite_and_right(name):
         "forward": jax.jvp(masked, (POINTS,), (ones,))[1],
         "reverse, vmap": jax.vmap(jax.grad(masked))(POINTS),
         "forward, vmap": jax.vmap(jax.jacfwd(masked))(POINTS),
-        "scan": jax.grad(
-            lambda x: lax.scan(lambda c, x: (c + masked(x), None), 0.0, x)[0]
-        )(POINTS),
+        "scan": jax.grad(lambda x: lax.scan(lambda c, x: (c + masked(x), None), 0.0, x)[0])(
+            POINTS
+        ),
     }
     for value in got.values():
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
@@ -377,7 +373,11 @@ def test_second_derivatives_are_finite(name):
 
     def scanned(x):
         # JAX 0.10 forgets the rules of `jax.custom_jvp` in here.
-        return lax.scan(lambda c, _: (c + total(c * x), None), 1.0, None, 2)[0]
+        def body(scale, _):
+            out = masked(scale * x)
+            return 1.1 * scale, jnp.where(jnp.isfinite(out), out, 0)
+
+        return jnp.sum(lax.scan(body, 1.0, None, 2)[1])
 
     for f in (total, scanned):
         modes = {
@@ -492,9 +492,7 @@ def final_loss(update, init, slopes, num_steps=7):
 def test_optimisers_have_finite_hypergradients_at_zero_gradients(name, zeros):
     optimiser = OPTIMISERS[name]
     plain = final_loss(optimiser.update, optimiser.init, SLOPES[zeros])
-    masked = final_loss(
-        finite_derivatives(optimiser.update), optimiser.init, SLOPES[zeros]
-    )
+    masked = final_loss(finite_derivatives(optimiser.update), optimiser.init, SLOPES[zeros])
     if not (name == "clip_by_global_norm" and zeros == "entry"):
         assert jnp.isnan(jax.grad(plain)(1.3))
     step = 1e-5
@@ -535,7 +533,8 @@ def test_optimisers_take_the_same_steps(name, dtype):
     assert_same_bits(run(masked), run(optimiser.update))
     state = optimiser.init(params)
     assert_same_bits(
-        masked(params, state, params), optimiser.update(params, state, params)
+        jax.jit(masked)(params, state, params),
+        jax.jit(optimiser.update)(params, state, params),
     )
 
 
@@ -552,4 +551,4 @@ def test_hypergradients_agree_with_the_plain_ones_where_these_are_finite():
     got = jax.grad(lambda h: loss(finite_derivatives, h))(hyper)
     expected = jax.grad(lambda h: loss(lambda f: f, h))(hyper)
     for name in hyper:
-        np.testing.assert_allclose(got[name], expected[name], rtol=1e-10)
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-9, atol=1e-12)
