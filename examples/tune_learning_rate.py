@@ -217,9 +217,9 @@ def picture(out, schedule: Hyper, curves: dict[str, np.ndarray], valid_losses):
         axes[2].plot(steps, smooth(losses), color=color, label=name, linewidth=2)
         begin += len(losses)
     axes[2].set(
-        title="Validation loss while tuning (bold: running mean)",
+        title="Validation loss while tuning",
         xlabel="outer step",
-        ylabel="validation loss",
+        ylabel="validation loss (bold: running mean)",
     )
     axes[2].set_yscale("log")
     axes[2].legend(frameon=False)

@@ -93,7 +93,7 @@ class SolveError(RuntimeError):
         under `throw=False`.
     """
 
-    def __init__(self, message: str, value: object):
+    def __init__(self, message: str, value: Any):
         super().__init__(message)
         self.value = value
 

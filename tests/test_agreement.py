@@ -14,7 +14,11 @@ import pytest
 
 import metaopt as mo
 from members import ADJOINTS, inner_solver
-from problems import Case, CASES, flat, relative_error
+from problems import Case, CASES, flat, LOSS, relative_error
+
+
+def slow(*parameters: Any) -> Any:
+    return pytest.param(*parameters, marks=pytest.mark.slow)
 
 
 #
@@ -26,17 +30,17 @@ from problems import Case, CASES, flat, relative_error
 RTOL = {jnp.float64: 1e-10, jnp.float32: 2e-4}
 
 # A cell costs about a second to compile. In the quick run each adjoint meets each kind of
-# problem in float64, and the adjoints that share least code are batched in float32; the
-# rest of the table is marked as slow.
+# problem in float64, and a part of the table is batched in float32; the rest is marked as
+# slow.
 _KINDS = ("ridge", "fixed point", "root")  # the cheapest of each kind
 _DIFFERENT = ("unrolled", "forward", "truncated", "one step", "implicit, CG")
 
 
 def _is_quick(adjoint: str, case: str, dtype: Any, mode: str) -> bool:
     if dtype == jnp.float64 and mode == "jit":
-        return adjoint in _DIFFERENT or case != "softmax"
+        return adjoint in _DIFFERENT or case in _KINDS
     if dtype == jnp.float32 and mode == "vmap":
-        return case in _KINDS and (adjoint in _DIFFERENT or case != "ridge")
+        return case == "fixed point" or (adjoint in _DIFFERENT and case == "ridge")
     return False
 
 
@@ -119,13 +123,17 @@ def value_by_solve_inner(adjoint: str, case: Case) -> Any:
     "adjoint, case",
     [
         ("unrolled", "quadratic"),
-        ("unrolled, blocks made again", "ridge"),
-        ("forward", "quadratic"),
-        ("truncated", "ridge"),
-        ("one step", "ridge"),
-        ("implicit, CG", "quadratic"),
-        ("implicit, GMRES", "root"),
-        ("implicit, Neumann", "fixed point"),
+        ("forward", "fixed point"),
+        ("one step", "fixed point"),
+        ("implicit, CG", "ridge"),
+        ("implicit, Dense", "root"),
+        slow("unrolled, blocks made again", "ridge"),
+        slow("forward", "quadratic"),
+        slow("truncated", "quadratic"),
+        slow("implicit, CG", "quadratic"),
+        slow("implicit, GMRES", "root"),
+        slow("implicit, BiCGStab", "fixed point"),
+        slow("implicit, Neumann", "fixed point"),
     ],
 )
 def test_derivatives_of_solve_inner(adjoint, case):
@@ -142,11 +150,12 @@ def test_derivatives_of_solve_inner(adjoint, case):
 @pytest.mark.parametrize(
     "adjoint, case",
     [
-        ("unrolled", "ridge"),
-        ("forward", "ridge"),
-        ("implicit, CG", "ridge"),
+        ("unrolled", "fixed point"),
         ("implicit, Dense", "root"),
-        ("implicit, Neumann", "fixed point"),
+        slow("unrolled", "quadratic"),
+        slow("forward", "ridge"),
+        slow("implicit, CG", "ridge"),
+        slow("implicit, Neumann", "fixed point"),
     ],
 )
 def test_second_derivatives(adjoint, case):
@@ -183,7 +192,12 @@ def _like(x: Any, tree: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "adjoint", [name for name, row in ADJOINTS.items() if "loss" in row.serves]
+    "adjoint",
+    [
+        name if name in _DIFFERENT else slow(name)
+        for name, member in ADJOINTS.items()
+        if LOSS in member.serves
+    ],
 )
 def test_closed_over_arrays_are_differentiated(adjoint):
     member, case = ADJOINTS[adjoint], CASES["ridge"](jnp.float64)
@@ -258,18 +272,18 @@ class Net(eqx.Module):
 
 
 @pytest.mark.parametrize(
-    "adjoint, forgotten",
+    "adjoint, forgotten, rtol",
     [
-        (mo.UnrolledAdjoint(), 0),
-        (mo.ForwardAdjoint(), 0),
-        (mo.TruncatedAdjoint(5), 1),
-        # bfloat16 has 8 bits, so that the residual can be asked for no more than this.
-        (mo.ImplicitAdjoint(mo.CG(rtol=0.1)), 0),
-        (mo.ImplicitAdjoint(mo.Dense()), 0),
+        (mo.UnrolledAdjoint(), 0, 1e-5),
+        (mo.ForwardAdjoint(), 0, 1e-5),
+        (mo.TruncatedAdjoint(5), 1, 1e-5),
+        # With one leaf in bfloat16 no more can be asked for; two steps do better.
+        (mo.ImplicitAdjoint(mo.CG(rtol=0.1)), 0, 1e-2),
+        (mo.ImplicitAdjoint(mo.Dense()), 0, 1e-5),
     ],
-    ids=lambda x: type(x).__name__,
+    ids=lambda x: type(x).__name__ if isinstance(x, mo.AbstractAdjoint) else "",
 )
-def test_mixed_leaves(adjoint, forgotten):
+def test_mixed_leaves(adjoint, forgotten, rtol):
     net = Net(
         wide=jnp.zeros(2, jnp.float32),
         narrow=jnp.zeros((), jnp.bfloat16),
@@ -305,7 +319,7 @@ def test_mixed_leaves(adjoint, forgotten):
     assert gradient["narrow"].dtype == jnp.bfloat16
     # Each step of a rate of 0.2 leaves 0.2 and 0.6 of the way to go.
     wide, narrow = 1 - forgotten * 0.2**5, 1 - forgotten * 0.6**5
-    np.testing.assert_allclose(gradient["target"], 2 * wide * hyper["target"], rtol=1e-5)
+    np.testing.assert_allclose(gradient["target"], 2 * wide * hyper["target"], rtol=rtol)
     # A few units of rounding of bfloat16, 0.008.
     np.testing.assert_allclose(float(gradient["narrow"]), 3 * narrow, rtol=0.03)
 

@@ -1,6 +1,11 @@
 """Misuse that can be seen without numbers: each is an error that names the argument,
 what was given and what to write, raised before anything is compiled."""
 
+# The types are wrong on purpose.
+# pyright: reportArgumentType=false
+
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +38,16 @@ DESCENT = mo.Descent(optax.sgd(0.1), num_steps=10)
 X, Y = np.ones((20, 3)), np.ones(20)
 
 
-def call(problem=PROBLEM, hyper=1.0, params=None, train=None, valid=None, **options):
+def call(
+    problem: Any = PROBLEM,
+    hyper: Any = 1.0,
+    params: Any = None,
+    train: Any = None,
+    valid: Any = None,
+    **options: Any,
+):
     params = jnp.zeros(3) if params is None else params
-    settings = {"inner": DESCENT, "adjoint": mo.UnrolledAdjoint()} | options
+    settings: dict[str, Any] = {"inner": DESCENT, "adjoint": mo.UnrolledAdjoint()} | options
     return mo.hypergradient(problem, hyper, params, train, valid, **settings)
 
 

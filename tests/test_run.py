@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ DESCENT = mo.Descent(optax.sgd(0.2), num_steps=60)
 SOLVER = mo.NestedSolver(DESCENT, mo.ImplicitAdjoint(), optax.sgd(0.25))
 
 
-def solve(problem=PROBLEM, hyper=(0.0, 1.0), solver=SOLVER, num_steps=25, **options):
+def solve(problem=PROBLEM, hyper=(0.0, 1.0), solver=SOLVER, num_steps=25, **options: Any):
     hyper = jnp.asarray(hyper)
-    options = {"params": jnp.zeros(2)} | options
-    return mo.solve_bilevel(problem, hyper, solver=solver, num_steps=num_steps, **options)
+    settings: dict[str, Any] = {"params": jnp.zeros(2)} | options
+    return mo.solve_bilevel(problem, hyper, solver=solver, num_steps=num_steps, **settings)
 
 
 def test_finds_the_minimum_and_reports_it():

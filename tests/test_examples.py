@@ -1,0 +1,54 @@
+"""The examples show what they claim, on the data that ship with scikit-learn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, out, *options):
+    script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--out", str(out)]
+    done = subprocess.run([*script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / f"{name}.png").stat().st_size > 10_000
+    return json.loads((out / "metrics.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_decay_per_parameter_beats_the_best_shared_decay(tmp_path):
+    metrics, _ = run("tune_regularization", tmp_path)
+    assert len(metrics["results"]) == 3
+    for rows in metrics["results"].values():
+        shared, own = rows["best of 21 shared decays"], rows["one decay per parameter"]
+        assert own["test_loss"] <= 0.92 * shared["test_loss"]
+        assert own["test_accuracy"] >= shared["test_accuracy"] + 0.01
+        # It overfits the validation set, and that must show.
+        assert own["gap"] > shared["gap"] + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tuned_rates_beat_the_default_and_random_search(tmp_path):
+    metrics, _ = run("tune_learning_rate", tmp_path)
+    results = metrics["results"]
+    tuned, search = results["tuned, per step and layer"], results["random search"]
+    assert tuned["gradient_evaluations"] == search["gradient_evaluations"]
+    for other in (search, results["untuned default"]):
+        noise = other["test_loss_standard_error"] + tuned["test_loss_standard_error"]
+        assert tuned["test_loss"] < other["test_loss"] - noise
+        assert tuned["test_accuracy"] > other["test_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["tune_learning_rate", "tune_regularization"])
+def test_wrong_options_say_so(name):
+    script = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    for options in (["--steps", "0"], ["--seed", "-1"], ["--data", "imagenet"]):
+        done = subprocess.run([*script, *options], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "error:" in done.stderr and "Traceback" not in done.stderr
