@@ -112,8 +112,8 @@ def as_schedule(hyper: Hyper) -> Hyper:
     return eqx.tree_at(lambda h: h.log_rate, hyper, rates)
 
 
-def tune(problem, hyper, train, valid, rate: float, steps: int, key, label: str):
-    print(f"\nTuning {label}")
+def tune(problem, hyper, train, valid, rate: float, steps: int, key):
+    """Tunes by unrolled hypergradient, from new params and minibatches at each step."""
     solver = mo.NestedSolver(
         inner=mo.Descent(sgd, num_steps=NUM_STEPS),
         adjoint=mo.UnrolledAdjoint(),
@@ -229,6 +229,47 @@ def picture(out, schedule: Hyper, curves: dict[str, np.ndarray], valid_losses):
     figure.savefig(out / "tune_learning_rate.png", dpi=130)
 
 
+def compare(problem, contenders, data_name, train, parts, keys):
+    """Trains anew with each contender's settings and prints the table."""
+    rows, curves, metrics = [], {}, {}
+    for name, (hyper, num_runs) in contenders.items():
+        result, curves[name] = evaluate(problem, hyper, train, parts, keys)
+        gradients = int(num_runs * NUM_STEPS)
+        metrics[name] = result | {"gradient_evaluations": gradients}
+        rows.append(
+            (
+                name,
+                f"{gradients:,}",
+                f"{result['train_loss']:.4f}",
+                f"{result['valid_loss']:.4f}",
+                f"{result['test_loss']:.4f} +- {result['test_loss_standard_error']:.4f}",
+                f"{100 * result['test_accuracy']:.2f} %",
+            )
+        )
+    print_table(
+        f"{data_name}: mean over training anew from {len(keys)} unseen seeds",
+        ("settings", "gradients", "train", "valid", "test loss", "test accuracy"),
+        rows,
+    )
+    return metrics, curves
+
+
+def print_settings(hyper: Hyper) -> dict[str, Any]:
+    """The tuned settings, one column for each layer."""
+    rates, decays = np.exp(hyper.log_rate), np.exp(hyper.log_decay)
+    momentum = float(jax.nn.sigmoid(hyper.logit_momentum))
+    print_table(
+        "Tuned settings, per layer",
+        ("setting", *(f"layer {i + 1}" for i in range(LAYERS))),
+        [
+            ("learning rate", *(f"{rate:.3g}" for rate in rates)),
+            ("weight decay", *(f"{decay:.2g}" for decay in decays)),
+            ("momentum", f"{momentum:.3f}", "", ""),
+        ],
+    )
+    return {"rates": rates.tolist(), "decays": decays.tolist(), "momentum": momentum}
+
+
 def main():
     arguments = parse_arguments("tune_learning_rate", str(__doc__), steps=60)
     steps = 2 if arguments.quick else arguments.steps
@@ -243,92 +284,39 @@ def main():
         for part in mo.datasets.split(data, sizes, arguments.seed)
     )
     problem = mo.BilevelProblem(Classifier(network), cross_entropy)
-    key = jax.random.key(arguments.seed)
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(jax.random.key(arguments.seed), 4)
 
-    fixed = tune(
-        problem,
-        default_hyper(),
-        train,
-        valid,
-        0.08,
-        steps,
-        keys[0],
-        "one rate per layer",
-    )
-    scheduled = tune(
-        problem,
-        as_schedule(fixed.hyper),
-        train,
-        valid,
-        0.04,
-        steps,
-        keys[1],
-        "one rate per step and layer",
-    )
-    num_trials = int(GRADIENTS_PER_STEP * 2 * steps)
-    losses, trials = random_search(
-        problem, train, valid, jax.random.split(keys[2], num_trials)
-    )
-    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    found = jax.tree.map(lambda leaf: leaf[jnp.argmin(losses)], trials)
+    print("\nTuning one rate per layer")
+    fixed = tune(problem, default_hyper(), train, valid, 0.08, steps, keys[0])
+    print("\nTuning one rate per step and layer")
+    begin = as_schedule(fixed.hyper)
+    scheduled = tune(problem, begin, train, valid, 0.04, steps, keys[1])
+    cost = GRADIENTS_PER_STEP * steps
+    trial_keys = jax.random.split(keys[2], int(2 * cost))
+    losses, trials = random_search(problem, train, valid, trial_keys)
+    best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
 
-    contenders: dict[str, tuple[Hyper, int]] = {
-        "untuned default": (default_hyper(), 0),
-        "random search": (found, num_trials),
-        "tuned, per layer": (fixed.hyper, int(GRADIENTS_PER_STEP * steps)),
-        "tuned, per step and layer": (scheduled.hyper, num_trials),
-    }
-    parts = {"train": train, "valid": valid, "test": test}
-    unseen = jax.random.split(keys[3], num_seeds)
-    rows, curves, metrics = [], {}, {}
-    for name, (hyper, cost) in contenders.items():
-        result, curves[name] = evaluate(problem, hyper, train, parts, unseen)
-        metrics[name] = result | {"gradient_evaluations": cost * NUM_STEPS}
-        rows.append(
-            (
-                name,
-                f"{cost * NUM_STEPS:,}",
-                f"{result['train_loss']:.4f}",
-                f"{result['valid_loss']:.4f}",
-                f"{result['test_loss']:.4f} +- {result['test_loss_standard_error']:.4f}",
-                f"{100 * result['test_accuracy']:.2f} %",
-            )
-        )
-    print_table(
-        f"{data.name}: mean over training anew from {num_seeds} unseen seeds",
-        ("settings", "gradients", "train", "valid", "test loss", "test accuracy"),
-        rows,
-    )
-    tuned = fixed.hyper
-    momentum = float(jax.nn.sigmoid(tuned.logit_momentum))
-    settings: dict[str, Any] = {
-        "rates per layer": np.exp(tuned.log_rate).tolist(),
-        "momentum": momentum,
-        "decays per layer": np.exp(tuned.log_decay).tolist(),
-    }
-    print_table(
-        "Tuned settings, per layer",
-        ("setting", *(f"layer {i + 1}" for i in range(LAYERS))),
-        [
-            ("learning rate", *(f"{r:.3g}" for r in settings["rates per layer"])),
-            ("weight decay", *(f"{d:.2g}" for d in settings["decays per layer"])),
-            ("momentum", f"{momentum:.3f}", "", ""),
-        ],
-    )
-    picture(
-        arguments.out,
-        scheduled.hyper,
-        curves,
+    metrics, curves = compare(
+        problem,
         {
-            "per layer": fixed.history.outer_loss,
-            "per step and layer": scheduled.history.outer_loss,
+            "untuned default": (default_hyper(), 0),
+            "random search": (jax.tree.map(lambda leaf: leaf[best], trials), 2 * cost),
+            "tuned, per layer": (fixed.hyper, cost),
+            "tuned, per step and layer": (scheduled.hyper, 2 * cost),
         },
+        data.name,
+        train,
+        {"train": train, "valid": valid, "test": test},
+        jax.random.split(keys[3], num_seeds),
     )
-    write_metrics(
-        arguments.out,
-        {"data": data.name, "results": metrics, "settings": settings},
-    )
+    settings = print_settings(fixed.hyper)
+    valid_losses = {
+        "per layer": fixed.history.outer_loss,
+        "per step and layer": scheduled.history.outer_loss,
+    }
+    picture(arguments.out, scheduled.hyper, curves, valid_losses)
+    results = {"data": data.name, "results": metrics, "settings": settings}
+    write_metrics(arguments.out, results)
 
 
 if __name__ == "__main__":

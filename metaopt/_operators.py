@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from ._tree import tree_neg, tree_structs
+from ._tree import tree_structs
 from ._types import Vector
 
 
@@ -54,19 +54,6 @@ def cross_pullback(
     _, pullback = jax.vjp(optimality, hyper)
     (out,) = pullback(cotangent)
     return out
-
-
-def negative_cross_pushforward(
-    optimality: Callable[[Vector], Vector], hyper: Vector, tangent: Vector
-) -> Vector:
-    """Minus the derivative of an optimality in `hyper`, applied to a vector."""
-    _, out = jax.jvp(optimality, (hyper,), (tangent,))
-    return tree_neg(out)
-
-
-def is_symmetric(operator: lx.AbstractLinearOperator) -> bool:
-    """Whether the operator promises to be its own transpose."""
-    return lx.is_symmetric(operator)
 
 
 def newton_length(residual: Vector, product: Vector, norm: Callable) -> jax.Array:

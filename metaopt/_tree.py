@@ -53,11 +53,6 @@ def tree_sub(x: Vector, y: Vector) -> Vector:
     return optax.tree.sub(x, y)
 
 
-def tree_neg(x: Vector) -> Vector:
-    """`-x`."""
-    return jax.tree.map(jnp.negative, x)
-
-
 def tree_zeros_like(x: PyTree) -> PyTree:
     """Zeros with the shapes and dtypes of `x` (arrays or `jax.ShapeDtypeStruct`s)."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)

@@ -612,11 +612,11 @@ def test_forward_mode_through_an_optimizer_built_from_hyper():
     gradients = [
         mo.hypergradient(
             mo.BilevelProblem(_network, _network),
-            {"log_rate": -3.0, "b1": 2.0},
+            {"log_rate": {"first": -1.0, "last": -2.0}},
             params,
             (ROWS, jnp.cos(jnp.arange(12.0))),
             (ROWS, jnp.sin(jnp.arange(12.0))),
-            inner=mo.Descent(_adam, num_steps=12),
+            inner=mo.Descent(_rate_of_each_layer, num_steps=12),
             adjoint=adjoint,
         )[0]
         for adjoint in (mo.UnrolledAdjoint(), mo.ForwardAdjoint())

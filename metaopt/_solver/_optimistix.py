@@ -7,7 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
 
-from .._problem import AbstractFixedPointProblem, AbstractInnerProblem
+from .._problem import (
+    AbstractFixedPointProblem,
+    AbstractInnerProblem,
+    AbstractProblem,
+)
 from .._results import RESULTS, where_result
 from .._rewrite import carry_conditions
 from .._tree import split_trainable
@@ -142,7 +146,8 @@ def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
     )
 
 
-def refuse_state(solver, problem) -> None:
+def refuse_state(solver: AbstractDirectSolver, problem: AbstractProblem) -> None:
+    """Raises a `ValueError` for a problem with model state."""
     if problem.has_state:
         raise ValueError(
             f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "
