@@ -24,7 +24,7 @@ def names(fn, *args) -> list[str]:
     return [eqn.primitive.name for eqn in operations(fn, *args)]
 
 
-def loop_conditions(fn, *args) -> list[list[jex.core.JaxprEqn]]:
+def loop_conditions(fn, *args) -> list[list]:
     """The operations in the condition of each `while_loop` that `fn` runs."""
     return [
         list(equations(eqn.params["cond_jaxpr"].jaxpr))
@@ -33,7 +33,7 @@ def loop_conditions(fn, *args) -> list[list[jex.core.JaxprEqn]]:
     ]
 
 
-def with_floats(condition: list[jex.core.JaxprEqn]) -> list[str]:
+def with_floats(condition: list) -> list[str]:
     """The operations on floats among those of a condition."""
     return [
         eqn.primitive.name
@@ -42,7 +42,7 @@ def with_floats(condition: list[jex.core.JaxprEqn]) -> list[str]:
     ]
 
 
-def counts_steps(condition: list[jex.core.JaxprEqn]) -> bool:
+def counts_steps(condition: list) -> bool:
     """Whether a condition compares integers, as the bound of a loop does."""
     return any(
         eqn.primitive.name == "lt" and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.integer)

@@ -138,8 +138,9 @@ def test_digits_implicit_against_the_dense_solve(digits, implicit, without_hessi
 
 
 def test_digits_forward_against_reverse(digits):
-    # Two hundred steps from zero, with nothing converged.
-    direction = jax.random.normal(jax.random.key(0), digits.hyper.shape)
+    # From zero, with nothing converged. `ForwardAdjoint` pushes one tangent for each
+    # number: here for one penalty for each class, spread over the weights.
+    by_class = digits.hyper[0] + jnp.linspace(-1.0, 1.0, 10)
 
     def value(hyper, adjoint):
         solution = mo.solve_inner(
@@ -147,24 +148,26 @@ def test_digits_forward_against_reverse(digits):
             hyper,
             jnp.zeros((65, 10)),
             digits.train,
-            solver=mo.Descent(optax.sgd(digits.rate), num_steps=200),
+            solver=mo.Descent(optax.sgd(digits.rate), num_steps=60),
             adjoint=adjoint,
         )
         return digits.outer_loss(solution.value, hyper, digits.valid)
 
-    adjoint = mo.UnrolledAdjoint()
-    gradient = jax.grad(value)(digits.hyper, adjoint)
-    _, slope = jax.jvp(lambda h: value(h, adjoint), (digits.hyper,), (direction,))
-    assert abs(slope / jnp.sum(gradient * direction) - 1) < 1e-10
+    def spread(by_class):
+        return jnp.tile(by_class, (65, 1))
 
-    # `ForwardAdjoint` costs one tangent for each number: here one penalty for each class.
-    def by_class(adjoint):
-        return jax.grad(lambda h: value(jnp.tile(h, (65, 1)), adjoint))
+    def by_forward_adjoint(by_class):
+        return value(spread(by_class), mo.ForwardAdjoint())
 
-    shared = digits.hyper[0] + jnp.linspace(-1.0, 1.0, 10)
-    forward = by_class(mo.ForwardAdjoint())(shared)
-    reverse = by_class(adjoint)(shared)
-    assert relative_error(forward, reverse) < 1e-10
+    def unrolled(hyper):
+        return value(hyper, mo.UnrolledAdjoint())
+
+    reverse = jax.grad(unrolled)(spread(by_class))
+    direction = jax.random.normal(jax.random.key(0), reverse.shape)
+    _, slope = jax.jvp(unrolled, (spread(by_class),), (direction,))
+    assert abs(slope / jnp.sum(reverse * direction) - 1) < 1e-10
+    forward = jax.grad(by_forward_adjoint)(by_class)
+    assert relative_error(forward, reverse.sum(axis=0)) < 1e-10
 
 
 def test_digits_unrolled_against_implicit(digits, implicit, without_hessian):
@@ -185,7 +188,7 @@ def test_digits_truncation_is_the_neumann_series(digits, k):
         # The control: one term more, or a missing rate.
         longer = digits.reference.gradient(num_terms=k, scale=digits.rate)
         assert relative_error(truncated, longer) > 1e-3
-        assert relative_error(truncated / digits.rate, series) > 1e-3
+        assert relative_error(truncated / digits.rate, series) > 1e-4
     error = relative_error(truncated, digits.exact)
     assert error <= (1 - digits.rate * digits.least) ** k
     if k == 1:
@@ -251,7 +254,7 @@ def test_unrolled_against_implicit(name):
     implicit = gradient_of(case, mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12)))
     identity = gradient_of(case, mo.ImplicitAdjoint(Identity()))
     assert relative_error(unrolled, implicit) < 1e-8
-    assert error_after_rescaling(identity, implicit) > 1e-2
+    assert error_after_rescaling(identity, implicit) > 0.05
 
 
 @pytest.mark.parametrize("name", ["ridge", "quadratic", "fixed point"])

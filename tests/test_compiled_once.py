@@ -1,0 +1,168 @@
+"""New values are not traced again: a loop that compiles at every step is a hundred times
+slower, and nothing else shows it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import metaopt as mo
+from problems import CASES
+
+
+class Counted:
+    """A function that counts how often Python runs it: a few times for each trace."""
+
+    def __init__(self, fn):
+        self.fn, self.count = fn, 0
+
+    def __call__(self, params, hyper, batch):
+        self.count += 1
+        return self.fn(params, hyper, batch)
+
+
+def counted_problem() -> tuple[mo.BilevelProblem, Counted, Counted]:
+    case = CASES["ridge"](jnp.float64)
+    inner, outer = Counted(case.problem.inner.loss_fn), Counted(case.problem.outer_loss)
+    return mo.BilevelProblem(inner, outer), inner, outer
+
+
+DESCENT = mo.Descent(optax.sgd(0.5), num_steps=30)
+NEWTON = mo.OptimistixSolver(optx.Newton(rtol=1e-8, atol=1e-8))
+
+
+@pytest.mark.parametrize(
+    "inner, adjoint, start",
+    [
+        (DESCENT, mo.UnrolledAdjoint(), mo.ColdStart()),
+        (DESCENT, mo.TruncatedAdjoint(5), mo.WarmStart()),
+        (DESCENT, mo.ForwardAdjoint(), mo.ColdStart()),
+        (DESCENT, mo.OneStepAdjoint(), mo.WarmStart()),
+        (NEWTON, mo.ImplicitAdjoint(), mo.WarmStart()),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_outer_steps_trace_once(inner, adjoint, start):
+    case = CASES["ridge"](jnp.float64)
+    problem, inner_loss, outer_loss = counted_problem()
+    counts, hypers = [], []
+
+    def callback(step, state, info):
+        counts.append((inner_loss.count, outer_loss.count))
+        hypers.append(np.asarray(state.hyper))
+
+    mo.solve_bilevel(
+        problem,
+        case.hyper,
+        *case.data,
+        params=case.params,
+        solver=mo.NestedSolver(inner, adjoint, optax.adam(0.1), start),
+        num_steps=20,
+        callback=callback,
+    )
+    assert counts[0] > (0, 0)
+    assert counts == 20 * counts[:1]
+    assert len({hyper.tobytes() for hyper in hypers}) == 20
+
+
+def test_minibatches_from_an_iterator_trace_once():
+    case = CASES["ridge"](jnp.float64)
+    problem, inner_loss, _ = counted_problem()
+    counts = []
+
+    def feed():
+        x, y = case.train
+        for shift in range(3):
+            yield mo.Minibatches((x + shift, np.asarray(y)), batch_size=6)
+
+    mo.solve_bilevel(
+        problem,
+        case.hyper,
+        feed(),
+        case.valid,
+        params=case.params,
+        solver=mo.NestedSolver(DESCENT, mo.OneStepAdjoint(), optax.sgd(0.1)),
+        num_steps=3,
+        callback=lambda *_: counts.append(inner_loss.count),
+    )
+    assert counts == 3 * counts[:1]
+
+
+def solve_many_ways(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]:
+    case = CASES["ridge"](jnp.float64)
+    arguments = hyper, case.params, *case.data
+    gradient, report = mo.hypergradient(
+        problem, *arguments, inner=DESCENT, adjoint=mo.UnrolledAdjoint()
+    )
+    return gradient, report.outer_loss
+
+
+def test_numbers_of_any_type_are_one_trace():
+    # A Python float was once a static argument, and a 0-d array a weak type: each gave a
+    # trace of its own, and one for every new value.
+    problem, inner_loss, _ = counted_problem()
+    counts, results = [], []
+    for hyper in (
+        -1.0,
+        np.float64(-1.0),
+        np.array(-1.0),
+        jnp.asarray(-1.0),
+        jnp.array(-1.0, jnp.float64),
+    ):
+        results.append(solve_many_ways(hyper, problem))
+        counts.append(inner_loss.count)
+    assert counts == len(counts) * counts[:1]
+    for gradient, outer_loss in results:
+        assert gradient.dtype == jnp.float64 and not gradient.weak_type
+        np.testing.assert_array_equal(gradient, results[0][0])
+        np.testing.assert_array_equal(outer_loss, results[0][1])
+
+
+def test_a_hundred_hypergradients_are_one_trace():
+    problem, inner_loss, outer_loss = counted_problem()
+    losses = {float(solve_many_ways(-1.0, problem)[1])}
+    counts = inner_loss.count, outer_loss.count
+    for value in np.linspace(-3.0, 0.0, 99):
+        losses.add(float(solve_many_ways(float(value), problem)[1]))
+    assert (inner_loss.count, outer_loss.count) == counts
+    assert len(losses) == 100
+
+
+def test_equal_solvers_made_anew_are_one_trace():
+    # Settings are compared by value, and so are plain functions that are the same object.
+    problem, inner_loss, _ = counted_problem()
+    case, transform = CASES["ridge"](jnp.float64), optax.sgd(0.5)
+    counts = []
+    for _ in range(3):
+        mo.hypergradient(
+            problem,
+            case.hyper,
+            case.params,
+            *case.data,
+            inner=mo.Descent(transform, num_steps=30),
+            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3)),
+        )
+        counts.append(inner_loss.count)
+    assert counts == 3 * counts[:1]
+
+
+@pytest.mark.parametrize("adjoint", [mo.UnrolledAdjoint(), mo.ImplicitAdjoint()])
+def test_solve_inner_traces_once(adjoint):
+    case = CASES["ridge"](jnp.float64)
+    problem, inner_loss, _ = counted_problem()
+    counts = []
+    for value in (-1.0, -0.5, np.float64(0.0)):
+        solution = mo.solve_inner(
+            problem.inner,
+            value,
+            case.params,
+            case.train,
+            solver=mo.Descent(optax.sgd(0.5), num_steps=30),
+            adjoint=adjoint,
+        )
+        counts.append(inner_loss.count)
+    assert solution.value.dtype == jnp.float64
+    assert counts == 3 * counts[:1]

@@ -1,0 +1,982 @@
+"""Linear solvers, against dense solves in NumPy and against what failed elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jaxprs import counts_steps, loop_conditions, with_floats
+
+from metaopt._linear import (
+    AbstractLinearSolver,
+    BiCGStab,
+    CG,
+    Dense,
+    GMRES,
+    LinearSolution,
+    Neumann,
+)
+from metaopt._results import RESULTS
+
+
+PSD = lx.positive_semidefinite_tag
+
+# Every linear solver, with settings that make it accurate.
+ACCURATE = {
+    "CG": CG(rtol=1e-12),
+    "GMRES": GMRES(rtol=1e-12),
+    "BiCGStab": BiCGStab(rtol=1e-12),
+    "Dense": Dense(),
+    "Neumann": Neumann(num_terms=400),
+}
+TOLERANT = {"CG": CG, "GMRES": GMRES, "BiCGStab": BiCGStab}
+
+
+def symmetric(size, condition, seed=0, dtype=jnp.float64):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.geomspace(1 / condition, 1, size)
+    return jnp.asarray((basis * values) @ basis.T, dtype)
+
+
+def nonsymmetric(size, strength=0.5, seed=0, dtype=jnp.float64):
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(size, size)) / np.sqrt(size)
+    return jnp.asarray(np.eye(size) + strength * noise, dtype)
+
+
+def vector_of(size, seed=1, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=size), dtype)
+
+
+def matrix_operator(matrix, *tags):
+    return lx.MatrixLinearOperator(matrix, tags)
+
+
+def diagonal(values):
+    # Products with a diagonal are exact to rounding in every entry.
+    structure = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    return lx.FunctionLinearOperator(lambda x: values * x, structure, PSD)
+
+
+def true_residual(matrix, solution, vector) -> float:
+    """The slow twin: in NumPy, in float64."""
+    matrix, vector = np.asarray(matrix, np.float64), np.asarray(vector, np.float64)
+    left = vector - matrix @ np.asarray(solution.value, np.float64)
+    return float(np.linalg.norm(left) / np.linalg.norm(vector))
+
+
+def text(solution: LinearSolution) -> str:
+    return RESULTS[solution.result]
+
+
+def assert_result(solution: LinearSolution, name: str):
+    expected = RESULTS.successful if name == "successful" else getattr(RESULTS, name)
+    assert bool(solution.result == expected), text(solution)
+
+
+# Right answers
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", ACCURATE)
+def test_definite_system_agrees_with_a_dense_solve(name, jit):
+    matrix, vector = symmetric(40, 10.0), vector_of(40)
+    solve = ACCURATE[name].solve
+    solution = (jax.jit(solve) if jit else solve)(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    expected = np.linalg.solve(matrix, vector)
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-9, atol=1e-9)
+    residual = true_residual(matrix, solution, vector)
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-3, atol=1e-15)
+    assert solution.residual <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["GMRES", "BiCGStab", "Dense", "Neumann"])
+def test_nonsymmetric_system_agrees_with_a_dense_solve(name):
+    matrix, vector = nonsymmetric(60), vector_of(60)
+    solution = jax.jit(ACCURATE[name].solve)(matrix_operator(matrix), vector)
+    assert_result(solution, "successful")
+    expected = np.linalg.solve(matrix, vector)
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-9, atol=1e-9)
+    residual = true_residual(matrix, solution, vector)
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-2, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["GMRES", "BiCGStab", "Dense"])
+def test_indefinite_system_agrees_with_a_dense_solve(name):
+    # Eigenvalues on both sides of zero. The method of `lineax` for BiCGStab takes a
+    # negative coefficient for a breakdown in float32.
+    matrix = symmetric(30, 5.0) - 0.35 * jnp.eye(30)
+    assert np.linalg.eigvalsh(matrix)[0] < 0
+    vector = vector_of(30)
+    solution = ACCURATE[name].solve(matrix_operator(matrix), vector)
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(
+        solution.value, np.linalg.solve(matrix, vector), rtol=1e-7, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-3, 1e3])
+@pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "Dense"])
+def test_multiples_of_the_identity(name, scale):
+    # Three hypergradient libraries return the iterate before the converged one, which
+    # is zero here; a dense least-squares step and BiCGStab divide zero by zero.
+    if name == "CG" and scale < 0:
+        pytest.skip("not definite")
+    vector = vector_of(5)
+    operator = matrix_operator(scale * jnp.eye(5), PSD)
+    solution = ACCURATE[name].solve(operator, vector)
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(solution.value, vector / scale, rtol=1e-14)
+    if name in ("CG", "BiCGStab"):
+        assert solution.num_steps == 1
+
+
+def test_cg_of_the_identity_is_exact_in_one_step():
+    vector = vector_of(5)
+    solution = CG().solve(matrix_operator(jnp.eye(5), PSD), vector)
+    np.testing.assert_array_equal(solution.value, vector)
+    assert solution.num_steps == 1 and solution.num_products == 2
+    assert solution.residual == 0 and solution.min_curvature == 1
+
+
+def test_cg_converges_in_one_step_along_an_eigenvector():
+    matrix = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
+    vector = jnp.array([0.0, 4.0, 0.0])
+    solution = CG().solve(matrix_operator(matrix, PSD), vector)
+    np.testing.assert_array_equal(solution.value, [0.0, 2.0, 0.0])
+    assert solution.num_steps == 1 and solution.min_curvature == 2
+
+
+def test_cg_needs_as_many_steps_as_there_are_eigenvalues():
+    values = jnp.repeat(jnp.array([1.0, 5.0, 40.0]), 10)
+    solution = CG(rtol=1e-10).solve(diagonal(values), vector_of(30))
+    assert_result(solution, "successful")
+    assert solution.num_steps == 3
+
+
+def textbook(matrix, vector, num_steps):
+    """Conjugate gradients as in every textbook, in NumPy."""
+    matrix, vector = np.asarray(matrix), np.asarray(vector)
+    x, r = np.zeros_like(vector), vector
+    p = r
+    for _ in range(num_steps):
+        product = matrix @ p
+        alpha = (r @ r) / (p @ product)
+        x, new = x + alpha * p, r - alpha * product
+        p, r = new + (new @ new) / (r @ r) * p, new
+    return x
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
+def test_cg_takes_the_steps_of_the_textbook(num_steps):
+    matrix, vector = symmetric(40, 100.0), vector_of(40)
+    solver = CG(rtol=None, max_steps=num_steps)
+    solution = solver.solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert solution.num_steps == num_steps
+    assert solution.num_products == num_steps + 1
+    expected = textbook(matrix, vector, num_steps)
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-9, atol=1e-9)
+    residual = true_residual(matrix, solution, vector)
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-9)
+
+
+def test_curvature_is_the_smallest_met():
+    matrix, vector = symmetric(40, 100.0), vector_of(40)
+    solution = CG(rtol=1e-12).solve(matrix_operator(matrix, PSD), vector)
+    smallest = np.linalg.eigvalsh(matrix)[0]
+    assert smallest < solution.min_curvature < 3 * smallest
+
+
+def test_a_million_unknowns_in_float32():
+    # `lineax.CG` returns NaN: its guard against breakdown grows with the number of
+    # unknowns, to 12 here, and the curvature is at most 1.
+    values = jnp.linspace(0.01, 1.0, 1_000_000, dtype=jnp.float32)
+    vector = jnp.ones_like(values)
+    solution = jax.jit(lambda d, b: CG(rtol=1e-5).solve(diagonal(d), b))(values, vector)
+    assert_result(solution, "successful")
+    left = 1 - np.asarray(values, np.float64) * np.asarray(solution.value, np.float64)
+    assert np.linalg.norm(left) / 1e3 <= 1.02e-5  # the residual itself is in float32
+    assert solution.num_steps < 100
+
+
+def test_checks_cost_two_percent():
+    matrix, vector = symmetric(300, 1e4), vector_of(300)
+    solution = jax.jit(CG(rtol=1e-8).solve)(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert solution.num_steps > 200
+    assert solution.num_products <= 1.02 * solution.num_steps + 3
+    assert true_residual(matrix, solution, vector) <= 1e-8
+
+
+# Right-hand sides and starts
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", ACCURATE)
+def test_zero_right_hand_side(name, warm):
+    # What an outer loss without params gives. 0 / 0 must not appear.
+    matrix = symmetric(6, 10.0)
+    start = jnp.ones(6) if warm else None
+    operator = matrix_operator(matrix, PSD)
+    solution = ACCURATE[name].solve(operator, jnp.zeros(6), start)
+    assert_result(solution, "successful")
+    np.testing.assert_array_equal(solution.value, np.zeros(6))
+    assert solution.residual == 0
+    if name in TOLERANT:
+        assert solution.num_steps == 0
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_start_at_the_solution_takes_no_step(name):
+    matrix, vector = symmetric(20, 10.0), vector_of(20)
+    start = jnp.linalg.solve(matrix, vector)
+    solution = TOLERANT[name]().solve(matrix_operator(matrix, PSD), vector, start)
+    assert_result(solution, "successful")
+    assert solution.num_steps == 0
+    np.testing.assert_array_equal(solution.value, start)
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_start_near_the_solution_saves_steps(name):
+    matrix, vector = symmetric(100, 300.0), vector_of(100)
+    operator = matrix_operator(matrix, PSD)
+    settings = {"restart": 5} if name == "GMRES" else {}
+    solver = TOLERANT[name](rtol=1e-6, **settings)
+    exact = jnp.linalg.solve(matrix, vector)
+    cold = solver.solve(operator, vector)
+    warm = solver.solve(operator, vector, exact * (1 + 1e-4 * vector_of(100, 5)))
+    for solution in (cold, warm):
+        assert_result(solution, "successful")
+        assert true_residual(matrix, solution, vector) <= 1.001e-6
+    assert warm.num_steps < 0.8 * cold.num_steps
+
+
+@pytest.mark.parametrize("start", [1e8, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("name", TOLERANT)
+def test_useless_start_is_not_used(name, start):
+    matrix, vector = symmetric(20, 10.0), vector_of(20)
+    operator = matrix_operator(matrix, PSD)
+    solver = TOLERANT[name](rtol=1e-10)
+    solution = solver.solve(operator, vector, jnp.full(20, start))
+    assert_result(solution, "successful")
+    assert true_residual(matrix, solution, vector) <= 1.001e-10
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-9, 1e9, 1e25, 1e30])
+@pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "Dense"])
+def test_size_of_the_right_hand_side_does_not_matter(name, scale):
+    # The squares of these are zero or infinite in float32, and a zero right-hand side
+    # has the solution zero.
+    matrix, vector = symmetric(20, 10.0, dtype=jnp.float32), vector_of(20)
+    solver = Dense() if name == "Dense" else TOLERANT[name](rtol=1e-5)
+    solution = solver.solve(
+        matrix_operator(matrix, PSD), (scale * vector).astype(jnp.float32)
+    )
+    expected = np.linalg.solve(np.asarray(matrix, np.float64), scale * vector)
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(solution.value / scale, expected / scale, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("name", ACCURATE)
+def test_right_hand_side_that_is_not_finite(name, bad):
+    operator = matrix_operator(symmetric(6, 10.0), PSD)
+    solution = ACCURATE[name].solve(operator, jnp.ones(6).at[2].set(bad))
+    assert_result(solution, "linear_nonfinite")
+    assert jnp.all(jnp.isfinite(solution.value))
+    assert solution.residual == jnp.inf
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", ACCURATE)
+def test_operator_that_is_not_finite(name, warm, bad):
+    matrix = symmetric(6, 10.0).at[2, 3].set(bad)
+    start = jnp.ones(6) if warm else None
+    solution = ACCURATE[name].solve(matrix_operator(matrix, PSD), jnp.ones(6), start)
+    assert_result(solution, "linear_nonfinite")
+    assert jnp.all(jnp.isfinite(solution.value))
+    assert not solution.residual <= 1e-3
+
+
+# Failures
+
+
+def test_indefinite_operator_is_flagged():
+    matrix = symmetric(30, 50.0) - 0.1 * jnp.eye(30)
+    vector = vector_of(30)
+    solution = CG().solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "linear_indefinite")
+    assert "negative curvature" in text(solution)
+    assert solution.min_curvature < 0
+    assert solution.residual > 1e-5
+    np.testing.assert_allclose(
+        solution.residual, true_residual(matrix, solution, vector), rtol=1e-9
+    )
+    # The best iterate is the one before: it has the least energy of all.
+    steps = int(solution.num_steps)
+    assert steps > 0
+    np.testing.assert_allclose(
+        solution.value, textbook(matrix, vector, steps), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("rtol", [1e-5, None])
+@pytest.mark.parametrize("value", [-1.0, 0.0])
+def test_operator_without_positive_curvature(value, rtol):
+    solver = CG(rtol=rtol, max_steps=5)
+    operator = matrix_operator(value * jnp.eye(4), PSD)
+    solution = solver.solve(operator, jnp.ones(4))
+    assert_result(solution, "linear_indefinite")
+    np.testing.assert_array_equal(solution.value, np.zeros(4))
+    assert solution.num_steps == 0 and solution.residual == 1
+    assert solution.min_curvature == value
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_singular_inconsistent_system_is_flagged(dtype):
+    # The direction of zero curvature cannot be told from it but by rounding.
+    basis = np.linalg.qr(np.random.default_rng(3).normal(size=(30, 30)))[0]
+    values = np.r_[np.zeros(3), np.linspace(0.5, 1, 27)]
+    matrix = jnp.asarray((basis * values) @ basis.T, dtype)
+    vector = vector_of(30, dtype=dtype)
+    solution = CG().solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "linear_indefinite")
+    assert jnp.all(jnp.isfinite(solution.value))
+    assert solution.residual > 0.1
+    for solver in (GMRES(), BiCGStab(), Dense()):
+        solution = solver.solve(matrix_operator(matrix), vector)
+        assert not bool(solution.result == RESULTS.successful)
+        assert jnp.all(jnp.isfinite(solution.value))
+        assert solution.residual > 0.1
+
+
+def test_singular_consistent_system_is_solved():
+    values = jnp.r_[jnp.zeros(3), jnp.linspace(0.5, 1, 27)]
+    vector = jnp.where(values > 0, vector_of(30), 0)
+    solution = CG(rtol=1e-10).solve(diagonal(values), vector)
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(values * solution.value, vector, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_ill_conditioned_system_cut_short_reports_its_residual(name):
+    # Elsewhere: relative residual 5.2, and no flag.
+    matrix, vector = symmetric(50, 1e8), vector_of(50)
+    settings = {"restart": 1} if name == "GMRES" else {}
+    solver = TOLERANT[name](max_steps=1, **settings)
+    solution = solver.solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "linear_max_steps")
+    assert "max_steps" in text(solution)
+    assert solution.num_steps == 1
+    residual = true_residual(matrix, solution, vector)
+    assert residual > 0.1
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-6)
+
+
+def test_iterate_of_least_energy_is_kept():
+    # The residual of an ill-conditioned system grows at first while the iterate
+    # approaches the solution: by their residuals, zero would be the best of all.
+    matrix, vector = symmetric(300, 1e4), vector_of(300)
+    exact = np.linalg.solve(matrix, vector)
+    solution = CG(max_steps=30).solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "linear_max_steps")
+    assert solution.residual > 1
+    error = np.linalg.norm(solution.value - exact) / np.linalg.norm(exact)
+    assert error < 0.8
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_tolerance_below_the_precision(name):
+    matrix = symmetric(50, 100.0, dtype=jnp.float32)
+    vector = vector_of(50, dtype=jnp.float32)
+    solver = TOLERANT[name](rtol=1e-12)
+    with pytest.warns(UserWarning, match=f"`{name}.rtol=1e-12.` .*float32.*1.2e-06"):
+        solution = solver.solve(matrix_operator(matrix, PSD), vector)
+    assert solution.num_steps < 500
+    assert true_residual(matrix, solution, vector) < 1e-4
+    if bool(solution.result == RESULTS.successful):
+        assert true_residual(matrix, solution, vector) < 2e-6
+    else:
+        assert_result(solution, "linear_stagnation")
+        assert "precision" in text(solution)
+
+
+def test_tolerance_within_the_precision_does_not_warn():
+    # (Warnings are errors in these tests.)
+    operator = matrix_operator(jnp.eye(3, dtype=jnp.float32), PSD)
+    assert_result(CG(rtol=2e-6).solve(operator, jnp.ones(3, jnp.float32)), "successful")
+    operator = matrix_operator(jnp.eye(3), PSD)
+    assert_result(CG(rtol=1e-14).solve(operator, jnp.ones(3)), "successful")
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e6])
+def test_stagnation_ends_the_solve(condition):
+    matrix = symmetric(200, condition, dtype=jnp.float32)
+    vector = vector_of(200, dtype=jnp.float32)
+    solver = CG(max_steps=20_000)
+    solution = jax.jit(solver.solve)(matrix_operator(matrix, PSD), vector)
+    assert not bool(solution.result == RESULTS.successful)
+    assert solution.num_steps < 5000
+    residual = true_residual(matrix, solution, vector)
+    np.testing.assert_allclose(solution.residual, residual, rtol=0.3)
+    # The energy of the iterate is below that of zero, hence it is closer.
+    exact = np.linalg.solve(np.asarray(matrix, np.float64), vector)
+    assert np.linalg.norm(solution.value - exact) < np.linalg.norm(exact)
+
+
+def test_success_is_of_the_true_residual():
+    # The residual of the recurrence goes on to fall below any tolerance.
+    for seed in range(5):
+        matrix = symmetric(100, 3e3, seed, jnp.float32)
+        vector = vector_of(100, seed, jnp.float32)
+        solution = CG(rtol=1e-5).solve(matrix_operator(matrix, PSD), vector)
+        if bool(solution.result == RESULTS.successful):
+            assert true_residual(matrix, solution, vector) <= 1.1e-5
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_absolute_tolerance(name):
+    matrix, vector = symmetric(40, 100.0), vector_of(40)
+    operator = matrix_operator(matrix, PSD)
+    solver = TOLERANT[name](rtol=1e-12, atol=1e-3)
+    solution = solver.solve(operator, vector)
+    assert_result(solution, "successful")
+    left = np.linalg.norm(vector - matrix @ solution.value)
+    assert 1e-12 < left <= 1e-3
+    # A right-hand side within the tolerance has the solution zero.
+    solution = solver.solve(operator, 1e-4 * vector / jnp.linalg.norm(vector))
+    assert_result(solution, "successful")
+    assert solution.num_steps == 0 and solution.residual == 1
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_number_of_steps_asked_for_by_name_is_no_failure(name):
+    matrix, vector = symmetric(60, 1e4), vector_of(60)
+    settings = {"restart": 7} if name == "GMRES" else {}
+    solver = TOLERANT[name](rtol=None, max_steps=7, **settings)
+    solution = solver.solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert solution.num_steps == 7
+    residual = true_residual(matrix, solution, vector)
+    assert residual > 1e-3
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-9)
+
+
+def test_fixed_number_of_steps_stops_where_nothing_is_left():
+    vector = vector_of(5)
+    for solver in (CG(rtol=None), GMRES(rtol=None), BiCGStab(rtol=None)):
+        solution = solver.solve(matrix_operator(2 * jnp.eye(5), PSD), vector)
+        assert_result(solution, "successful")
+        np.testing.assert_allclose(solution.value, vector / 2, rtol=1e-15)
+        assert solution.num_steps <= 10
+    matrix = symmetric(20, 10.0, dtype=jnp.float32)
+    vector = vector_of(20, dtype=jnp.float32)
+    solution = CG(rtol=None, max_steps=3000).solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert true_residual(matrix, solution, vector) < 1e-5
+
+
+def test_gmres_counts_whole_cycles():
+    matrix, vector = symmetric(60, 1e4), vector_of(60)
+    solver = GMRES(rtol=None, max_steps=15, restart=10)
+    solution = solver.solve(matrix_operator(matrix), vector)
+    assert solution.num_steps == 20 and solution.num_products == 26
+
+
+def test_gmres_solves_small_systems_in_one_cycle():
+    matrix, vector = nonsymmetric(15, 2.0), vector_of(15)
+    solution = GMRES(rtol=1e-10, restart=20).solve(matrix_operator(matrix), vector)
+    assert_result(solution, "successful")
+    assert solution.num_steps == 15
+
+
+def test_gmres_that_does_not_progress_is_flagged():
+    # A cyclic shift: GMRES makes no progress before it has all of the unknowns.
+    matrix = jnp.roll(jnp.eye(12), 1, axis=0)
+    vector = jnp.zeros(12).at[0].set(1.0)
+    solution = GMRES(restart=5).solve(matrix_operator(matrix), vector)
+    assert_result(solution, "linear_stagnation")
+    assert solution.residual <= 1 and jnp.all(jnp.isfinite(solution.value))
+    solution = GMRES(restart=12).solve(matrix_operator(matrix), vector)
+    assert_result(solution, "successful")
+
+
+def test_bicgstab_that_breaks_down_is_flagged():
+    # A rotation by 90 degrees: the first product is orthogonal to its argument.
+    matrix = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+    solution = BiCGStab().solve(matrix_operator(matrix), jnp.array([1.0, 0.0]))
+    assert_result(solution, "linear_stagnation")
+    assert solution.residual == 1
+    np.testing.assert_array_equal(solution.value, np.zeros(2))
+
+
+# Preconditioning and damping
+
+
+def test_preconditioner_saves_steps():
+    values = jnp.geomspace(1e-4, 1.0, 200)
+    matrix = jnp.diag(values) + 1e-6
+    vector = vector_of(200)
+    operator = matrix_operator(matrix, PSD)
+    inverse = 1 / jnp.diagonal(matrix)
+    jacobi = lx.DiagonalLinearOperator(inverse)
+    plain = CG(rtol=1e-8).solve(operator, vector)
+    expected = np.linalg.solve(matrix, vector)
+    for preconditioner in (lambda r: inverse * r, jacobi):
+        solver = CG(rtol=1e-8, preconditioner=preconditioner)
+        solution = solver.solve(operator, vector)
+        assert_result(solution, "successful")
+        assert solution.num_steps < 0.2 * plain.num_steps
+        assert true_residual(matrix, solution, vector) <= 1e-8
+        np.testing.assert_allclose(solution.value, expected, rtol=1e-3)
+
+
+def test_preconditioner_does_not_change_what_is_indefinite():
+    # Curvature is compared with p.M^-1 p: a good preconditioner makes the smallest
+    # eigenvalue, far below the rounding of the largest, as good as any other.
+    values = jnp.geomspace(1e-9, 1.0, 6, dtype=jnp.float32)
+    vector = vector_of(6, dtype=jnp.float32)
+    wrong = 1 / values * jnp.linspace(1.0, 2.0, 6, dtype=jnp.float32)
+    solution = CG(preconditioner=lambda r: wrong * r).solve(diagonal(values), vector)
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(solution.value, vector / values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_preconditioner_that_is_not_definite_is_flagged(sign):
+    signs = jnp.ones(10).at[:9].set(sign)
+    solver = CG(preconditioner=lambda r: signs * r)
+    vector = jnp.ones(10).at[9].set(0.1)
+    solution = solver.solve(matrix_operator(symmetric(10, 10.0), PSD), vector)
+    assert not bool(solution.result == RESULTS.successful)
+    solver = CG(preconditioner=lambda r: -r)
+    solution = solver.solve(matrix_operator(symmetric(10, 10.0), PSD), vector)
+    assert_result(solution, "linear_preconditioner")
+    assert "preconditioner" in text(solution)
+    np.testing.assert_array_equal(solution.value, np.zeros(10))
+
+
+def test_damping_is_solved_for_and_the_residual_is_without_it():
+    matrix, vector = symmetric(30, 100.0), vector_of(30)
+    operator = matrix_operator(matrix, PSD)
+    solution = CG(rtol=1e-12, damping=0.1).solve(operator, vector)
+    assert_result(solution, "successful")
+    expected = np.linalg.solve(matrix + 0.1 * np.eye(30), vector)
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        solution.residual, true_residual(matrix, solution, vector), rtol=1e-9
+    )
+    assert solution.residual > 0.1
+    undamped = CG(rtol=1e-12).solve(operator, vector)
+    assert undamped.residual < 1e-11
+    # The curvature is that of the operator itself.
+    assert solution.min_curvature < 0.1
+
+
+def test_damping_makes_an_indefinite_operator_definite():
+    matrix = symmetric(30, 50.0) - 0.1 * jnp.eye(30)
+    solver = CG(rtol=1e-10, damping=0.2)
+    solution = solver.solve(matrix_operator(matrix, PSD), vector_of(30))
+    assert_result(solution, "successful")
+    assert solution.min_curvature < 0.02
+
+
+# Vectors
+
+
+def mixed_system(half):
+    """An operator on a pytree, its matrix, and a right-hand side."""
+    matrix = symmetric(9, 5.0)
+    shapes = {"a": ((2, 2), jnp.float64), "b": [((4,), half), None, ((), jnp.float32)]}
+    is_leaf = lambda x: isinstance(x, tuple)
+    structure = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(*s), shapes, is_leaf=is_leaf
+    )
+    flat, treedef = jax.tree.flatten(structure)
+    ends = np.cumsum([leaf.size for leaf in flat])[:-1]
+
+    def ravel(tree):
+        leaves = jax.tree.leaves(tree)
+        return jnp.concatenate([a.astype(jnp.float64).ravel() for a in leaves])
+
+    def unravel(x):
+        parts = jnp.split(x, ends)
+        leaves = [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, flat, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, leaves)
+
+    def product(tree):
+        return unravel(matrix @ ravel(tree))
+
+    operator = lx.FunctionLinearOperator(product, structure, PSD)
+    return operator, matrix, unravel(vector_of(9)), ravel
+
+
+@pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "Dense", "Neumann"])
+def test_mixed_dtypes_in_a_pytree(name):
+    operator, matrix, vector, ravel = mixed_system(jnp.float32)
+    solvers = {**TOLERANT, "Dense": Dense, "Neumann": lambda: Neumann(100)}
+    start = jax.tree.map(jnp.zeros_like, vector)
+    for arguments in ((operator, vector), (operator, vector, start)):
+        solution = solvers[name]().solve(*arguments)
+        assert_result(solution, "successful")
+        for a, b in zip(
+            jax.tree.leaves(solution.value), jax.tree.leaves(vector), strict=True
+        ):
+            assert a.dtype == b.dtype and a.shape == b.shape
+        expected = np.linalg.solve(matrix, ravel(vector))
+        np.testing.assert_allclose(ravel(solution.value), expected, atol=1e-4)
+    assert solution.residual.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "Dense", "Neumann"])
+def test_half_precision(name):
+    operator, matrix, vector, ravel = mixed_system(jnp.bfloat16)
+    solvers = {
+        "CG": CG(rtol=0.1),
+        "GMRES": GMRES(rtol=0.1),
+        "BiCGStab": BiCGStab(rtol=0.1),
+        "Dense": Dense(),
+        "Neumann": Neumann(30),
+    }
+    solution = solvers[name].solve(operator, vector)
+    assert_result(solution, "successful")
+    assert [a.dtype for a in jax.tree.leaves(solution.value)] == [
+        a.dtype for a in jax.tree.leaves(vector)
+    ]
+    left = ravel(vector) - matrix @ ravel(solution.value)
+    assert np.linalg.norm(left) / np.linalg.norm(ravel(vector)) < 0.11
+    # All leaves in half precision: scalars are float32.
+    diagonals = jnp.linspace(0.5, 1.0, 10).astype(jnp.bfloat16)
+    solution = solvers[name].solve(diagonal(diagonals), jnp.ones(10, jnp.bfloat16))
+    assert solution.value.dtype == jnp.bfloat16
+    assert solution.residual.dtype == jnp.float32
+    assert_result(solution, "successful")
+
+
+def test_default_tolerance_warns_in_half_precision():
+    with pytest.warns(UserWarning, match="bfloat16 can reach; using rtol=7.8e-02"):
+        CG().solve(diagonal(jnp.ones(3, jnp.bfloat16)), jnp.ones(3, jnp.bfloat16))
+
+
+# Batching
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", TOLERANT)
+def test_one_bad_lane_of_64_leaves_the_others_alone(name):
+    size, lanes, bad = 20, 64, 13
+    matrices = np.stack(
+        [np.asarray(symmetric(size, 20.0, seed, jnp.float32)) for seed in range(lanes)]
+    )
+    matrices[bad] = symmetric(size, 1e10, 99, jnp.float32)
+    matrices = jnp.asarray(matrices)
+    vectors = jnp.stack([vector_of(size, seed, jnp.float32) for seed in range(lanes)])
+    vectors = vectors.at[7].set(0.0)
+    matrices = matrices.at[21].set(-jnp.eye(size, dtype=jnp.float32))
+    vectors = vectors.at[33, 2].set(jnp.nan)
+    solver = TOLERANT[name](max_steps=200)
+
+    def solve(matrix, vector):
+        return solver.solve(matrix_operator(matrix, PSD), vector)
+
+    batched = jax.jit(jax.vmap(solve))(matrices, vectors)
+    ok = np.asarray(jax.vmap(lambda r: r == RESULTS.successful)(batched.result))
+    expected = np.ones(lanes, bool)
+    expected[[bad, 33]] = False
+    expected[21] = name != "CG"  # not definite
+    np.testing.assert_array_equal(ok, expected)
+    assert batched.num_steps[7] == 0
+    assert jnp.all(jnp.isfinite(batched.value))
+    alone_solve = jax.jit(solve)
+    for lane in (0, 1, 7, 12, 14, 40, 63):
+        alone = alone_solve(matrices[lane], vectors[lane])
+        np.testing.assert_allclose(batched.value[lane], alone.value, atol=1e-4)
+        assert batched.num_steps[lane] == alone.num_steps
+        exact = np.linalg.solve(np.asarray(matrices[lane], np.float64), vectors[lane])
+        np.testing.assert_allclose(batched.value[lane], exact, atol=3e-4)
+
+
+def test_lanes_equal_unbatched_solves():
+    # In float64, where another order of summation leaves no trace at this tolerance.
+    matrices = jnp.stack([symmetric(15, 50.0, seed) for seed in range(8)])
+    vectors = jnp.stack([vector_of(15, seed) for seed in range(8)])
+    solver = CG(rtol=1e-10)
+
+    def solve(matrix, vector):
+        return solver.solve(matrix_operator(matrix, PSD), vector)
+
+    batched = jax.jit(jax.vmap(solve))(matrices, vectors)
+    for lane in range(8):
+        alone = solve(matrices[lane], vectors[lane])
+        np.testing.assert_allclose(batched.value[lane], alone.value, atol=1e-6)
+        np.testing.assert_array_equal(batched.num_products[lane], alone.num_products)
+
+
+@pytest.mark.parametrize("name", ACCURATE)
+def test_loops_read_carried_bools_and_integers_only(name):
+    # A condition that computes floats can hang for ever in `jax.vmap`.
+    matrix, vector = symmetric(12, 10.0), vector_of(12)
+
+    def solve(matrix, vector, start):
+        return ACCURATE[name].solve(matrix_operator(matrix, PSD), vector, start)
+
+    batch = tuple(jnp.stack([a, 2 * a]) for a in (matrix, vector, vector))
+    for fn, arguments in (
+        (solve, (matrix, vector, vector)),
+        (jax.vmap(solve), batch),
+    ):
+        conditions = loop_conditions(fn, *arguments)
+        assert [with_floats(condition) for condition in conditions if condition] == [
+            [] for condition in conditions if condition
+        ]
+        bounded = [counts_steps(condition) for condition in conditions]
+        if name == "GMRES":
+            # The loops inside a cycle are bounded by the method of `lineax`.
+            assert any(bounded)
+        else:
+            assert all(bounded)
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_operator_is_traced_once_or_twice(name):
+    # Compilation time is that of the operator, of which `lineax.CG` traces three.
+    calls = []
+    vector = vector_of(8)
+
+    class Counting(lx.AbstractLinearOperator):
+        def mv(self, vector):
+            calls.append(None)
+            return vector * jnp.arange(1.0, 9.0)
+
+        def as_matrix(self):
+            raise NotImplementedError
+
+        def transpose(self):
+            return self
+
+        def in_structure(self):
+            return jax.ShapeDtypeStruct((8,), jnp.float64)
+
+        def out_structure(self):
+            return jax.ShapeDtypeStruct((8,), jnp.float64)
+
+    lx.is_positive_semidefinite.register(Counting, lambda _: True)
+    lx.is_symmetric.register(Counting, lambda _: True)
+    lx.linearise.register(Counting, lambda operator: operator)
+    lx.has_unit_diagonal.register(Counting, lambda _: False)
+    jax.make_jaxpr(lambda b: TOLERANT[name]().solve(Counting(), b).value)(vector)
+    assert len(calls) <= {"CG": 1, "BiCGStab": 1, "GMRES": 3}[name]
+
+
+# Neumann
+
+
+@pytest.mark.parametrize("start", [None, 0.3])
+@pytest.mark.parametrize("num_terms", [0, 1, 2, 7])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_neumann_is_the_explicit_sum(num_terms, scale, start):
+    matrix, vector = nonsymmetric(12, 0.3), vector_of(12)
+    solver = Neumann(num_terms, scale)
+    first = None if start is None else jnp.full(12, start)
+    solution = solver.solve(matrix_operator(matrix), vector, first)
+    step = 1.0 if scale is None else scale
+    kept = np.eye(12) - step * np.asarray(matrix)
+    expected = step * sum(
+        np.linalg.matrix_power(kept, j) @ vector for j in range(num_terms + 1)
+    )
+    if start is not None:
+        expected = expected + np.linalg.matrix_power(kept, num_terms + 1) @ first
+    assert_result(solution, "successful")
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-12, atol=1e-12)
+    assert solution.num_steps == num_terms
+    assert solution.num_products == num_terms + 1 + (start is not None)
+    residual = true_residual(matrix, solution, vector)
+    np.testing.assert_allclose(solution.residual, residual, rtol=1e-9)
+
+
+def test_neumann_without_terms_is_the_vector():
+    vector = vector_of(12)
+    solution = Neumann(0).solve(matrix_operator(nonsymmetric(12, 5.0)), vector)
+    assert_result(solution, "successful")
+    np.testing.assert_array_equal(solution.value, vector)
+
+
+@pytest.mark.parametrize("top", [0.01, 1.0, 5.0, 1e4])
+def test_neumann_estimates_its_scale(top):
+    # Curvature in [0.5, 5] and a step of 1: relative error 2e10 after 20 terms.
+    matrix, vector = top * symmetric(50, 10.0), vector_of(50)
+    solution = Neumann(100).solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert solution.residual < 0.01
+    assert solution.num_products == 111
+
+
+@pytest.mark.parametrize("num_terms", [1, 20, 2000])
+def test_neumann_that_grows_is_flagged(num_terms):
+    matrix, vector = jnp.diag(jnp.linspace(0.5, 5.0, 10)), vector_of(10)
+    solver = Neumann(num_terms, scale=1.0)
+    for operator in (matrix_operator(matrix, PSD), matrix_operator(matrix)):
+        solution = solver.solve(operator, vector)
+        assert_result(solution, "linear_diverged")
+        assert "scale" in text(solution) and "CG" in text(solution)
+        assert jnp.all(jnp.isfinite(solution.value))
+
+
+def test_neumann_growth_is_seen_before_it_dominates():
+    # One negative eigenvalue, of which the right-hand side has next to nothing.
+    matrix = jnp.diag(jnp.array([1.0, 0.5, -0.5]))
+    vector = jnp.array([1.0, 1.0, 1e-3])
+    solution = Neumann(12, scale=1.0).solve(matrix_operator(matrix, PSD), vector)
+    assert solution.residual < 1
+    assert_result(solution, "linear_diverged")
+
+
+def test_neumann_that_has_converged_is_not_flagged():
+    # What is left is rounding, which goes up and down.
+    for dtype in (jnp.float32, jnp.float64):
+        for seed in range(5):
+            matrix = symmetric(20, 2.0, seed, dtype)
+            vector = vector_of(20, seed, dtype)
+            for terms in (60, 61):
+                for tags in ((), (PSD,)):
+                    operator = matrix_operator(matrix, *tags)
+                    solution = Neumann(terms).solve(operator, vector)
+                    assert_result(solution, "successful")
+                    warm = Neumann(3).solve(operator, vector, solution.value)
+                    assert_result(warm, "successful")
+
+
+# Misuse
+
+
+@pytest.mark.parametrize("solver", [CG, GMRES, BiCGStab])
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("rtol", -1e-3),
+        ("rtol", 0),
+        ("rtol", float("nan")),
+        ("rtol", float("inf")),
+        ("rtol", "1e-3"),
+        ("rtol", True),
+        ("atol", -1.0),
+        ("atol", float("nan")),
+        ("atol", "0"),
+        ("atol", None),
+        ("max_steps", 0),
+        ("max_steps", -3),
+        ("max_steps", 2.5),
+        ("max_steps", "10"),
+        ("max_steps", None),
+    ],
+)
+def test_settings_are_checked(solver, argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` must be"):
+        solver(**{argument: value})
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: CG(damping=-1.0), "`damping` must be a non-negative"),
+        (lambda: CG(damping=float("nan")), "`damping` must be a non-negative"),
+        (lambda: CG(damping="no"), "`damping` must be a non-negative"),
+        (lambda: CG(damping=None), "`damping` must be a non-negative"),
+        (lambda: CG(preconditioner=3), "`preconditioner` must be a function .* got 3"),
+        (lambda: GMRES(restart=0), "`restart` must be at least 1; got 0"),
+        (lambda: Dense(max_size=0), "`max_size` must be at least 1; got 0"),
+        (lambda: Dense(max_size=1e4), "`max_size` must be an int; got 10000.0"),
+        (lambda: Neumann(-1), "`num_terms` must be at least 0; got -1"),
+        (lambda: Neumann(2.0), "`num_terms` must be an int; got 2.0"),
+        (lambda: Neumann(scale=0.0), "`scale` must be positive"),
+        (lambda: Neumann(scale=-1.0), "`scale` must be .*; got -1.0"),
+        (lambda: Neumann(scale=float("nan")), "`scale` must be .*; got nan"),
+        (lambda: Neumann(scale="1"), "`scale` must be .*; got '1'"),
+    ],
+)
+def test_other_settings_are_checked(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "tags, promise",
+    [((), "nothing"), ((lx.symmetric_tag,), "symmetry only")],
+)
+def test_cg_wants_a_promise(tags, promise):
+    operator = matrix_operator(symmetric(3, 2.0), *tags)
+    match = f"promises {promise}.*GMRES.*positive_semidefinite_tag"
+    with pytest.raises(ValueError, match=match):
+        CG().check(operator)
+    with pytest.raises(ValueError, match=match):
+        CG().solve(operator, jnp.ones(3))
+
+
+@pytest.mark.parametrize("solver", [CG(), GMRES(), BiCGStab(), Dense(), Neumann()])
+def test_operators_must_be_square_and_fit(solver: AbstractLinearSolver):
+    operator = matrix_operator(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=f"`{type(solver).__name__}` needs .* maps"):
+        solver.check(operator)
+    operator = matrix_operator(jnp.eye(3), PSD)
+    for vector, start, name in (
+        (jnp.ones(4), None, "vector"),
+        (jnp.ones(3, jnp.float32), None, "vector"),
+        ({"x": jnp.ones(3)}, None, "vector"),
+        (jnp.ones(3), jnp.ones((3, 1)), "start"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must have the structure"):
+            solver.solve(operator, vector, start)
+
+
+def test_preconditioners_must_fit():
+    solver = CG(preconditioner=lambda r: r[:2])
+    with pytest.raises(ValueError, match="`preconditioner` must return a vector like"):
+        solver.solve(matrix_operator(jnp.eye(3), PSD), jnp.ones(3))
+
+
+def test_dense_refuses_large_systems():
+    operator = diagonal(jnp.ones(5000))
+    with pytest.raises(ValueError, match=r"200,000,000 bytes \(0.186 GiB\)"):
+        Dense().check(operator)
+    with pytest.raises(ValueError, match=r"metaopt.CG\(\).*Dense\(max_size=5000\)"):
+        Dense().solve(operator, jnp.ones(5000))
+    Dense(max_size=5000).check(operator)
+
+
+# Settings of JAX
+
+
+@pytest.mark.parametrize("name", ACCURATE)
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("jax_debug_nans", True),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_check_tracer_leaks", True),
+        ("jax_disable_jit", True),
+        ("jax_enable_checks", True),
+    ],
+)
+def test_settings_of_jax(name, setting, value):
+    if name == "GMRES" and setting == "jax_debug_nans":
+        pytest.skip("`lineax.GMRES` divides zero by infinity on purpose")
+    matrix, vector = symmetric(5, 3.0), vector_of(5)
+    operator = lx.FunctionLinearOperator(
+        lambda x: matrix @ x, jax.ShapeDtypeStruct((5,), jnp.float64), PSD
+    )
+    previous = jax.config.values[setting]
+    jax.config.update(setting, value)
+    try:
+        solution = ACCURATE[name].solve(operator, vector, 0.5 * vector)
+        value = np.asarray(solution.value)
+    finally:
+        jax.config.update(setting, previous)
+    np.testing.assert_allclose(value, np.linalg.solve(matrix, vector), atol=1e-9)
