@@ -17,14 +17,14 @@ def tree_dot(x: Vector, y: Vector) -> FloatScalar:
     """
 
     def leaf_dot(a, b):
-        dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+        dtype = tree_dtype((a, b))
         a, b = a.astype(dtype).ravel(), b.astype(dtype).ravel()
         return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
 
     products = jax.tree.leaves(jax.tree.map(leaf_dot, x, y))
     if not products:
         return jnp.zeros((), jnp.float32)
-    dtype = jnp.result_type(*products)
+    dtype = tree_dtype(products)
     return jnp.sum(jnp.stack([p.astype(dtype) for p in products]))
 
 
@@ -84,7 +84,8 @@ def tree_structs(x: PyTree) -> PyTree:
 def tree_dtype(x: PyTree) -> np.dtype:
     """The dtype in which a scalar made from the vector `x` is held: at least float32."""
     leaves = jax.tree.leaves(eqx.filter(x, _is_inexact))
-    return jnp.result_type(jnp.float32, *(a.dtype for a in leaves))
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *(a.dtype for a in leaves))
 
 
 def tree_strong(x: PyTree) -> PyTree:

@@ -58,8 +58,8 @@ class Reference:
 class Case:
     """A bilevel problem in one dtype, with what it takes to solve it and its twin.
 
-    `solvers` names rows of `members.SOLVERS` that reach the solution to about 1e-12 in
-    float64 (and to rounding in float32) with the settings given there.
+    `solvers` names rows of `members.SOLVERS` that reach the solution in float64, the
+    first of them to 1e-12, and to rounding in float32.
     """
 
     name: str

@@ -141,9 +141,12 @@ def test_derivatives_of_solve_inner(adjoint, case):
     value = value_by_solve_inner(adjoint, case)
     point = eqx.filter(case.hyper, eqx.is_inexact_array)
     want = case.reference().gradient(member.num_terms, case.rate)
-    assert relative_error(jax.grad(value)(point), want) < RTOL[jnp.float64]
+    # `jit` for speed: `test_hypergradient_of_a_loss_that_closes_over_tracers` does without.
+    gradient = jax.jit(jax.grad(value))(point)
+    assert relative_error(gradient, want) < RTOL[jnp.float64]
     direction = np.linspace(-1.0, 1.0, len(want))
-    _, slope = jax.jvp(value, (point,), (case.like_hyper(direction),))
+    push = jax.jit(lambda point, direction: jax.jvp(value, (point,), (direction,)))
+    _, slope = push(point, case.like_hyper(direction))
     assert abs(slope / (direction @ want) - 1) < RTOL[jnp.float64]
 
 

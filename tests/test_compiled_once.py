@@ -76,7 +76,7 @@ def test_minibatches_from_an_iterator_trace_once():
     def feed():
         x, y = case.train
         for shift in range(3):
-            yield mo.Minibatches((x + shift, np.asarray(y)), batch_size=6)
+            yield mo.Minibatches((x + 0.1 * shift, np.asarray(y)), batch_size=8)
 
     mo.solve_bilevel(
         problem,
@@ -91,7 +91,7 @@ def test_minibatches_from_an_iterator_trace_once():
     assert counts == 3 * counts[:1]
 
 
-def solve_many_ways(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]:
+def one_hypergradient(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]:
     case = CASES["ridge"](jnp.float64)
     arguments = hyper, case.params, *case.data
     gradient, report = mo.hypergradient(
@@ -112,7 +112,7 @@ def test_numbers_of_any_type_are_one_trace():
         jnp.asarray(-1.0),
         jnp.array(-1.0, jnp.float64),
     ):
-        results.append(solve_many_ways(hyper, problem))
+        results.append(one_hypergradient(hyper, problem))
         counts.append(inner_loss.count)
     assert counts == len(counts) * counts[:1]
     for gradient, outer_loss in results:
@@ -123,10 +123,10 @@ def test_numbers_of_any_type_are_one_trace():
 
 def test_a_hundred_hypergradients_are_one_trace():
     problem, inner_loss, outer_loss = counted_problem()
-    losses = {float(solve_many_ways(-1.0, problem)[1])}
+    losses = {float(one_hypergradient(-1.0, problem)[1])}
     counts = inner_loss.count, outer_loss.count
     for value in np.linspace(-3.0, 0.0, 99):
-        losses.add(float(solve_many_ways(float(value), problem)[1]))
+        losses.add(float(one_hypergradient(float(value), problem)[1]))
     assert (inner_loss.count, outer_loss.count) == counts
     assert len(losses) == 100
 
@@ -149,7 +149,11 @@ def test_equal_solvers_made_anew_are_one_trace():
     assert counts == 3 * counts[:1]
 
 
-@pytest.mark.parametrize("adjoint", [mo.UnrolledAdjoint(), mo.ImplicitAdjoint()])
+@pytest.mark.parametrize(
+    "adjoint",
+    [mo.UnrolledAdjoint(), mo.ImplicitAdjoint()],
+    ids=lambda adjoint: type(adjoint).__name__,
+)
 def test_solve_inner_traces_once(adjoint):
     case = CASES["ridge"](jnp.float64)
     problem, inner_loss, _ = counted_problem()
@@ -160,7 +164,7 @@ def test_solve_inner_traces_once(adjoint):
             value,
             case.params,
             case.train,
-            solver=mo.Descent(optax.sgd(0.5), num_steps=30),
+            solver=DESCENT,
             adjoint=adjoint,
         )
         counts.append(inner_loss.count)

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 
 from .._results import mask_result, RESULTS
-from .._tree import tree_dtype, tree_norm, tree_structs, tree_sub
+from .._tree import tree_dtype, tree_structs
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
@@ -172,18 +172,16 @@ def out_of_steps(rtol: float | None) -> RESULTS:
     return mask_result(~fixed, RESULTS.linear_max_steps)
 
 
-def relative_residual(
-    operator: lx.AbstractLinearOperator, value: Vector, vector: Vector
-) -> FloatScalar:
-    """The relative true residual of `value`, for one product."""
-    residual = tree_norm(tree_sub(vector, operator.mv(value)))
-    return relative(residual, tree_norm(vector))
+def divided(vector: Vector, scale: FloatScalar) -> Vector:
+    """`vector / scale`, each leaf in its own dtype."""
+    return jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
 
 
 def relative(residual: FloatScalar, size: FloatScalar) -> FloatScalar:
-    """`residual / size`, 0 where both are, and infinite where it is not a number."""
-    ratio = residual / jnp.where(size > 0, size, 1)
-    return jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
+    """`residual / size`: 0 where `size` is, and infinite where it is not a number."""
+    ratio = residual / jnp.where(size == 0, 1, size)
+    ratio = jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
+    return jnp.where(size == 0, 0, ratio)
 
 
 def reported(

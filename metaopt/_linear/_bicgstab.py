@@ -24,6 +24,7 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
+    divided,
     floored_rtol,
     out_of_steps,
     relative,
@@ -80,11 +81,10 @@ class BiCGStab(AbstractLinearSolver):
         method = _Method(self, lx.linearise(operator), vector, scale)
         state = method.init(start)
         state = lax.while_loop(method.goes_on, method.step, state)
-        residual = relative(state.residual, method.size)
         return reported(
             tree_scale(scale, state.x),
             method.result(state),
-            jnp.where(method.size == 0, 0, residual),
+            relative(state.residual, method.size),
             state.num_steps,
             state.num_products,
         )
@@ -125,7 +125,7 @@ class _Method:
         self.solver = solver
         self.operator = operator
         self.dtype = tree_dtype(vector)
-        self.b = jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+        self.b = divided(vector, scale)
         self.size = tree_norm(self.b)
         self.scale = scale
         self.eps = float(jnp.finfo(self.dtype).eps)
@@ -143,9 +143,9 @@ class _Method:
         x = tree_zeros_like(self.b)
         warm = start is not None
         if warm:
-            start = jax.tree.map(lambda a: a / self.scale.astype(a.dtype), start)
+            start = divided(start, self.scale)
             x = tree_where(finite & (self.size > 0), start, x)
-        converged = self.size <= (0 * self.size if warm else self.tolerance)
+        converged = finite & (self.size <= (0 if warm else self.tolerance))
         return _State(
             x=x,
             r=self.b,

@@ -27,6 +27,7 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
+    divided,
     floored_rtol,
     out_of_steps,
     relative,
@@ -118,7 +119,7 @@ class CG(AbstractLinearSolver):
         return reported(
             tree_scale(scale, state.x),
             method.result(state),
-            jnp.where(method.size == 0, 0, relative(state.residual, method.size)),
+            relative(state.residual, method.size),
             state.num_steps,
             state.num_products,
             state.min_curvature,
@@ -172,7 +173,7 @@ class _Method:
         self.solver = solver
         self.operator = operator
         self.dtype = tree_dtype(vector)
-        self.b = jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+        self.b = divided(vector, scale)
         self.size = tree_norm(self.b)
         self.scale = scale
         self.eps = float(jnp.finfo(self.dtype).eps)
@@ -211,9 +212,9 @@ class _Method:
         warm = start is not None
         if warm:
             # For a right-hand side of zero the answer is zero, whatever the start.
-            start = jax.tree.map(lambda a: a / self.scale.astype(a.dtype), start)
+            start = divided(start, self.scale)
             x = tree_where(finite & (self.size > 0), start, zeros)
-        converged = self.size <= (zero if warm else self.tolerance)
+        converged = finite & (self.size <= (zero if warm else self.tolerance))
         z = self.precondition(self.b)
         gamma = tree_dot(self.b, z)
         bad = finite & ~converged & ~(gamma > 0)

@@ -31,10 +31,10 @@ from ._base import (
     check_structures,
     check_tolerances,
     coarsest_eps,
+    divided,
     floored_rtol,
     out_of_steps,
     relative,
-    relative_residual,
     reported,
     unit_scale,
 )
@@ -44,9 +44,8 @@ class GMRES(AbstractLinearSolver):
     r"""Generalised minimal residuals with restarts, for any square operator.
 
     Use it for fixed points, roots and saddles, whose operator is not symmetric and
-    definite. The residual never grows, and with `restart` steps in memory it costs as
-    many vectors. For the Hessian of a loss at a minimum [`metaopt.CG`][] does the same
-    with fewer products and four vectors.
+    definite. The residual never grows. It keeps `restart` vectors in memory; for the
+    Hessian of a loss at a minimum [`metaopt.CG`][] needs five, and fewer products.
 
     Each cycle of `restart` steps is one of `lineax.GMRES`, followed by a product that
     computes the true residual; the solve is successful once
@@ -85,7 +84,7 @@ class GMRES(AbstractLinearSolver):
         check_structures(operator, vector, start)
         operator = lx.linearise(operator)
         scale = unit_scale(vector)
-        b = jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+        b = divided(vector, scale)
         size = tree_norm(b)
         if self.rtol is None:
             tolerance = float(jnp.finfo(size.dtype).eps) * size
@@ -107,7 +106,7 @@ class GMRES(AbstractLinearSolver):
             singular = ~tree_all_finite(change) | ~jnp.isfinite(residual)
             better = ~singular & (residual < s.residual)
             converged = better & (residual <= tolerance)
-            # A cycle that gains less than this would need thousands of others.
+            # A cycle that gains less than this would need a thousand others.
             stagnated = ~singular & ~converged & ~(residual < 0.99 * s.residual)
             num_cycles = s.num_cycles + 1
             return _CycleState(
@@ -130,12 +129,11 @@ class GMRES(AbstractLinearSolver):
             out_of_steps(self.rtol),
         )
         # A cycle has a product for each step, and two for residuals of its own.
-        num_products = s.num_cycles * (restart + 3) + (start is not None)
-        residual = jnp.where(size == 0, 0, relative(s.residual, size))
+        num_products = s.num_cycles * (restart + 3) + int(start is not None)
         return reported(
             tree_scale(scale, s.x),
             mask_result(~s.converged, failure),
-            residual,
+            relative(s.residual, size),
             s.num_cycles * restart,
             num_products,
         )
@@ -155,7 +153,7 @@ class _CycleState(eqx.Module):
 def _first_cycle_state(operator, b, size, tolerance, scale, start) -> _CycleState:
     x, r, residual = tree_zeros_like(b), b, size
     if start is not None:
-        start = jax.tree.map(lambda a: a / scale.astype(a.dtype), start)
+        start = divided(start, scale)
         left = tree_sub(b, operator.mv(start))
         remaining = tree_norm(left)
         # A start that is further from the solution than zero is not a help.
@@ -230,19 +228,25 @@ class Dense(AbstractLinearSolver):
         self.check(operator)
         check_structures(operator, vector, start)
         operator = lx.linearise(operator)
-        size = tree_norm(vector)
-        promoted = _promoted(operator, vector)
+        scale = unit_scale(vector)
+        b = divided(vector, scale)
+        size = tree_norm(b)
         method = lx.LU()
-        value, _, _ = method.compute(method.init(promoted, {}), _cast_up(vector), {})
-        value = jax.tree.map(lambda a, b: a.astype(b.dtype), value, vector)
-        finite = tree_all_finite(value) & jnp.isfinite(size)
-        value = tree_where(finite & (size > 0), value, tree_zeros_like(vector))
-        residual = relative_residual(operator, value, vector)
-        residual = jnp.where(size == 0, 0, residual)
+        state = method.init(_promoted(operator, vector), {})
+        x, _, _ = method.compute(state, _cast_up(b), {})
+        x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
+        finite = tree_all_finite(x) & jnp.isfinite(size)
+        x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
+        residual = relative(tree_norm(tree_sub(b, operator.mv(x))), size)
         # LU is backward stable: it leaves rounding only, unless there is no solution.
         regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
-        result = mask_result(~regular, RESULTS.linear_nonfinite)
-        return reported(value, result, residual, 1, tree_size(vector) + 1)
+        return reported(
+            tree_scale(scale, x),
+            mask_result(~regular, RESULTS.linear_nonfinite),
+            residual,
+            1,
+            tree_size(vector) + 1,
+        )
 
 
 def _cast_up(vector: Vector) -> Vector:
@@ -251,8 +255,8 @@ def _cast_up(vector: Vector) -> Vector:
 
 
 def _promoted(operator: lx.AbstractLinearOperator, vector: Vector) -> Any:
-    """The operator on vectors of one dtype: `lineax` factorises, which half precision
-    does not offer, and mixes leaves of the vector in one matrix."""
+    """The operator on vectors of one dtype. `lineax` holds all leaves in one matrix and
+    factorises it, which JAX does not do in half precision."""
     if all(a.dtype == tree_dtype(vector) for a in jax.tree.leaves(vector)):
         return operator
 

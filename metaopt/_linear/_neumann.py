@@ -15,6 +15,7 @@ from .._tree import (
     tree_scale,
     tree_sub,
     tree_where,
+    tree_zeros_like,
 )
 from .._types import FloatScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -23,8 +24,10 @@ from ._base import (
     check_square,
     check_structures,
     coarsest_eps,
+    divided,
     relative,
     reported,
+    unit_scale,
 )
 
 
@@ -82,25 +85,27 @@ class Neumann(AbstractLinearSolver):
         self.check(operator)
         check_structures(operator, vector, start)
         operator = lx.linearise(operator)
-        dtype = tree_dtype(vector)
-        scale, num_products = self._scale(operator, vector, dtype)
-        size = tree_norm(vector)
+        step_size, num_products = self._step_size(operator, vector)
+        scale = unit_scale(vector)
+        b = divided(vector, scale)
+        size = tree_norm(b)
 
         def remaining(x):
-            return tree_sub(vector, operator.mv(x))
+            return tree_sub(b, operator.mv(x))
 
         if start is None:
-            # The first guess of zero leaves `vector` itself, without a product.
-            x, first = tree_scale(scale, vector), size
+            # The first guess of zero leaves the vector itself, without a product.
+            x, first = tree_scale(step_size, b), size
         else:
+            start = divided(start, scale)
             left = remaining(start)
-            x, first = tree_axpy(scale, left, start), tree_norm(left)
+            x, first = tree_axpy(step_size, left, start), tree_norm(left)
             num_products += 1
 
         def step(_, carry):
             x, _ = carry
             left = remaining(x)
-            return tree_axpy(scale, left, x), tree_norm(left)
+            return tree_axpy(step_size, left, x), tree_norm(left)
 
         last = first
         if self.num_terms > 0:
@@ -116,24 +121,29 @@ class Neumann(AbstractLinearSolver):
         grown = (end > (1 + rounding) * before) & (end > rounding * size)
         diverged = (self.num_terms > 0) & (size > 0) & (grown | ~jnp.isfinite(end))
         finite = tree_all_finite(x)
-        x = tree_where(finite, x, jax.tree.map(jnp.zeros_like, x))
-        healthy = jnp.isfinite(size) & jnp.isfinite(scale) & (finite | diverged)
+        x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
+        healthy = jnp.isfinite(size) & jnp.isfinite(step_size) & (finite | diverged)
         result = first_failure(
             mask_result(~healthy, RESULTS.linear_nonfinite),
             mask_result(diverged, RESULTS.linear_diverged),
         )
-        x = tree_where(size == 0, jax.tree.map(jnp.zeros_like, x), x)
-        residual = jnp.where(size == 0, 0, relative(end, size))
-        return reported(x, result, residual, self.num_terms, num_products)
+        return reported(
+            tree_scale(scale, x),
+            result,
+            relative(end, size),
+            self.num_terms,
+            num_products,
+        )
 
-    def _scale(self, operator, vector: Vector, dtype) -> tuple[FloatScalar, int]:
+    def _step_size(self, operator, vector: Vector) -> tuple[FloatScalar, int]:
+        dtype = tree_dtype(vector)
         if self.scale is not None:
             return jnp.asarray(self.scale, dtype), 0
         if not lx.is_symmetric(operator):
             return jnp.ones((), dtype), 0
         largest = largest_eigenvalue(operator, vector)
-        scale = 1 / (_POWER_SAFETY * jnp.where(largest > 0, largest, 1))
-        return jnp.where(jnp.isfinite(largest), scale, jnp.nan), _NUM_POWER_STEPS
+        step_size = 1 / (_POWER_SAFETY * jnp.where(largest > 0, largest, 1))
+        return jnp.where(jnp.isfinite(largest), step_size, jnp.nan), _NUM_POWER_STEPS
 
 
 def largest_eigenvalue(operator: lx.AbstractLinearOperator, vector: Vector) -> FloatScalar:

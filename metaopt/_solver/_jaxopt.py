@@ -25,6 +25,7 @@ from ._optimistix import direct_outcome, refuse_state
 
 
 _FUNCTION_NAMES = ("fun", "fixed_point_fun", "optimality_fun")
+_SOLVED = 1  # `jaxopt.BoxOSQP.SOLVED`
 _NON_SMOOTH = ("prox", "block_prox", "projection", "projection_grad")
 
 
@@ -47,11 +48,17 @@ class JaxoptSolver(AbstractDirectSolver):
         {"prox": jaxopt.prox.prox_lasso, "tol": 1e-10},
         arguments=lambda hyper, batch: {"hyperparams_prox": jnp.exp(hyper)},
     )
-    mo.JaxoptSolver(  # a quadratic program; params are the primal and dual variables
+    mo.JaxoptSolver(  # a quadratic program with inequality constraints only
         "OSQP",
+        {"tol": 1e-8},
         arguments=lambda hyper, batch: {"params_obj": (Q, hyper), "params_ineq": (G, h)},
     )
     ```
+
+    For quadratic programs `arguments` says what is solved, and the loss of the inner
+    problem should be the same objective. Params are the primal and the dual variables,
+    such as `jaxopt.base.KKTSolution(jnp.zeros(n), None, jnp.zeros(len(h)))` for the one
+    above, where `None` stands for the duals of constraints that are not there.
 
     **Arguments:**
 
@@ -74,12 +81,20 @@ class JaxoptSolver(AbstractDirectSolver):
 
     def __check_init__(self):
         cls = self._cls()
-        if not callable(vars(cls).get("optimality_fun", None)) and not any(
+        # Solvers of quadratic programs make theirs when they are constructed.
+        states_optimality = self._is_quadratic_program() or any(
             callable(vars(base).get("optimality_fun", None)) for base in cls.__mro__
-        ):
+        )
+        if not states_optimality:
             raise ValueError(
                 f"`jaxopt.{cls.__name__}` has no optimality condition, so its solution "
                 "cannot be differentiated."
+            )
+        if cls.__name__ == "OSQP" and any(
+            name.startswith("matvec_") for name in self.options
+        ):
+            raise ValueError(
+                "`OSQP` takes matrices here, and no `matvec_...`. Use `BoxOSQP`."
             )
         for name in (*_FUNCTION_NAMES, "implicit_diff", "has_aux"):
             if name in self.options:
@@ -103,7 +118,10 @@ class JaxoptSolver(AbstractDirectSolver):
             full = eqx.combine(params, static_params)
             hyper = eqx.combine(hyper, static_hyper)
             solver, arguments = self._build(problem, hyper, batch, key)
-            return split_trainable(solver.optimality_fun(full, **arguments))[0]
+            conditions = _kkt_conditions
+            if self._cls().__name__ != "OSQP":
+                conditions = solver.optimality_fun
+            return split_trainable(conditions(full, **arguments))[0]
 
         names = inspect.signature(self._cls()).parameters
         smooth = (
@@ -115,23 +133,29 @@ class JaxoptSolver(AbstractDirectSolver):
         return Optimality(residual, problem.tags if smooth else frozenset())
 
     def solve(self, problem, params, hyper, batch, key, model_state):
-        takes_function = self._function_name() is not None
+        if self._is_quadratic_program() and not (
+            isinstance(params, tuple) and len(params) == 3 and "_fields" in dir(params)
+        ):
+            raise ValueError(
+                f"The params of `{self._cls().__name__}` are the primal and the dual "
+                "variables, `jaxopt.base.KKTSolution(primal, dual_eq, dual_ineq)`; got "
+                f"{type(params).__name__}."
+            )
 
         def run(params):
             solver, arguments = self._build(problem, hyper, batch, key)
-            # Solvers of quadratic programs start from zero; their params hold the dual
-            # variables as well, which `init` knows nothing of.
-            start = params if takes_function else None
-            solution, state = solver.run(start, **arguments)
-            error = state._asdict().get("error", jnp.asarray(0.0))
-            tolerance = vars(solver).get("tol", jnp.inf)
-            return solution, error, state.iter_num, jnp.asarray(tolerance)
+            solution, state = solver.run(params, **arguments)
+            # `EqualityConstrainedQP` solves one linear system and has no state.
+            fields = {} if state is None else state._asdict()
+            error = fields.get("error", jnp.asarray(0.0))
+            converged = error <= jnp.asarray(vars(solver).get("tol", jnp.inf))
+            if self._is_quadratic_program() and "status" in fields:
+                converged = fields["status"] == _SOLVED
+            return solution, converged, jnp.asarray(fields.get("iter_num", 1))
 
-        solution, error, num_steps, tolerance = carry_conditions(run)(params)
+        solution, converged, num_steps = carry_conditions(run)(params)
         finite = tree_all_finite(solution)
-        result = where_result(
-            error <= tolerance, RESULTS.successful, RESULTS.inner_max_steps
-        )
+        result = where_result(converged, RESULTS.successful, RESULTS.inner_max_steps)
         result = where_result(finite, result, RESULTS.inner_nonfinite)
         evaluation = None
         if problem.has_aux:
@@ -153,7 +177,12 @@ class JaxoptSolver(AbstractDirectSolver):
             raise ValueError(f"jaxopt has no solver named {self.solver!r}.")
         return vars(module)[self.solver]
 
+    def _is_quadratic_program(self) -> bool:
+        return "matvec_Q" in inspect.signature(self._cls()).parameters
+
     def _function_name(self) -> str | None:
+        if self._is_quadratic_program():  # its `fun` is a function of other arguments
+            return None
         names = inspect.signature(self._cls()).parameters
         return next((name for name in _FUNCTION_NAMES if name in names), None)
 
@@ -171,7 +200,30 @@ class JaxoptSolver(AbstractDirectSolver):
             )
         if name is not None:
             options[name] = value
-        if "implicit_diff" in inspect.signature(cls).parameters:
+        names = inspect.signature(cls).parameters
+        if "implicit_diff" in names:
             options["implicit_diff"] = False
+        if "unroll" in names:
+            # Without its implicit differentiation jaxopt would run all of `maxiter`.
+            options.setdefault("unroll", False)
         arguments = {} if self.arguments is None else self.arguments(hyper, batch)
         return cls(**options), arguments
+
+
+def _kkt_conditions(params, params_obj, params_eq=None, params_ineq=None):
+    """The optimality of a quadratic program in the form of `jaxopt.OSQP`, which has none
+    of its own: that the Lagrangian is stationary, that equalities hold, and that of each
+    inequality either the multiplier is zero or the slack."""
+    primal, dual_eq, dual_ineq = params
+    quadratic, linear = params_obj
+    stationarity = quadratic @ primal + linear
+    feasibility = complementarity = None
+    if params_eq is not None:
+        matrix, target = params_eq
+        stationarity = stationarity + matrix.T @ dual_eq
+        feasibility = matrix @ primal - target
+    if params_ineq is not None:
+        matrix, bound = params_ineq
+        stationarity = stationarity + matrix.T @ dual_ineq
+        complementarity = dual_ineq * (matrix @ primal - bound)
+    return type(params)(stationarity, feasibility, complementarity)
