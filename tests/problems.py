@@ -36,16 +36,11 @@ class Reference:
     direct: np.ndarray  # gradient of the outer loss in hyper, at fixed params
     outer_loss: float
 
-    def gradient(
-        self, num_terms: int | None = None, scale: float = 1.0, adjoint: Any = None
-    ) -> np.ndarray:
-        """The hypergradient; with `num_terms` that of a Neumann series cut there.
-
-        `adjoint` replaces the solution of the linear system.
-        """
-        if adjoint is None and num_terms is None:
+    def gradient(self, num_terms: int | None = None, scale: float = 1.0) -> np.ndarray:
+        """The hypergradient; with `num_terms` that of a Neumann series cut there."""
+        if num_terms is None:
             adjoint = np.linalg.solve(self.jacobian.T, self.in_params)
-        elif adjoint is None:
+        else:
             term = scale * self.in_params
             adjoint = term.copy()
             for _ in range(num_terms):

@@ -630,7 +630,8 @@ def test_forward_mode_through_an_optimizer_built_from_hyper():
 def test_plain_adam_has_no_derivative_at_zero_gradients():
     # What the tests above would see if the updates were differentiated as they are.
     def params_after(rate):
-        params, transform = jnp.zeros(2), optax.adam(rate)
+        params: Any = jnp.zeros(2)
+        transform = optax.adam(rate)
         state = transform.init(params)
         for _ in range(2):
             gradient = jnp.array([0.0, 1.0]) * (params - 1)

@@ -26,7 +26,8 @@ class Counted:
 
 def counted_problem() -> tuple[mo.BilevelProblem, Counted, Counted]:
     case = CASES["ridge"](jnp.float64)
-    inner, outer = Counted(case.problem.inner.loss_fn), Counted(case.problem.outer_loss)
+    problem: Any = case.problem
+    inner, outer = Counted(problem.inner.loss_fn), Counted(problem.outer_loss)
     return mo.BilevelProblem(inner, outer), inner, outer
 
 

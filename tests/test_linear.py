@@ -263,6 +263,7 @@ def test_start_near_the_solution_saves_steps(name):
     assert warm.num_steps < 0.8 * cold.num_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [1e8, jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", TOLERANT)
 def test_useless_start_is_not_used(name, start):
@@ -274,6 +275,7 @@ def test_useless_start_is_not_used(name, start):
     assert true_residual(matrix, solution, vector) <= 1.001e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-9, 1e9, 1e25, 1e30])
 @pytest.mark.parametrize("name", ["CG", "GMRES", "BiCGStab", "Dense"])
 def test_size_of_the_right_hand_side_does_not_matter(name, scale):
@@ -299,6 +301,7 @@ def test_right_hand_side_that_is_not_finite(name, bad):
     assert solution.residual == jnp.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("name", ACCURATE)
@@ -774,6 +777,7 @@ def test_operator_is_traced_once_or_twice(name):
 # Neumann
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [None, 0.3])
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 7])
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -953,6 +957,7 @@ def test_dense_refuses_large_systems():
 # Settings of JAX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCURATE)
 @pytest.mark.parametrize(
     "setting, value",

@@ -111,8 +111,8 @@ def regression(name: str) -> tuple[Any, ...]:
     if name == "logistic":
         return logistic()
     case = CASES[name](jnp.float64)
-    inner_loss = case.problem.inner.loss_fn
-    return inner_loss, case.problem.outer_loss, case.hyper, case.params, *case.data
+    problem: Any = case.problem
+    return problem.inner.loss_fn, problem.outer_loss, case.hyper, case.params, *case.data
 
 
 def ours(name: str) -> np.ndarray:
@@ -155,10 +155,12 @@ def test_against_jaxopt(name):
     @jax.jit
     def theirs(hyper):
         optimality = jax.grad(lambda params, hyper: inner_loss(params, hyper, train))
-        solver = jaxopt.LBFGS(
-            lambda params: inner_loss(params, hyper, train), tol=1e-12, maxiter=200
-        )
-        solution = solver.run(params).params
+        solution = params
+        for _ in range(10):  # Newton's method
+            product = jax.linearize(optimality, solution, hyper)[1]
+            residual = optimality(solution, hyper)
+            step = dense_solve(lambda v, f=product: f(v, 0 * hyper), residual)
+            solution = solution - step
         cotangent = jax.grad(outer_loss)(solution, hyper, valid)
         return jaxopt.implicit_diff.root_vjp(
             optimality, solution, (hyper,), cotangent, solve=dense_solve
@@ -216,7 +218,7 @@ def box_solver() -> mo.JaxoptSolver:
 def test_lasso():
     # Given which weights are zero, and the signs of the others, lasso is linear.
     hyper = -1.5
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         problem=mo.BilevelProblem(squares, squares),
         hyper=hyper,
         params=jnp.zeros(5),
@@ -249,7 +251,7 @@ def test_lasso():
 def test_box():
     # One bound for each weight; those that do not bind have no influence.
     hyper = np.array([1.0, 0.5, 0.25, 2.0, 0.1])
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         problem=mo.BilevelProblem(squares, squares),
         hyper=hyper,
         params=jnp.zeros(5),
@@ -293,34 +295,28 @@ def quadratic_program(name: str) -> tuple[mo.BilevelProblem, mo.JaxoptSolver, An
         return jnp.sum((primal(params) - jnp.array([0.5, 0.25])) ** 2)
 
     rows = np.array([[-1.0, 0.0], [0.0, -1.0], [1.0, 1.0]])
-    options: dict[str, Any] = {"tol": 1e-9, "maxiter": 20000}
+
+    def upper(hyper):
+        return jnp.append(jnp.zeros(2), hyper["sum"])
+
+    zeros, options = jnp.zeros(3), {"tol": 1e-9, "maxiter": 20000}
     if name == "OSQP":
-        start = solution(jnp.zeros(2), None, jnp.zeros(3))
-
-        def arguments(hyper, batch):
-            bound = jnp.append(jnp.zeros(2), hyper["sum"])
-            return {"params_obj": (Q, hyper["linear"]), "params_ineq": (rows, bound)}
+        start = solution(jnp.zeros(2), None, zeros)
+        constraints = lambda hyper: {"params_ineq": (rows, upper(hyper))}
     elif name == "BoxOSQP":
-        zeros = jnp.zeros(3)
         start = solution((jnp.zeros(2), zeros), zeros, (zeros, zeros))
-
-        def arguments(hyper, batch):
-            # Far away, but there: the dual of a bound at infinity is not determined.
-            lower = jnp.full(3, -10.0)
-            upper = jnp.append(jnp.zeros(2), hyper["sum"])
-            return {
-                "params_obj": (Q, hyper["linear"]),
-                "params_eq": rows,
-                "params_ineq": (lower, upper),
-            }
+        # Far away, but there: the dual of a bound at infinity is not determined.
+        lower = jnp.full(3, -10.0)
+        constraints = lambda hyper: {
+            "params_eq": rows,
+            "params_ineq": (lower, upper(hyper)),
+        }
     else:
         start, options = solution(jnp.zeros(2), jnp.zeros(1), None), {"tol": 1e-12}
+        constraints = lambda hyper: {"params_eq": (rows[2:], hyper["sum"][None])}
 
-        def arguments(hyper, batch):
-            return {
-                "params_obj": (Q, hyper["linear"]),
-                "params_eq": (rows[2:], hyper["sum"][None]),
-            }
+    def arguments(hyper, batch):
+        return {"params_obj": (Q, hyper["linear"]), **constraints(hyper)}
 
     problem = mo.BilevelProblem(objective, outer_loss)
     return problem, mo.JaxoptSolver(name, options, arguments), start, outer_loss
