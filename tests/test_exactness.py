@@ -120,7 +120,8 @@ def test_digits_implicit_against_finite_differences(digits, implicit, without_he
     def outer_loss(shift):
         # Solves the inner problem anew; only the start is used again.
         start = digits.reference.params
-        return softmax_twin(h + shift, *digits.twin_data, start).outer_loss
+        train, valid, classes = digits.twin_data
+        return softmax_twin(h + shift, train, valid, classes, start).outer_loss
 
     for direction in directions:
         difference = (outer_loss(step * direction) - outer_loss(-step * direction)) / (
