@@ -222,6 +222,9 @@ def test_outer_key_reaches_the_outer_loss():
 def test_interrupt_returns_what_was_reached():
     program = textwrap.dedent(
         """
+        import signal
+        # A background job inherits that interrupts are ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         import jax
         jax.config.update("jax_platforms", "cpu")
         import jax.numpy as jnp, optax
