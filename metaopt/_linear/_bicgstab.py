@@ -78,56 +78,63 @@ class BiCGStab(AbstractLinearSolver):
         self.check(operator)
         check_structures(operator, vector, start)
         scale = unit_scale(vector)
-        method = _Method(self, lx.linearise(operator), vector, scale)
-        state = method.init(start)
-        state = lax.while_loop(method.goes_on, method.step, state)
+        method = _Method(self, lx.linearise(operator), vector, scale, start)
+        state = lax.while_loop(method.goes_on, method.round, method.init())
+        series = state.series
         return reported(
-            tree_scale(scale, state.x),
+            tree_scale(scale, series.x),
             method.result(state),
-            relative(state.residual, method.size),
-            state.num_steps,
+            relative(series.size, method.size),
+            series.num_steps,
             state.num_products,
         )
 
 
-class _State(eqx.Module):
+class _Series(eqx.Module):
+    """Steps in a row, in which the residual is updated and not computed."""
+
     x: Vector
     r: Vector
     p: Vector
-    s: Vector  # the residual after the first half of a step
-    v: Vector  # A p
     shadow: Vector
     size: FloatScalar  # the norm of r
     rho: FloatScalar  # shadow.r
-    alpha: FloatScalar
-    residual: FloatScalar  # the norm of b - A x at the last check
-    best: Vector
-    best_size: FloatScalar
-    restarted_size: FloatScalar  # `best_size` at the last restart
     num_steps: IntScalar
+    num_tries: IntScalar  # steps begun, each of two products
+    goes_on: BoolScalar
+    broken: BoolScalar  # a coefficient was zero
+    nonfinite: BoolScalar
+
+
+class _State(eqx.Module):
+    """What the checks between the series know."""
+
+    series: _Series
+    best: Vector  # the iterate of least residual
+    best_size: FloatScalar
+    restarted_size: FloatScalar  # the norm of the residual at the last restart
+    num_worse: IntScalar  # steps since the best iterate
     num_products: IntScalar
-    num_worse: IntScalar
-    second: BoolScalar  # the next product is that of the second half of a step
-    checks: BoolScalar  # the next product is with x
-    restarts: BoolScalar  # ... and a new series begins there
-    closes: BoolScalar  # ... and is the last one
     running: BoolScalar
     converged: BoolScalar
-    nonfinite: BoolScalar
     stagnated: BoolScalar
 
 
 class _Method:
-    """One solve. As in conjugate gradients there is one product in the loop, with the
-    direction, with the half-way residual or, to check, with the iterate."""
+    """One solve: what stays the same while it runs, and its rounds.
 
-    def __init__(self, solver: BiCGStab, operator, vector, scale):
+    A round is a series of textbook steps and then a check, which computes the residual
+    and hands it to the next series. After a breakdown, and where the updated residual
+    has lost the true one, the next series begins anew from there.
+    """
+
+    def __init__(self, solver: BiCGStab, operator, vector, scale, start: Vector | None):
         self.solver = solver
         self.operator = operator
         self.dtype = tree_dtype(vector)
         self.b = divided(vector, scale)
+        self.start = None if start is None else divided(start, scale)
         self.size = tree_norm(self.b)
-        self.scale = scale
         self.eps = float(jnp.finfo(self.dtype).eps)
         self.max_worse = max(50, solver.max_steps // 4)
         if solver.rtol is None:
@@ -136,156 +143,153 @@ class _Method:
             rtol = floored_rtol(solver.rtol, "BiCGStab", vector)
             self.tolerance = rtol * self.size + solver.atol / scale
 
-    def init(self, start: Vector | None) -> _State:
-        infinite = jnp.full((), jnp.inf, self.dtype)
-        false, none = jnp.asarray(False), jnp.zeros((), jnp.int32)
+    def product(self, x: Vector) -> Vector:
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
+
+    def init(self) -> _State:
+        none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
         finite = jnp.isfinite(self.size)
-        x = tree_zeros_like(self.b)
-        warm = start is not None
-        if warm:
-            start = divided(start, self.scale)
-            x = tree_where(finite & (self.size > 0), start, x)
-        converged = finite & (self.size <= (0 if warm else self.tolerance))
-        return _State(
+        zeros = x = tree_zeros_like(self.b)
+        converged = finite & (self.size <= self.tolerance)
+        if self.start is not None:
+            converged = self.size == 0
+            x = tree_where(finite & ~converged, self.start, zeros)
+        series = _Series(
             x=x,
             r=self.b,
             p=self.b,
-            s=self.b,
-            v=self.b,
             shadow=self.b,
             size=self.size,
             rho=self.size**2,
-            alpha=jnp.ones((), self.dtype),
-            residual=self.size,
-            best=x,
-            best_size=infinite if warm else self.size,
-            restarted_size=infinite,
             num_steps=none,
-            num_products=none,
+            num_tries=none,
+            goes_on=false,
+            broken=false,
+            nonfinite=~finite,
+        )
+        return _State(
+            series=series,
+            best=zeros,
+            best_size=self.size,
+            restarted_size=jnp.full((), jnp.inf, self.dtype),
             num_worse=none,
-            second=false,
-            checks=jnp.asarray(warm),
-            restarts=jnp.asarray(warm),
-            closes=false,
+            num_products=none,
             running=finite & ~converged,
             converged=converged,
-            nonfinite=~finite,
             stagnated=false,
         )
 
-    def goes_on(self, c: _State) -> BoolScalar:
-        # A step has two products and is followed by one check at most, as is a
-        # breakdown in its first half. The second half of this never decides.
-        return c.running & (c.num_products < 5 * self.solver.max_steps + 5)
+    def goes_on(self, state: _State) -> BoolScalar:
+        # A step is two products, and so is one that breaks down, each with one check
+        # after it at most. The second half of this never decides.
+        return state.running & (state.num_products < 6 * self.solver.max_steps + 7)
 
-    def step(self, c: _State) -> _State:
-        operand = tree_where(c.checks, c.x, tree_where(c.second, c.s, c.p))
-        product = self.operator.mv(operand)
-        product = jax.tree.map(lambda a, b: a.astype(b.dtype), product, operand)
-        first = ~c.checks & ~c.second
-        second = ~c.checks & c.second
-
-        # The first half: from r to s along p.
-        shadow_product = tree_dot(c.shadow, product)
-        usual = jnp.abs(shadow_product) > self.eps * tree_norm(c.shadow) * tree_norm(
-            product
+    def round(self, state: _State) -> _State:
+        length = jnp.asarray(_CHECK_EVERY)
+        if self.start is not None:
+            # The first round only checks the start.
+            length = jnp.where(state.num_products == 0, 0, length)
+        before = state.series.num_steps
+        end = jnp.minimum(before + length, self.solver.max_steps)
+        series = eqx.tree_at(lambda s: s.goes_on, state.series, before < end)
+        series = lax.while_loop(
+            lambda series: series.goes_on & (series.num_steps < end), self.step, series
         )
-        alpha = jnp.where(usual, c.rho / jnp.where(usual, shadow_product, 1), 0)
-        half_r = tree_axpy(-alpha, product, c.r)
-        broken = first & ~usual
+        return self.check(state, series)
 
-        # The second half: from s to r along s. If s is zero already, so is its product.
-        square = tree_dot(product, product)
-        omega = tree_dot(product, c.s) / jnp.where(square > 0, square, 1)
-        step_x = tree_axpy(omega, c.s, tree_axpy(c.alpha, c.p, c.x))
-        step_r = tree_axpy(-omega, product, c.s)
+    def step(self, c: _Series) -> _Series:
+        # From r to s along p.
+        v = self.product(c.p)
+        shadow_v = tree_dot(c.shadow, v)
+        shadow_size = tree_norm(c.shadow)
+        first = jnp.abs(shadow_v) > self.eps * shadow_size * tree_norm(v)
+        alpha = c.rho / jnp.where(first, shadow_v, 1)
+        s = tree_axpy(-alpha, v, c.r)
 
-        # The check.
-        true_r = tree_sub(self.b, product)
-
-        r = tree_where(c.checks, true_r, tree_where(second, step_r, c.r))
+        # From s to r along s. If s is zero already, so is its product.
+        t = self.product(s)
+        square = tree_dot(t, t)
+        omega = tree_dot(t, s) / jnp.where(square > 0, square, 1)
+        r = tree_axpy(-omega, t, s)
         size = tree_norm(r)
-        overflow = (second & ~jnp.isfinite(size)) | (first & ~jnp.isfinite(alpha))
-        overflow = overflow | (first & ~jnp.isfinite(shadow_product))
-        useless = c.checks & (c.num_steps == 0) & ~(size <= self.size)
-        x = tree_where(second & ~overflow, step_x, c.x)
-        x = tree_where(useless, tree_zeros_like(x), x)
-        r = tree_where(useless, self.b, tree_where(overflow, c.r, r))
-        size = jnp.where(useless, self.size, jnp.where(overflow, c.size, size))
-        num_steps = c.num_steps + jnp.where(second & ~overflow, 1, 0)
+        taken = first & jnp.isfinite(size)
+        x = tree_axpy(omega, s, tree_axpy(alpha, c.p, c.x))
 
-        drifted = c.checks & (size > 2 * c.size)
-        best_size = jnp.where(drifted, jnp.maximum(c.best_size, size), c.best_size)
-        better = ~first & ~overflow & (size <= best_size)
-        best = tree_where(better, x, c.best)
-        best_size = jnp.where(better, size, best_size)
-        num_worse = jnp.where(better, 0, c.num_worse + jnp.where(second, 1, 0))
-        within = ~first & ~overflow & (size <= self.tolerance)
-
-        # The next direction, of the same series or of a new one from here.
+        # The next direction.
         rho = tree_dot(c.shadow, r)
-        broken = broken | (
-            second
-            & ~within
-            & ~(
-                (jnp.abs(rho) > self.eps * tree_norm(c.shadow) * size)
-                & (jnp.abs(omega) > 0)
-            )
-        )
-        restarts = c.checks & c.restarts
-        beta = (rho / jnp.where(c.rho == 0, 1, c.rho)) * (
-            c.alpha / jnp.where(omega == 0, 1, omega)
-        )
-        next_p = tree_axpy(beta, tree_axpy(-omega, c.v, c.p), r)
-        # A check that does not restart leaves the direction that was made before it.
-        p = tree_where(restarts, r, tree_where(second, next_p, c.p))
-        rho = jnp.where(restarts, size**2, jnp.where(second, rho, c.rho))
-
-        fixed = self.solver.rtol is None
-        stagnated = jnp.asarray(False)
-        if not fixed:
-            # A series that ended before it gained anything will do so again.
-            again = restarts & ~within & ~(size < 0.99 * c.restarted_size)
-            stagnated = again | (num_worse >= self.max_worse)
-        stops = c.closes | (c.checks & within)
-        closes = overflow | stagnated
-        closes = closes | (~first & (num_steps >= self.solver.max_steps))
-        claimed = second & within
-        if fixed:
-            closes = closes | claimed | (restarts & ~(size < 0.99 * c.restarted_size))
-        due = second & (num_steps % _CHECK_EVERY == 0)
-        to_best = closes & ~stops & (overflow | stagnated if fixed else True)
-        return _State(
-            x=tree_where(to_best, best, x),
-            r=r,
-            p=p,
-            s=tree_where(first, half_r, c.s),
-            v=tree_where(first, product, c.v),
-            shadow=tree_where(restarts, r, c.shadow),
-            size=jnp.where(to_best, best_size, size),
+        second = (jnp.abs(rho) > self.eps * shadow_size * size) & (jnp.abs(omega) > 0)
+        beta = (rho / c.rho) * (alpha / jnp.where(second, omega, 1))
+        within = size <= self.tolerance
+        return _Series(
+            x=tree_where(taken, x, c.x),
+            r=tree_where(taken, r, c.r),
+            p=tree_axpy(beta, tree_axpy(-omega, v, c.p), r),
+            shadow=c.shadow,
+            size=jnp.where(taken, size, c.size),
             rho=rho,
-            alpha=jnp.where(first, alpha, c.alpha),
-            residual=jnp.where(c.checks, size, c.residual),
-            best=best,
-            best_size=best_size,
-            restarted_size=jnp.where(restarts, size, c.restarted_size),
-            num_steps=num_steps,
-            num_products=c.num_products + 1,
+            num_steps=c.num_steps + jnp.where(taken, 1, 0),
+            num_tries=c.num_tries + 1,
+            goes_on=taken & second & ~within,
+            broken=~(taken & (second | within)),
+            nonfinite=~jnp.isfinite(shadow_v) | (first & ~jnp.isfinite(size)),
+        )
+
+    def check(self, state: _State, series: _Series) -> _State:
+        x = series.x
+        r = tree_sub(self.b, self.product(x))
+        size = tree_norm(r)
+        starts = series.num_steps == 0
+        if self.start is not None:
+            # A start of a larger residual than zero is no help. (NaN compares as false.)
+            useless = starts & ~(size <= self.size)
+            x, r = tree_where(useless, (state.best, self.b), (x, r))
+            size = jnp.where(useless, self.size, size)
+        within = size <= self.tolerance
+        better = size <= state.best_size
+        num_steps = series.num_steps - state.series.num_steps
+        num_worse = jnp.where(better, 0, state.num_worse + num_steps)
+
+        # A series that ended before it gained anything will do so again.
+        lost = (series.size <= self.tolerance) | ~(size <= 2 * series.size)
+        restarts = starts | series.broken | lost
+        again = restarts & ~(size < 0.99 * state.restarted_size)
+        exhausted = series.num_steps >= self.solver.max_steps
+        nonfinite = series.nonfinite | ~jnp.isfinite(size)
+        fixed = self.solver.rtol is None
+        stagnated = again if fixed else again | (num_worse >= self.max_worse)
+        stops = within | nonfinite | exhausted | stagnated
+        # Whoever asks for a number of steps gets the iterate after them.
+        falls_back = stops & ~within & ~better & (nonfinite | stagnated | (not fixed))
+        num_tries = series.num_tries
+        series = _Series(
+            x=tree_where(falls_back, state.best, x),
+            r=r,
+            p=tree_where(restarts, r, series.p),
+            shadow=tree_where(restarts, r, series.shadow),
+            size=jnp.where(falls_back, state.best_size, size),
+            rho=jnp.where(restarts, size**2, series.rho),
+            num_steps=series.num_steps,
+            num_tries=jnp.zeros_like(series.num_tries),
+            goes_on=series.goes_on,
+            broken=jnp.zeros_like(series.broken),
+            nonfinite=nonfinite,
+        )
+        return _State(
+            series=series,
+            best=tree_where(better, x, state.best),
+            best_size=jnp.where(better, size, state.best_size),
+            restarted_size=jnp.where(restarts, size, state.restarted_size),
             num_worse=num_worse,
-            second=first & ~broken & ~overflow,
-            checks=closes | claimed | due | broken,
-            restarts=claimed | broken,
-            closes=closes,
+            num_products=state.num_products + 2 * num_tries + 1,
             running=~stops,
             converged=within,
-            nonfinite=c.nonfinite | overflow,
-            stagnated=c.stagnated | stagnated,
+            stagnated=stagnated,
         )
 
-    def result(self, c: _State) -> RESULTS:
+    def result(self, state: _State) -> RESULTS:
         failure = first_failure(
-            mask_result(c.nonfinite, RESULTS.linear_nonfinite),
-            mask_result(c.stagnated, RESULTS.linear_stagnation),
+            mask_result(state.series.nonfinite, RESULTS.linear_nonfinite),
+            mask_result(state.stagnated, RESULTS.linear_stagnation),
             out_of_steps(self.solver.rtol),
         )
-        return mask_result(~c.converged, failure)
+        return mask_result(~state.converged, failure)

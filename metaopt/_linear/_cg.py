@@ -36,10 +36,8 @@ from ._base import (
 )
 
 
-# One product in this many goes into replacing the residual of the recurrence, which
-# drifts away from the true one, by the latter.
 _CHECK_EVERY = 50
-_MAX_FLAT = 4
+_MAX_FLAT = 4  # checks in a row without progress
 
 
 class CG(AbstractLinearSolver):
@@ -113,55 +111,60 @@ class CG(AbstractLinearSolver):
         self.check(operator)
         check_structures(operator, vector, start)
         scale = unit_scale(vector)
-        method = _Method(self, lx.linearise(operator), vector, scale)
-        state = method.init(start)
-        state = lax.while_loop(method.goes_on, method.step, state)
+        method = _Method(self, lx.linearise(operator), vector, scale, start)
+        state = lax.while_loop(method.goes_on, method.round, method.init())
+        series = state.series
         return reported(
-            tree_scale(scale, state.x),
+            tree_scale(scale, series.x),
             method.result(state),
             relative(state.residual, method.size),
-            state.num_steps,
+            series.num_steps,
             state.num_products,
-            state.min_curvature,
+            series.min_curvature,
         )
 
 
-class _State(eqx.Module):
+class _Series(eqx.Module):
+    """Steps in a row, in which the residual is updated and not computed."""
+
     x: Vector
-    r: Vector  # the residual of the damped system: by recurrence, or true
+    r: Vector  # the residual of the damped system
     p: Vector
-    size: FloatScalar  # the norm of r
-    gamma: FloatScalar  # r.M r of the step that p was made for
-    p_size: FloatScalar  # p.M^-1 p, by recurrence
-    residual: FloatScalar  # the norm of b - A x at the last check
-    best: Vector  # the iterate of least energy among those checked
-    best_energy: FloatScalar
-    best_residual: FloatScalar
-    least_size: FloatScalar  # the least norm of a true r
-    failed_size: FloatScalar  # the norm of the true r when it last contradicted r
-    min_curvature: FloatScalar
+    square: FloatScalar  # r.r
+    gamma: FloatScalar  # r.M r of the step before; infinite: forget its direction
+    p_size: FloatScalar  # p.M^-1 p
     max_ratio: FloatScalar  # the largest p.A p / p.M^-1 p
+    min_curvature: FloatScalar
     num_steps: IntScalar
-    num_products: IntScalar
-    num_flat: IntScalar  # checks in a row that found no progress
-    checks: BoolScalar  # the next product is with x, not with p
-    claimed: BoolScalar  # ... because r meets the tolerance
-    closes: BoolScalar  # ... and is the last one
-    restarts: BoolScalar  # the next direction forgets the one before
-    running: BoolScalar
-    converged: BoolScalar
+    goes_on: BoolScalar
     indefinite: BoolScalar
     bad_preconditioner: BoolScalar
     nonfinite: BoolScalar
+
+
+class _State(eqx.Module):
+    """What the checks between the series know."""
+
+    series: _Series
+    residual: FloatScalar  # the norm of b - A x
+    best: Vector  # the iterate of least energy
+    best_energy: FloatScalar
+    best_residual: FloatScalar
+    least_size: FloatScalar  # the least norm of a computed residual
+    failed_size: FloatScalar  # ... where it last contradicted the updated one
+    num_products: IntScalar
+    num_flat: IntScalar  # checks in a row without progress
+    running: BoolScalar
+    converged: BoolScalar
     stagnated: BoolScalar
 
 
 class _Method:
-    """One solve: what stays the same while it runs, and the steps.
+    """One solve: what stays the same while it runs, and its rounds.
 
-    There is one product in the loop, with the direction or, to check, with the iterate.
-    So the operator is compiled once, and under `jax.vmap` a check costs only the
-    element that makes it.
+    A round is a series of textbook steps and then a check, which computes the residual
+    and hands it to the next series. Only a check looks at anything but scalars and the
+    three vectors of the method.
 
     Iterates are compared by their energy x.A x / 2 - b.x, which every step lowers, as
     it does the distance to the solution (Hestenes and Stiefel, theorem 6:3). The
@@ -169,13 +172,13 @@ class _Method:
     the iterate of least residual.
     """
 
-    def __init__(self, solver: CG, operator, vector, scale):
+    def __init__(self, solver: CG, operator, vector, scale, start: Vector | None):
         self.solver = solver
         self.operator = operator
         self.dtype = tree_dtype(vector)
         self.b = divided(vector, scale)
+        self.start = None if start is None else divided(start, scale)
         self.size = tree_norm(self.b)
-        self.scale = scale
         self.eps = float(jnp.finfo(self.dtype).eps)
         self.damping = jnp.asarray(solver.damping, self.dtype)
         if solver.rtol is None:
@@ -187,6 +190,9 @@ class _Method:
 
     def product(self, x: Vector) -> Vector:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
+
+    def damped(self, x: Vector, product: Vector) -> Vector:
+        return tree_axpy(self.damping, x, product) if self.solver.damping else product
 
     def precondition(self, r: Vector) -> Vector:
         preconditioner = self.solver.preconditioner
@@ -203,178 +209,175 @@ class _Method:
             )
         return z
 
-    def init(self, start: Vector | None) -> _State:
-        zero = jnp.zeros((), self.dtype)
-        infinite = jnp.full((), jnp.inf, self.dtype)
-        false, none = jnp.asarray(False), jnp.zeros((), jnp.int32)
+    def init(self) -> _State:
+        zero, infinite = jnp.zeros((), self.dtype), jnp.full((), jnp.inf, self.dtype)
+        none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
         finite = jnp.isfinite(self.size)
         zeros = x = tree_zeros_like(self.b)
-        warm = start is not None
-        if warm:
+        converged = finite & (self.size <= self.tolerance)
+        if self.start is not None:
             # For a right-hand side of zero the answer is zero, whatever the start.
-            start = divided(start, self.scale)
-            x = tree_where(finite & (self.size > 0), start, zeros)
-        converged = finite & (self.size <= (zero if warm else self.tolerance))
-        z = self.precondition(self.b)
-        gamma = tree_dot(self.b, z)
-        bad = finite & ~converged & ~(gamma > 0)
-        return _State(
+            converged = self.size == 0
+            x = tree_where(finite & ~converged, self.start, zeros)
+        series = _Series(
             x=x,
             r=self.b,
-            p=z,
-            size=self.size,
-            gamma=gamma,
-            p_size=gamma,
+            p=zeros,
+            square=self.size**2,
+            gamma=infinite,
+            p_size=zero,
+            max_ratio=zero,
+            min_curvature=infinite,
+            num_steps=none,
+            goes_on=false,
+            indefinite=false,
+            bad_preconditioner=false,
+            nonfinite=~finite,
+        )
+        return _State(
+            series=series,
             residual=self.size,
             best=zeros,
             best_energy=zero,
             best_residual=self.size,
             least_size=infinite,
             failed_size=infinite,
-            min_curvature=infinite,
-            max_ratio=zero,
-            num_steps=none,
             num_products=none,
             num_flat=none,
-            checks=jnp.asarray(warm),
-            claimed=false,
-            closes=false,
-            restarts=jnp.asarray(warm),
-            running=finite & ~converged & ~bad,
+            running=finite & ~converged,
             converged=converged,
-            indefinite=false,
-            bad_preconditioner=bad,
-            nonfinite=~finite,
             stagnated=false,
         )
 
-    def goes_on(self, s: _State) -> BoolScalar:
+    def goes_on(self, state: _State) -> BoolScalar:
         # Every step is followed by one check at most, so the second half never decides.
-        return s.running & (s.num_products < 2 * self.solver.max_steps + 3)
+        return state.running & (state.num_products < 2 * self.solver.max_steps + 3)
 
-    def step(self, s: _State) -> _State:
-        operand = tree_where(s.checks, s.x, s.p)
-        product = self.product(operand)
-        damped = product
-        if self.solver.damping != 0:
-            damped = tree_axpy(self.damping, operand, product)
-        steps = ~s.checks
+    def round(self, state: _State) -> _State:
+        length = jnp.asarray(_CHECK_EVERY)
+        if self.start is not None:
+            # The first round only checks the start.
+            length = jnp.where(state.num_products == 0, 0, length)
+        before = state.series.num_steps
+        end = jnp.minimum(before + length, self.solver.max_steps)
+        series = eqx.tree_at(lambda s: s.goes_on, state.series, before < end)
+        series = lax.while_loop(
+            lambda series: series.goes_on & (series.num_steps < end), self.step, series
+        )
+        return self.check(state, series)
 
-        # If the product was with the direction: a step. The curvature is compared with
-        # the largest one met, each relative to p.M^-1 p, so that the comparison knows
-        # neither the number of unknowns nor the scale of anything. Below one unit of
-        # rounding of that it cannot be told from zero.
-        plain_curvature, p_square = tree_dot(s.p, product), tree_dot(s.p, s.p)
-        curvature = plain_curvature + self.damping * p_square
-        max_ratio = jnp.maximum(s.max_ratio, curvature / s.p_size)
-        positive = curvature > self.eps * max_ratio * s.p_size
-        alpha = s.gamma / jnp.where(positive, curvature, 1)
-        step_r = tree_axpy(-alpha, damped, s.r)
+    def step(self, s: _Series) -> _Series:
+        z = self.precondition(s.r)
+        plain = self.solver.preconditioner is None
+        gamma = s.square if plain else tree_dot(s.r, z)
+        beta = gamma / s.gamma
+        p = tree_axpy(beta, s.p, z)
+        p_size = gamma + beta**2 * s.p_size
+        product = self.product(p)
 
-        # If it was with the iterate: a check.
-        r = tree_where(s.checks, tree_sub(self.b, damped), step_r)
+        # The curvature is compared with the largest one met, each relative to
+        # p.M^-1 p, so that the comparison knows neither the number of unknowns nor the
+        # scale of anything. Below one unit of rounding it cannot be told from zero.
+        p_square = p_size if plain else tree_dot(p, p)
+        undamped = tree_dot(p, product)
+        curvature = undamped + self.damping * p_square
+        max_ratio = jnp.maximum(s.max_ratio, curvature / p_size)
+        usable = (gamma > 0) & jnp.isfinite(curvature)
+        positive = curvature > self.eps * max_ratio * p_size
+        taken = usable & positive
+
+        alpha = gamma / jnp.where(taken, curvature, 1)
+        x = tree_where(taken, tree_axpy(alpha, p, s.x), s.x)
+        r = tree_where(taken, tree_axpy(-alpha, self.damped(p, product), s.r), s.r)
+        square = tree_dot(r, r)
+        finite = jnp.isfinite(square)
+        smallest = jnp.minimum(s.min_curvature, undamped / p_square)
+        return _Series(
+            x=x,
+            r=r,
+            p=p,
+            square=square,
+            gamma=gamma,
+            p_size=p_size,
+            max_ratio=max_ratio,
+            min_curvature=jnp.where(usable, smallest, s.min_curvature),
+            num_steps=s.num_steps + jnp.where(taken & finite, 1, 0),
+            goes_on=taken & finite & ~(jnp.sqrt(square) <= self.tolerance),
+            indefinite=usable & ~positive,
+            bad_preconditioner=~(gamma > 0),
+            nonfinite=((gamma > 0) & ~jnp.isfinite(curvature)) | ~finite,
+        )
+
+    def check(self, state: _State, series: _Series) -> _State:
+        x = series.x
+        product = self.product(x)
+        r = tree_sub(self.b, self.damped(x, product))
         size = residual = tree_norm(r)
-        if self.solver.damping != 0:
+        if self.solver.damping:
             residual = tree_norm(tree_sub(self.b, product))
-        energy = -(tree_dot(s.x, self.b) + tree_dot(s.x, r)) / 2
-
-        overflow = steps & positive & ~jnp.isfinite(size)
-        indefinite = steps & ~positive & jnp.isfinite(curvature)
-        nonfinite = overflow | (steps & ~jnp.isfinite(curvature))
-        broken = indefinite | nonfinite
-        accepted = steps & ~broken
-        # A start of higher energy than zero is not a help. (NaN compares as false.)
-        useless = s.checks & (s.num_steps == 0) & ~(energy <= 0)
-
-        x = tree_where(accepted, tree_axpy(alpha, s.p, s.x), s.x)
-        r = tree_where(broken, s.r, r)
-        size = jnp.where(broken, s.size, size)
-        x = tree_where(useless, s.best, x)
-        r = tree_where(useless, self.b, r)
-        size = jnp.where(useless, self.size, size)
-        residual = jnp.where(useless, self.size, residual)
-        energy = jnp.where(useless, 0, energy)
-        num_steps = s.num_steps + jnp.where(accepted, 1, 0)
-
-        within = ~broken & (size <= self.tolerance)
-        contradicted = s.checks & s.claimed & ~within
-        failed_size = jnp.where(contradicted, size, s.failed_size)
+        energy = -(tree_dot(x, self.b) + tree_dot(x, r)) / 2
+        if self.start is not None:
+            # A start of higher energy than zero is no help. (NaN compares as false.)
+            useless = (series.num_steps == 0) & ~(energy <= 0)
+            x, r = tree_where(useless, (state.best, self.b), (x, r))
+            size = jnp.where(useless, self.size, size)
+            residual = jnp.where(useless, self.size, residual)
+            energy = jnp.where(useless, 0, energy)
+        within = size <= self.tolerance
+        claimed = jnp.sqrt(series.square) <= self.tolerance
+        contradicted = claimed & ~within
 
         # Where rounding has the last word neither residual nor energy go down any more.
         # On the way, the former may go up for long, and the latter does not.
-        flat = ~(size < s.least_size) & ~(
-            energy < s.best_energy - 100 * self.eps * jnp.abs(s.best_energy)
-        )
-        num_flat = jnp.where(s.checks, jnp.where(flat, s.num_flat + 1, 0), s.num_flat)
-        better = s.checks & (energy <= s.best_energy)
+        progress = self.eps * 100 * jnp.abs(state.best_energy)
+        lower = energy < state.best_energy - progress
+        flat = ~(size < state.least_size) & ~lower
+        num_flat = jnp.where(flat, state.num_flat + 1, 0)
+        better = energy <= state.best_energy
 
-        fixed = self.solver.rtol is None
-        stagnated = jnp.asarray(False)
-        if not fixed:
-            stagnated = (num_flat >= _MAX_FLAT) | (
-                contradicted & ~(size < s.failed_size / 2)
-            )
-
-        # The next direction.
-        z = self.precondition(r)
-        gamma = tree_dot(r, z)
-        bad = ~broken & ~within & ~(gamma > 0)
-        restarts = s.restarts | contradicted | useless
-        beta = jnp.where(restarts, 0, gamma / s.gamma)
-
-        # What comes next: a step, a check, or the last check.
-        stops = s.closes | (s.checks & within)
-        claimed = accepted & within
-        closes = broken | bad | stagnated | (num_steps >= self.solver.max_steps)
-        if fixed:
-            closes = closes | claimed
-        due = accepted & (num_steps % _CHECK_EVERY == 0)
-        checks = closes | claimed | due
-        # The direction waits for the residual that a check gives it.
-        waits = checks | stops
+        exhausted = series.num_steps >= self.solver.max_steps
+        broken = series.indefinite | series.bad_preconditioner | series.nonfinite
+        if self.solver.rtol is None:
+            stagnated = jnp.asarray(False)
+            stops = within | broken | exhausted | claimed
+        else:
+            again = contradicted & ~(size < state.failed_size / 2)
+            stagnated = again | (num_flat >= _MAX_FLAT)
+            stops = within | broken | exhausted | stagnated
         falls_back = stops & ~within & ~better
+        num_products = series.num_steps - state.series.num_steps + jnp.where(broken, 1, 0)
+        series = eqx.tree_at(
+            lambda s: (s.x, s.r, s.square, s.gamma),
+            series,
+            (
+                tree_where(falls_back, state.best, x),
+                r,
+                size**2,
+                jnp.where(contradicted, jnp.inf, series.gamma),
+            ),
+        )
         return _State(
-            x=tree_where(falls_back, s.best, x),
-            r=r,
-            p=tree_where(waits, s.p, tree_axpy(beta, s.p, z)),
-            size=size,
-            gamma=jnp.where(waits, s.gamma, gamma),
-            p_size=jnp.where(waits, s.p_size, gamma + beta**2 * s.p_size),
-            residual=jnp.where(
-                s.checks, jnp.where(falls_back, s.best_residual, residual), s.residual
-            ),
-            best=tree_where(better, x, s.best),
-            best_energy=jnp.where(better, energy, s.best_energy),
-            best_residual=jnp.where(better, residual, s.best_residual),
-            least_size=jnp.where(s.checks, jnp.minimum(s.least_size, size), s.least_size),
-            failed_size=failed_size,
-            min_curvature=jnp.where(
-                steps & jnp.isfinite(plain_curvature),
-                jnp.minimum(s.min_curvature, plain_curvature / p_square),
-                s.min_curvature,
-            ),
-            max_ratio=jnp.where(steps & positive, max_ratio, s.max_ratio),
-            num_steps=num_steps,
-            num_products=s.num_products + 1,
+            series=series,
+            residual=jnp.where(falls_back, state.best_residual, residual),
+            best=tree_where(better, x, state.best),
+            best_energy=jnp.where(better, energy, state.best_energy),
+            best_residual=jnp.where(better, residual, state.best_residual),
+            least_size=jnp.minimum(state.least_size, size),
+            failed_size=jnp.where(contradicted, size, state.failed_size),
+            num_products=state.num_products + num_products + 1,
             num_flat=num_flat,
-            checks=checks,
-            claimed=claimed,
-            closes=closes,
-            restarts=restarts & waits,
             running=~stops,
             converged=within,
-            indefinite=s.indefinite | indefinite,
-            bad_preconditioner=s.bad_preconditioner | bad,
-            nonfinite=s.nonfinite | nonfinite,
-            stagnated=s.stagnated | stagnated,
+            stagnated=stagnated,
         )
 
-    def result(self, s: _State) -> RESULTS:
+    def result(self, state: _State) -> RESULTS:
+        series = state.series
         failure = first_failure(
-            mask_result(s.nonfinite, RESULTS.linear_nonfinite),
-            mask_result(s.indefinite, RESULTS.linear_indefinite),
-            mask_result(s.bad_preconditioner, RESULTS.linear_preconditioner),
-            mask_result(s.stagnated, RESULTS.linear_stagnation),
+            mask_result(series.nonfinite, RESULTS.linear_nonfinite),
+            mask_result(series.indefinite, RESULTS.linear_indefinite),
+            mask_result(series.bad_preconditioner, RESULTS.linear_preconditioner),
+            mask_result(state.stagnated, RESULTS.linear_stagnation),
             out_of_steps(self.solver.rtol),
         )
-        return mask_result(~s.converged, failure)
+        return mask_result(~state.converged, failure)
