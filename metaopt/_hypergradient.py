@@ -334,6 +334,6 @@ def _report(
         num_linear_steps=info.num_linear_steps,
         min_curvature=info.min_curvature,
         adjoint=type(adjoint).__name__,
-        biased=type(adjoint).biased,
+        left_out=info.left_out,
         unreached=idle,
     )

@@ -62,7 +62,8 @@ class Report(eqx.Module):
     - `num_linear_steps`: the steps of the linear solver, or `None`.
     - `min_curvature`: the smallest curvature that the linear solver met, or `None`.
     - `adjoint`: the name of the adjoint.
-    - `biased`: whether the adjoint is biased by construction.
+    - `left_out`: what the derivative leaves out by construction, in words: it is
+        biased unless this is empty.
     - `unreached`: the names of the leaves of `hyper` that influence nothing; their
         derivative is exactly zero.
     """
@@ -79,13 +80,12 @@ class Report(eqx.Module):
     num_linear_steps: IntScalar | None
     min_curvature: FloatScalar | None
     adjoint: str = eqx.field(static=True)
-    biased: bool = eqx.field(static=True)
+    left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
 
     def __str__(self) -> str:
-        label = self.adjoint + (" (biased by construction)" if self.biased else "")
         rows = [
-            ("adjoint", label),
+            ("adjoint", self.adjoint + (" (biased)" if self.left_out else "")),
             ("outer loss", _number(self.outer_loss)),
             ("hypergradient norm", _number(self.hypergradient_norm)),
             ("inner steps", _number(self.num_inner_steps)),
@@ -99,6 +99,8 @@ class Report(eqx.Module):
             rows.append(("smallest curvature", _number(self.min_curvature)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", _number(self.failed_step)))
+        if self.left_out:
+            rows.append(("left out", "; ".join(self.left_out)))
         if self.unreached:
             rows.append(("without influence", ", ".join(self.unreached)))
         return table("Hypergradient", rows, verdict(self.result))

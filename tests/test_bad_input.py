@@ -365,6 +365,24 @@ def test_hyper_that_cannot_be_tuned_is_a_type_error(hyper, message):
         call(hyper=hyper)
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("LevenbergMarquardt", "without `residual_fun`.*`options`"),
+        ("ProjectedGradient", "without `projection`.*`options`"),
+        ("ProximalGradient", "without `hyperparams_prox`.*`arguments`"),
+        ("LBFGSB", "without `bounds`.*`arguments`"),
+        ("ScipyMinimize", "cannot be compiled"),
+        ("GaussNewton", "no optimality condition"),
+        ("Newton", "no solver named 'Newton'"),
+    ],
+)
+def test_what_solvers_of_jaxopt_lack(name, message):
+    pytest.importorskip("jaxopt", exc_type=ImportError)
+    with pytest.raises(ValueError, match=message):
+        call(inner=mo.JaxoptSolver(name), adjoint=mo.ImplicitAdjoint(mo.GMRES()))
+
+
 def test_exceptions_of_losses_surface_unchanged():
     class OwnError(Exception):
         pass

@@ -340,9 +340,43 @@ def test_unused_leaf_has_derivative_zero_and_is_listed(name):
     gradient, report = call(problem, {"used": HYPER, "idle": 2.0}, adjoint=PATHS[name])
     assert gradient["idle"] == 0
     assert jnp.all(gradient["used"] > 0)
-    if name != "forward":  # which differentiates all of hyper as one
-        assert report.unreached == ("hyper['idle']",)
-        assert "hyper['idle']" in str(report)
+    assert report.unreached == ("hyper['idle']",)
+    assert "hyper['idle']" in str(report)
+
+
+def test_model_state_that_an_implicit_adjoint_does_not_see():
+    # The outer loss reads a running mean of the params: half of the hypergradient goes
+    # through it, and the implicit function theorem says nothing about it.
+    def inner(params, hyper, batch, state):
+        return jnp.sum((params - hyper) ** 2), 0.9 * state + 0.1 * params
+
+    def outer(params, hyper, batch, state):
+        return jnp.sum(params) + jnp.sum(state)
+
+    options: Any = {"model_state": START}
+    policies = [(mo.CarriedState(), 6.0, True), (mo.FrozenState(), 3.0, False)]
+    for policy, exact, misses in policies:
+        solver = mo.Descent(optax.sgd(0.1), num_steps=200, state_policy=policy)
+        problem = mo.BilevelProblem(mo.InnerProblem(inner, has_state=True), outer)
+        options = {"inner": solver, "model_state": START}
+        unrolled, report = call(problem, adjoint=mo.UnrolledAdjoint(), **options)
+        np.testing.assert_allclose(jnp.sum(unrolled), exact, rtol=1e-5)
+        assert report.left_out == ()
+        implicit, report = call(problem, adjoint=mo.ImplicitAdjoint(), **options)
+        np.testing.assert_allclose(jnp.sum(implicit), 3.0, rtol=1e-5)
+        assert report.left_out == (("what `hyper` does through the model state",) * misses)
+        assert ("model state" in str(report)) == misses
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_biased_adjoints_say_what_they_leave_out(name):
+    _, report = call(adjoint=PATHS[name])
+    expected = {
+        "truncated": ("all steps but the last 5",),
+        "one step": ("all steps but the last",),
+    }
+    assert report.left_out == expected.get(name, ())
+    assert ("biased" in str(report)) == (name in expected)
 
 
 def test_hyper_of_the_outer_loss_alone():

@@ -365,12 +365,9 @@ def test_solvers_that_stop_early(case, solver):
 BOX = -jnp.ones(4), jnp.ones(4)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="`carry_conditions` does not reach into the primitive of `lineax.linear_solve`",
+@pytest.mark.parametrize(
+    "linear_solver", [lx.CG(**TOL), lx.GMRES(**TOL), lx.BiCGStab(**TOL)]
 )
-@pytest.mark.parametrize("linear_solver", [lx.CG(**TOL), lx.GMRES(**TOL)])
 def test_iterative_linear_solvers_inside_those_of_optimistix(linear_solver):
     case = CASES["ridge"](jnp.float64)
     solver = mo.OptimistixSolver(optx.Newton(**TOL, linear_solver=linear_solver))

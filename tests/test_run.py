@@ -190,6 +190,18 @@ def test_warm_start_goes_on_from_the_last_solution(start):
         assert residuals[-1] > 0.5 * residuals[0]
 
 
+@pytest.mark.parametrize("start", [mo.ColdStart(), mo.WarmStart()])
+@pytest.mark.parametrize("adjoint", [mo.UnrolledAdjoint(), mo.ImplicitAdjoint()])
+def test_path_that_began_in_an_earlier_outer_step_is_reported(start, adjoint):
+    # Unrolled derivatives of a warm-started run are those of its last window.
+    inner = mo.Descent(optax.sgd(0.3), num_steps=100)
+    solver = mo.NestedSolver(inner, adjoint, optax.sgd(0.05), start)
+    report = solve(solver=solver, num_steps=2).report
+    assert report is not None
+    cut = isinstance(start, mo.WarmStart) and isinstance(adjoint, mo.UnrolledAdjoint)
+    assert ("earlier" in "".join(report.left_out)) == cut
+
+
 def test_warm_start_of_the_linear_system():
     # The right-hand side hardly changes near the end, and nor does the solution.
     curvatures = jnp.logspace(-2, 0, 30)

@@ -32,6 +32,7 @@ class AdjointInfo(eqx.Module):
     - `linear_residual`: the relative residual of the implicit linear system.
     - `num_linear_steps`: the steps of the linear solver.
     - `min_curvature`: the smallest curvature that the linear solver met.
+    - `left_out`: what the derivative leaves out by construction, in words.
     """
 
     result: RESULTS
@@ -40,6 +41,7 @@ class AdjointInfo(eqx.Module):
     linear_residual: FloatScalar | None = None
     num_linear_steps: IntScalar | None = None
     min_curvature: FloatScalar | None = None
+    left_out: tuple[str, ...] = eqx.field(default=(), static=True)
 
 
 class HypergradientOutput(eqx.Module):
@@ -69,9 +71,6 @@ class AbstractAdjoint(eqx.Module):
     An adjoint receives the solve as a value, [`metaopt.InnerSolve`][], and never
     imports a function that solves.
     """
-
-    biased: ClassVar[bool]
-    """Whether the derivative is biased by construction."""
 
     sees_path: ClassVar[bool]
     """Whether initial params and settings of the solver are within reach."""
@@ -114,6 +113,11 @@ class AbstractAdjoint(eqx.Module):
 class AbstractPathAdjoint(AbstractAdjoint):
     """An adjoint that follows the path of an iterative solver, step by step."""
 
+    @property
+    @abc.abstractmethod
+    def left_out(self) -> tuple[str, ...]:
+        """What the derivative leaves out by construction, in words."""
+
     def init(self, params):
         return None
 
@@ -133,7 +137,8 @@ class AbstractPathAdjoint(AbstractAdjoint):
         value, pullback, arrays = jax.vjp(objective, trainable, has_aux=True)
         (gradient,) = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
-        info = AdjointInfo(first_failure(), inner.last_residual(outcome, hyper))
+        residual = inner.last_residual(outcome, hyper)
+        info = AdjointInfo(first_failure(), residual, left_out=self.left_out)
         return HypergradientOutput(value, aux, gradient, outcome, info, None)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from .._dependence import leaves_with_influence
 from .._tree import split_trainable
 from ._base import AbstractPathAdjoint, check_iterative
 
@@ -21,8 +22,11 @@ class ForwardAdjoint(AbstractPathAdjoint):
     closes over as well.
     """
 
-    biased: ClassVar[bool] = False
     sees_path: ClassVar[bool] = True
+
+    @property
+    def left_out(self):
+        return ()
 
     def check(self, solver, data):
         check_iterative(self, solver)
@@ -65,16 +69,22 @@ def _(primals, tangents):
         primals,
         is_leaf=lambda x: x is None,
     )
-    flat, unravel = ravel_pytree(moving)
-    flat_tangent, _ = ravel_pytree(tangents)
 
-    def outputs(flat):
-        run, inputs = eqx.combine(unravel(flat), fixed)
-        out = run(*inputs)
-        return eqx.partition(out, eqx.is_inexact_array)
+    def outputs(moving, fixed):
+        run, inputs = eqx.combine(moving, fixed)
+        return eqx.partition(run(*inputs), eqx.is_inexact_array)
+
+    # A leaf without influence needs no columns.
+    influences = leaves_with_influence(lambda moving: outputs(moving, fixed)[0], moving)
+    used = jax.tree.unflatten(jax.tree.structure(moving), influences)
+    moving, idle = eqx.partition(moving, used)
+    fixed = eqx.combine(fixed, idle)
+    flat, unravel = ravel_pytree(moving)
+    flat_tangent, _ = ravel_pytree(eqx.filter(tangents, used))
 
     def column(direction):
-        return jax.jvp(outputs, (flat,), (direction,), has_aux=True)
+        fn = lambda flat: outputs(unravel(flat), fixed)
+        return jax.jvp(fn, (flat,), (direction,), has_aux=True)
 
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     inexact, jacobian, rest = jax.vmap(column, out_axes=(None, 0, None))(basis)

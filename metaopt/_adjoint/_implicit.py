@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
+from .._dependence import depends
 from .._linear import AbstractLinearSolver, CG, LinearSolution
 from .._operators import cross_pullback, jacobian_operator, newton_length
 from .._results import first_failure, RESULTS, where_result
+from .._solver import InnerSolve, Outcome
 from .._tree import split_trainable, tree_norm, tree_structs, tree_sub
-from .._types import Vector
+from .._types import Hyper, Vector
 from .._validate import check_tolerance
-from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput
+from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -44,7 +46,6 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     linear_solver: AbstractLinearSolver = CG()
     inner_rtol: float = eqx.field(default=1e-3, static=True)
-    biased: ClassVar[bool] = False
     sees_path: ClassVar[bool] = False
 
     def __check_init__(self):
@@ -116,6 +117,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
             min_curvature=linear.min_curvature,
+            left_out=_unseen_model_state(inner, outer, start, hyper, outcome),
         )
         gradient = tree_sub(direct, through_params)
         return HypergradientOutput(value, aux, gradient, outcome, info, linear.value)
@@ -179,6 +181,28 @@ def _(primals, tangents, *, linear_solver, tags, throw):
         symmetric=lx.symmetric_tag in tags,
     )
     return params, tangent
+
+
+def _unseen_model_state(
+    inner: InnerSolve, outer: OuterLoss, start: Start, hyper: Hyper, outcome: Outcome
+) -> tuple[str, ...]:
+    """Model state at the solution has no optimality, hence no implicit derivative."""
+    trainable, static = split_trainable(hyper)
+    floats, rest = split_trainable(outcome.model_state)
+
+    def model_state(trainable):
+        full = eqx.combine(trainable, static)
+        params, model_state = start(full)
+        return split_trainable(inner.primal(params, full, model_state).model_state)[0]
+
+    def outer_loss(floats):
+        return outer(outcome.params, hyper, eqx.combine(floats, rest))[0]
+
+    if not jax.tree.leaves(floats) or not depends(outer_loss, floats):
+        return ()
+    if not depends(model_state, trainable):
+        return ()
+    return ("what `hyper` does through the model state",)
 
 
 def _solve_transposed(

@@ -19,8 +19,11 @@ class OneStepAdjoint(AbstractPathAdjoint):
     more often than the length. The initial params are out of its reach.
     """
 
-    biased: ClassVar[bool] = True
     sees_path: ClassVar[bool] = False
+
+    @property
+    def left_out(self):
+        return ("all steps but the last",)
 
     def check(self, solver, data):
         check_iterative(self, solver)

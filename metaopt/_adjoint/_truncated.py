@@ -26,11 +26,14 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     """
 
     num_steps: int = eqx.field(static=True)
-    biased: ClassVar[bool] = True
     sees_path: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
+
+    @property
+    def left_out(self):
+        return (f"all steps but the last {self.num_steps}",)
 
     def check(self, solver, data):
         check_iterative(self, solver)

@@ -24,7 +24,6 @@ class UnrolledAdjoint(AbstractPathAdjoint):
     """
 
     memory: AbstractMemoryPlan = StoreAll()
-    biased: ClassVar[bool] = False
     sees_path: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -33,6 +32,10 @@ class UnrolledAdjoint(AbstractPathAdjoint):
                 "`memory` must be a memory plan such as `metaopt.SqrtBlocks()`; got "
                 f"{self.memory!r}."
             )
+
+    @property
+    def left_out(self):
+        return ()
 
     def check(self, solver, data):
         check_iterative(self, solver)

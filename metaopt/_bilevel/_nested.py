@@ -1,5 +1,6 @@
 """The nested solver: an inner solve inside every outer step."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -118,6 +119,9 @@ class NestedSolver(AbstractBilevelSolver):
             key=state.key,
             num_steps=state.num_steps + 1,
         )
+        if self.start.goes_on and self.adjoint.sees_path:
+            left_out = (*report.left_out, "the path in earlier outer steps")
+            report = dataclasses.replace(report, left_out=left_out)
         return new_state, BilevelStep(report, good)
 
     def evaluate(self, problem, state, train, valid):

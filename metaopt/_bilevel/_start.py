@@ -1,6 +1,7 @@
 """Where the inner solve of each outer step starts."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 
@@ -9,6 +10,9 @@ from .._types import ModelState, Params
 
 class AbstractStart(eqx.Module):
     """Where the inner solve of each outer step starts."""
+
+    goes_on: ClassVar[bool]
+    """Whether the path to the inner solution began in outer steps before this one."""
 
     @abc.abstractmethod
     def begin(
@@ -32,6 +36,8 @@ class ColdStart(AbstractStart):
     drawn anew at every outer step.
     """
 
+    goes_on: ClassVar[bool] = False
+
     def begin(self, given, last, first, now):
         return given, first
 
@@ -41,8 +47,11 @@ class WarmStart(AbstractStart):
 
     Cheaper where the inner problem has one solution. Where it has many, the params
     found can owe more to the history of the run than to the `hyper` found (Vicol et
-    al., 2022): solve again from scratch before you report.
+    al., 2022): solve again from scratch before you report. An adjoint that follows the
+    path sees the part of it within the outer step, and the report says so.
     """
+
+    goes_on: ClassVar[bool] = True
 
     def begin(self, given, last, first, now):
         return last, now

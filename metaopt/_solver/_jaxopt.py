@@ -96,6 +96,11 @@ class JaxoptSolver(AbstractDirectSolver):
             raise ValueError(
                 "`OSQP` takes matrices here, and no `matvec_...`. Use `BoxOSQP`."
             )
+        if cls.__name__.startswith("Scipy"):
+            raise ValueError(
+                f"`jaxopt.{cls.__name__}` calls SciPy, which cannot be compiled. Use "
+                "`LBFGS` or `LBFGSB`."
+            )
         for name in (*_FUNCTION_NAMES, "implicit_diff", "has_aux"):
             if name in self.options:
                 raise ValueError(
@@ -207,7 +212,30 @@ class JaxoptSolver(AbstractDirectSolver):
             # Without its implicit differentiation jaxopt would run all of `maxiter`.
             options.setdefault("unroll", False)
         arguments = {} if self.arguments is None else self.arguments(hyper, batch)
-        return cls(**options), arguments
+        _check_given(cls, cls, options, "options")
+        solver = cls(**options)
+        given = {"init_params": None, **arguments}
+        _check_given(cls, solver.run, given, "arguments")
+        if not self._is_quadratic_program():
+            _check_given(cls, solver.init_state, given, "arguments")
+        return solver, arguments
+
+
+def _check_given(cls, function: Callable, given: dict[str, Any], source: str) -> None:
+    """Raises a `ValueError` for what jaxopt requires and was not given."""
+    missing = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in given
+    ]
+    if missing:
+        listed = ", ".join(f"`{name}`" for name in missing)
+        raise ValueError(
+            f"`jaxopt.{cls.__name__}` cannot run without {listed}. Give it in `{source}`, "
+            "or use a solver that takes nothing but the loss, such as `LBFGS`."
+        )
 
 
 def _kkt_conditions(params, params_obj, params_eq=None, params_ineq=None):

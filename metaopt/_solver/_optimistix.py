@@ -4,7 +4,9 @@ import functools as ft
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import lineax as lx
 import optimistix as optx
 
 from .._problem import (
@@ -108,10 +110,10 @@ class OptimistixSolver(AbstractDirectSolver):
             # method) is told what the kind of the problem promises.
             entry = ft.partial(optx.root_find, tags=condition.tags)
 
+        solver = jax.tree.map(_with_safe_loops, self.solver, is_leaf=_is_iterative)
+
         def run(trainable):
-            solution = entry(
-                fn, self.solver, trainable, max_steps=self.max_steps, throw=False
-            )
+            solution = entry(fn, solver, trainable, max_steps=self.max_steps, throw=False)
             return solution.value, solution.result, solution.stats["num_steps"]
 
         value, result, num_steps = carry_conditions(run)(trainable)
@@ -122,6 +124,40 @@ class OptimistixSolver(AbstractDirectSolver):
             RESULTS.promote(result),
             num_steps,
         )
+
+
+class _SafeLoops(lx.AbstractLinearSolver):
+    """An iterative solver of lineax whose loops are rebuilt to carry their condition.
+
+    `lineax.linear_solve` is a primitive that hides its loops, so they are rebuilt here,
+    where they are made.
+    """
+
+    solver: lx.AbstractLinearSolver
+
+    def init(self, operator, options):
+        return self.solver.init(operator, options)
+
+    def compute(self, state, vector, options):
+        compute = lambda vector: self.solver.compute(state, vector, options)
+        return carry_conditions(compute)(vector)
+
+    def transpose(self, state, options):
+        return self.solver.transpose(state, options)
+
+    def conj(self, state, options):
+        return self.solver.conj(state, options)
+
+    def assume_full_rank(self):
+        return self.solver.assume_full_rank()
+
+
+def _is_iterative(x: Any) -> bool:
+    return isinstance(x, (lx.CG, lx.GMRES, lx.BiCGStab))
+
+
+def _with_safe_loops(x: Any) -> Any:
+    return _SafeLoops(x) if _is_iterative(x) else x
 
 
 def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
