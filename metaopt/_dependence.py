@@ -17,11 +17,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from ._types import PyTree
 
 
+HELD_CONSTANT = "metaopt.held_constant"
+"""The name scope of what metaopt itself holds constant for derivatives."""
+
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """For each output of `jaxpr`, whether it can depend on a marked input."""
+    """For each output of `jaxpr`, whether it can depend on a marked input.
+
+    What users hold constant with `jax.lax.stop_gradient` is no dependence: they do not
+    ask for its derivative. What metaopt itself holds constant is one.
+    """
     marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
 
     def is_marked(atom) -> bool:
@@ -37,6 +44,8 @@ def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 def _equation(eqn, marks: list[bool]) -> list[bool]:
     params, name = eqn.params, eqn.primitive.name
+    if name == "stop_gradient" and HELD_CONSTANT not in str(eqn.source_info.name_stack):
+        return [False]
     if name == "scan":
         body = params["jaxpr"].jaxpr
         consts, carry = _scan_counts(eqn, body)
@@ -89,10 +98,14 @@ def _scan_counts(eqn, body: Jaxpr) -> tuple[int, int]:
 
 def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
     """For each leaf of `x` (arrays only), whether any output of `fn(x)` can change."""
+    return [any(row) for row in influences(fn, x)]
+
+
+def influences(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[list[bool]]:
+    """For each leaf of `x` (arrays only), which leaves of `fn(x)` can change with it."""
     jaxpr = jax.make_jaxpr(fn)(x).jaxpr
-    count = len(jaxpr.invars)
-    rows = np.eye(count, dtype=bool).tolist()
-    return [any(dependence(jaxpr, row)) for row in rows]
+    rows = np.eye(len(jaxpr.invars), dtype=bool).tolist()
+    return [dependence(jaxpr, row) for row in rows]
 
 
 def leaves_with_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
@@ -109,14 +122,14 @@ def depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
 
 def evaluate_tracing_scale(
     fn: Callable[[jax.Array], tuple[PyTree, PyTree]], dtype
-) -> tuple[PyTree, PyTree, list[bool]]:
+) -> tuple[PyTree, PyTree, PyTree]:
     """Evaluates `linear, rest = fn(scale)` at `scale = 1`, tracing `fn` just once.
 
     **Returns:**
 
-    `linear`, `rest`, and for each leaf of `linear` whether it depends on `scale` at
-    all. With `scale` multiplying a cotangent and `linear` its pullback, a leaf that
-    does not depend on it is zero by construction.
+    `linear`, `rest`, and for each leaf of `linear`, in a pytree like it, whether it
+    depends on `scale` at all. With `scale` multiplying a cotangent and `linear` its
+    pullback, a leaf that does not depend on it is zero by construction.
     """
     one = jnp.ones((), dtype)
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(one)
@@ -124,4 +137,4 @@ def evaluate_tracing_scale(
     marks = jax.tree.unflatten(structure, dependence(closed.jaxpr, [True]))
     values = jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(closed)(one))
     (linear, rest), (reached, _) = values, marks
-    return linear, rest, jax.tree.leaves(reached)
+    return linear, rest, reached

@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from ._dependence import HELD_CONSTANT
+
 
 def stop_gradient(tree: Any) -> Any:
     """`tree` with every floating-point array held constant for derivatives."""
@@ -23,7 +25,9 @@ def detached(fn: Callable[..., Any], *args: Any) -> Any:
     merely closes over. So those are made arguments and held constant beforehand.
     """
     converted = eqx.filter_closure_convert(fn, *args)
-    return stop_gradient(converted)(*stop_gradient(args))
+    with jax.named_scope(HELD_CONSTANT):
+        converted, args = stop_gradient((converted, args))
+    return converted(*args)
 
 
 @eqx.filter_custom_jvp

@@ -15,7 +15,7 @@ from ._reach import split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, Outcome
-from ._tree import split_trainable, tree_all_finite, tree_norm
+from ._tree import split_trainable, tree_add, tree_all_finite, tree_norm
 from ._types import (
     Aux,
     BoolScalar,
@@ -98,8 +98,8 @@ class Objective(eqx.Module):
 
     def differentiate(
         self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
-    ) -> tuple[HypergradientOutput, Report]:
-        """The hypergradient and the report on it.
+    ) -> tuple[HypergradientOutput, Vector, Report]:
+        """Everything the adjoint returned, the hypergradient, and the report on it.
 
         **Raises:**
 
@@ -114,24 +114,21 @@ class Objective(eqx.Module):
             output = adjoint.hypergradient(
                 self.solve, self.outer, self.start, hyper, carry, scale
             )
-            output = eqx.tree_at(lambda o: o.gradient, output, None), output.gradient
+            parts = (output.through_solution, output.direct)
             arrays, static_output = eqx.partition(output, eqx.is_array)
-            return arrays[1], arrays[0]
+            return parts, arrays
 
-        # Traced once, the hypergradient tells by itself which leaves it cannot reach.
-        gradient, rest, reached = evaluate_tracing_scale(scaled, jnp.float32)
-        output, gradient = eqx.combine((rest, gradient), static_output)
-        output = eqx.tree_at(
-            lambda o: o.gradient, output, gradient, is_leaf=lambda x: x is None
-        )
+        # Traced once, the two parts tell by themselves which leaves they cannot reach.
+        parts, arrays, reached = evaluate_tracing_scale(scaled, jnp.float32)
+        output = eqx.combine(arrays, static_output)
         self._check_outer_loss(output.outcome, hyper)
-        idle = self._check_reached(adjoint, hyper, reached)
-        result = _judge(output)
+        idle = self._check_reached(adjoint, hyper, *reached)
+        gradient = tree_add(*parts)
+        result = _judge(output, gradient)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
-        gradient = _nan_where(_is_void(result), output.gradient)
-        output = eqx.tree_at(lambda o: o.gradient, output, gradient)
-        return output, _report(adjoint, output, result, idle)
+        gradient = _nan_where(_is_void(result), gradient)
+        return output, gradient, _report(adjoint, output, gradient, result, idle)
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
@@ -166,8 +163,16 @@ class Objective(eqx.Module):
             )
 
     def _check_reached(
-        self, adjoint: AbstractAdjoint, hyper: Hyper, reached: list[bool]
+        self, adjoint: AbstractAdjoint, hyper: Hyper, solution: Vector, direct: Vector
     ) -> tuple[str, ...]:
+        """Each way in which a leaf acts must be seen: a leaf that the outer loss reads
+        as well would hide that its way through the inner solution is not."""
+        outcome = lambda h: self.primal(h)[1]
+        reached = jax.tree.leaves(solution)
+        zero, idle = split_unreached(reached, lambda h: _solution_of(outcome(h)), hyper)
+        if zero:
+            raise ValueError(zero_message(zero, adjoint))
+        reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
         zero, idle = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
         if zero:
             raise ValueError(zero_message(zero, adjoint))
@@ -282,17 +287,20 @@ def differentiate(
 ) -> tuple[Hyper, Report]:
     """The compiled part of [`metaopt.hypergradient`][]."""
     objective = Objective(problem, inner, train, valid, params, model_state, key)
-    output, report = objective.differentiate(adjoint, hyper, None)
-    return output.gradient, report
+    _, gradient, report = objective.differentiate(adjoint, hyper, None)
+    return gradient, report
 
 
 def _is_void(result: Any) -> BoolScalar:
-    """Whether a result says that something was not finite."""
+    """Whether a result says that there is no hypergradient, not even a rough one."""
     codes = (
         RESULTS.inner_nonfinite,
         RESULTS.inner_diverged,
         RESULTS.outer_nonfinite,
         RESULTS.linear_nonfinite,
+        RESULTS.linear_indefinite,
+        RESULTS.linear_preconditioner,
+        RESULTS.linear_diverged,
         RESULTS.hypergradient_nonfinite,
     )
     return jnp.any(jnp.stack([result == code for code in codes]))
@@ -302,10 +310,15 @@ def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
     return jax.tree.map(lambda leaf: jnp.where(condition, jnp.nan, leaf), tree)
 
 
-def _judge(output: HypergradientOutput) -> Any:
+def _solution_of(outcome: Outcome) -> Any:
+    """What the outer loss sees of an inner solve."""
+    return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
+
+
+def _judge(output: HypergradientOutput, gradient: Vector) -> Any:
     """The first failure on the way of the data."""
     outer_failed = jnp.logical_not(jnp.isfinite(output.value))
-    gradient_failed = jnp.logical_not(tree_all_finite(output.gradient))
+    gradient_failed = jnp.logical_not(tree_all_finite(gradient))
     return first_failure(
         output.outcome.result,
         mask_result(outer_failed, RESULTS.outer_nonfinite),
@@ -317,6 +330,7 @@ def _judge(output: HypergradientOutput) -> Any:
 def _report(
     adjoint: AbstractAdjoint,
     output: HypergradientOutput,
+    gradient: Vector,
     result: Any,
     idle: tuple[str, ...],
 ) -> Report:
@@ -325,7 +339,7 @@ def _report(
         result=result,
         outer_loss=output.value,
         aux=output.aux,
-        hypergradient_norm=tree_norm(output.gradient),
+        hypergradient_norm=tree_norm(gradient),
         inner_residual=info.inner_residual,
         inner_error=info.inner_error,
         num_inner_steps=outcome.num_steps,

@@ -50,8 +50,10 @@ class HypergradientOutput(eqx.Module):
     **Attributes:**
 
     - `value`, `aux`: the outer loss and its auxiliary output.
-    - `gradient`: the hypergradient, times the scale that was asked for; a vector like
-        the trainable part of `hyper`.
+    - `direct`: the derivative of the outer loss at fixed params, times the scale that
+        was asked for; a vector like the trainable part of `hyper`.
+    - `through_solution`: the derivative by way of the inner solution, likewise. The
+        hypergradient is the sum of the two.
     - `outcome`: what the inner solve came to.
     - `info`: what a person reads.
     - `carry`: what the adjoint wants back at the next outer step.
@@ -59,7 +61,8 @@ class HypergradientOutput(eqx.Module):
 
     value: FloatScalar
     aux: Aux
-    gradient: Vector
+    direct: Vector
+    through_solution: Vector
     outcome: Outcome
     info: AdjointInfo
     carry: Any
@@ -125,21 +128,24 @@ class AbstractPathAdjoint(AbstractAdjoint):
         trainable, static = split_trainable(hyper)
         static_outcome: Any = None
 
-        def objective(trainable):
+        def objective(of_solution, of_outer_loss):
             nonlocal static_outcome
-            full = eqx.combine(trainable, static)
+            full = eqx.combine(of_solution, static)
             params, model_state = start(full)
             outcome = self.solve(inner, params, full, model_state, False)
+            full = eqx.combine(of_outer_loss, static)
             value, aux = outer(outcome.params, full, outcome.model_state)
             arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
             return value, arrays
 
-        value, pullback, arrays = jax.vjp(objective, trainable, has_aux=True)
-        (gradient,) = pullback(scale.astype(value.dtype))
+        value, pullback, arrays = jax.vjp(objective, trainable, trainable, has_aux=True)
+        through_solution, direct = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
         residual = inner.last_residual(outcome, hyper)
         info = AdjointInfo(first_failure(), residual, left_out=self.left_out)
-        return HypergradientOutput(value, aux, gradient, outcome, info, None)
+        return HypergradientOutput(
+            value, aux, direct, through_solution, outcome, info, None
+        )
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:

@@ -5,9 +5,10 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from .._dependence import leaves_with_influence
+from .._dependence import influences
 from .._tree import split_trainable
 from ._base import AbstractPathAdjoint, check_iterative
 
@@ -74,13 +75,18 @@ def _(primals, tangents):
         run, inputs = eqx.combine(moving, fixed)
         return eqx.partition(run(*inputs), eqx.is_inexact_array)
 
-    # A leaf without influence needs no columns.
-    influences = leaves_with_influence(lambda moving: outputs(moving, fixed)[0], moving)
-    used = jax.tree.unflatten(jax.tree.structure(moving), influences)
+    def derivatives(moving, direction):
+        out = lambda moving: outputs(moving, fixed)[0]
+        return jax.jvp(out, (moving,), (direction,))[1]
+
+    # A leaf that no derivative reaches needs no columns, and must not seem reached.
+    table = influences(lambda direction: derivatives(moving, direction), moving)
+    used = jax.tree.unflatten(jax.tree.structure(moving), [any(row) for row in table])
+    table = [row for row in table if any(row)]
     moving, idle = eqx.partition(moving, used)
     fixed = eqx.combine(fixed, idle)
+    tangents = jax.tree.leaves(eqx.filter(tangents, used))
     flat, unravel = ravel_pytree(moving)
-    flat_tangent, _ = ravel_pytree(eqx.filter(tangents, used))
 
     def column(direction):
         fn = lambda flat: outputs(unravel(flat), fixed)
@@ -88,8 +94,18 @@ def _(primals, tangents):
 
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     inexact, jacobian, rest = jax.vmap(column, out_axes=(None, 0, None))(basis)
-    tangent = jax.tree.map(
-        lambda j: jnp.tensordot(flat_tangent.astype(j.dtype), j, 1), jacobian
-    )
+    ends = np.cumsum([tangent.size for tangent in tangents])
+    columns, structure = jax.tree.flatten(jacobian)
+    columns = [
+        sum(
+            jnp.tensordot(t.ravel().astype(j.dtype), j[end - t.size : end], 1)
+            for t, end, row in zip(tangents, ends, table, strict=True)
+            if row[index]
+        )
+        for index, j in enumerate(columns)
+    ]
     out = eqx.combine(inexact, rest)
+    tangent = jax.tree.unflatten(
+        structure, [column if eqx.is_array(column) else None for column in columns]
+    )
     return out, eqx.combine(tangent, jax.tree.map(lambda _: None, out))

@@ -12,7 +12,7 @@ from .._linear import AbstractLinearSolver, CG, LinearSolution
 from .._operators import cross_pullback, jacobian_operator, newton_length
 from .._results import first_failure, RESULTS, where_result
 from .._solver import InnerSolve, Outcome
-from .._tree import split_trainable, tree_norm, tree_structs, tree_sub
+from .._tree import split_trainable, tree_norm, tree_structs
 from .._types import Hyper, Vector
 from .._validate import check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
@@ -119,8 +119,10 @@ class ImplicitAdjoint(AbstractAdjoint):
             min_curvature=linear.min_curvature,
             left_out=_unseen_model_state(inner, outer, start, hyper, outcome),
         )
-        gradient = tree_sub(direct, through_params)
-        return HypergradientOutput(value, aux, gradient, outcome, info, linear.value)
+        through_solution = jax.tree.map(jnp.negative, through_params)
+        return HypergradientOutput(
+            value, aux, direct, through_solution, outcome, info, linear.value
+        )
 
     def _inner_result(self, residual, operator, params):
         """Whether the inner solution is good enough, and its estimated error."""

@@ -96,15 +96,17 @@ class NestedSolver(AbstractBilevelSolver):
 
     def step(self, problem, state, train, valid):
         objective = self._objective(problem, state, train, valid)
-        output, report = objective.differentiate(self.adjoint, state.hyper, state.carry)
+        output, gradient, report = objective.differentiate(
+            self.adjoint, state.hyper, state.carry
+        )
         trainable, static = split_trainable(state.hyper)
         outer = optax.with_extra_args_support(self.outer)
         updates, outer_state = outer.update(
-            output.gradient, state.outer_state, trainable, value=output.value
+            gradient, state.outer_state, trainable, value=output.value
         )
         # A hypergradient that is not finite must not reach `hyper`, nor the moments of
         # the outer optimizer, nor the next start.
-        good = tree_all_finite(output.gradient) & jnp.isfinite(output.value)
+        good = tree_all_finite(gradient) & jnp.isfinite(output.value)
         keep = lambda new, old: _where_arrays(good, new, old)
         new_state = NestedState(
             hyper=eqx.combine(
