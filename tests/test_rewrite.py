@@ -451,7 +451,7 @@ def test_checkpoints_and_loops_stay_what_they_are():
 
 # Optimisers
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adam": optax.adam(0.1),
     "adamw": optax.adamw(0.1, weight_decay=0.01),
     "nadam": optax.nadam(0.1),
@@ -487,11 +487,11 @@ def final_loss(update, init, slopes, num_steps=6):
 
 
 @pytest.mark.parametrize("zeros", SLOPES)
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_optimisers_have_finite_hypergradients_at_zero_gradients(name, zeros):
-    optimiser = OPTIMISERS[name]
-    plain = final_loss(optimiser.update, optimiser.init, SLOPES[zeros])
-    masked = final_loss(finite_derivatives(optimiser.update), optimiser.init, SLOPES[zeros])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_have_finite_hypergradients_at_zero_gradients(name, zeros):
+    optimizer = OPTIMIZERS[name]
+    plain = final_loss(optimizer.update, optimizer.init, SLOPES[zeros])
+    masked = final_loss(finite_derivatives(optimizer.update), optimizer.init, SLOPES[zeros])
     if not (name == "clip_by_global_norm" and zeros == "entry"):
         assert jnp.isnan(jax.jit(jax.grad(plain))(1.3))
     step = 1e-5
@@ -519,9 +519,9 @@ def test_optimisers_have_finite_hypergradients_at_zero_gradients(name, zeros):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_optimisers_take_the_same_steps(name, dtype):
-    optimiser = OPTIMISERS[name]
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_take_the_same_steps(name, dtype):
+    optimizer = OPTIMIZERS[name]
     params = {**PARAMS, "b": jnp.array(0.5)}
     params = jax.tree.map(lambda a: a.astype(dtype), params)
 
@@ -532,25 +532,25 @@ def test_optimisers_take_the_same_steps(name, dtype):
             updates, state = update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), updates
 
-        return lax.scan(step, (params, optimiser.init(params)), None, 9)
+        return lax.scan(step, (params, optimizer.init(params)), None, 9)
 
-    masked = finite_derivatives(optimiser.update)
-    assert_same_bits(run(masked), run(optimiser.update))
-    state = optimiser.init(params)
+    masked = finite_derivatives(optimizer.update)
+    assert_same_bits(run(masked), run(optimizer.update))
+    state = optimizer.init(params)
     assert_same_bits(
         jax.jit(masked)(params, state, params),
-        jax.jit(optimiser.update)(params, state, params),
+        jax.jit(optimizer.update)(params, state, params),
     )
 
 
 def test_hypergradients_agree_with_the_plain_ones_where_these_are_finite():
-    # Also in the learning rate and the decay rates of the optimiser.
+    # Also in the learning rate and the decay rates of the optimizer.
     slopes = {"w": jnp.array([0.7, 0.2, -0.4])}
 
     def loss(rewrite, hyper):
-        optimiser = optax.adamw(hyper["rate"], b1=hyper["b1"], weight_decay=hyper["wd"])
-        update = rewrite(optimiser.update)
-        return final_loss(update, optimiser.init, slopes)(hyper["scale"])
+        optimizer = optax.adamw(hyper["rate"], b1=hyper["b1"], weight_decay=hyper["wd"])
+        update = rewrite(optimizer.update)
+        return final_loss(update, optimizer.init, slopes)(hyper["scale"])
 
     hyper = {"rate": 0.1, "b1": 0.8, "wd": 0.03, "scale": 1.3}
     got = jax.grad(lambda h: loss(finite_derivatives, h))(hyper)

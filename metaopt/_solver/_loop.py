@@ -154,7 +154,7 @@ class Loop(eqx.Module):
             step = lambda state, draw: self._step(hyper, state, draw)
             return jax.lax.scan(step, state, draws, end - begin)
 
-        # The condition reads a carried bool and an integer: see `_rewrite.py`.
+        # The condition reads a carried bool and an integer: see `_rewrite/_loops.py`.
         def condition(carry):
             state, _, index = carry
             return jnp.logical_not(state.done) & (index < end - begin)

@@ -1,0 +1,181 @@
+"""Operations whose partial derivatives are zero where they would not be finite."""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.extend as jex
+import jax.extend.core.primitives as prims
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from ._interpreter import CALLS, Rewriting, rewritten
+
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def finite_derivatives(fn: _Fn) -> _Fn:
+    """`fn`, with partial derivatives that are zero wherever they would not be finite.
+
+    Use it on the update functions of optimizers that are differentiated, of which many
+    divide by the root of something that can be exactly zero: their derivative is then
+    0 * inf = NaN, although the function is constant, or smooth, in the direction asked
+    for. Do not use it on a loss: there a derivative that is not finite is news.
+
+    It concerns `sqrt`, `rsqrt`, `cbrt`, `div`, `pow`, negative integer powers, `log`
+    and `log1p` of real numbers, and products with something that is not finite (as in
+    the branch that `jnp.where` does not take), everywhere but in functions with custom
+    derivatives, which keep their own. The values of `fn` do not change, and neither do
+    its derivatives where the partial derivatives of these operations are finite. Second
+    derivatives follow the same rule.
+
+    **Arguments:**
+
+    - `fn`: any function that can be traced. Its arguments and results are pytrees; what
+        is not a JAX array in them passes through as it is.
+
+    **Returns:**
+
+    A function with the arguments and the results of `fn`.
+    """
+    return rewritten(fn, Rewriting(_has_unbounded_derivative, _mask, CALLS))
+
+
+def _has_unbounded_derivative(eqn) -> bool:
+    if eqn.primitive not in _SLOPES:
+        return False
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return False
+    is_literal = [isinstance(atom, jex.core.Literal) for atom in eqn.invars]
+    if eqn.primitive is prims.integer_pow_p:
+        return eqn.params["y"] < 0
+    if eqn.primitive is prims.mul_p:
+        return not any(is_literal)
+    if eqn.primitive is prims.div_p:
+        return not is_literal[1]
+    return True
+
+
+def _mask(eqn, inputs, rewriting: Rewriting) -> Sequence[Any]:
+    del rewriting
+    operation = ft.partial(eqn.primitive.bind, **eqn.params)
+    moves = tuple(
+        jnp.issubdtype(atom.aval.dtype, jnp.floating)
+        and not isinstance(atom, jex.core.Literal)
+        for atom in eqn.invars
+    )
+    slopes = ft.partial(_SLOPES[eqn.primitive], **eqn.params)
+    masked = ft.partial(_masked, operation, slopes, moves)
+    return [_only_differentiated(operation, masked)(*inputs)]
+
+
+def _masked(operation, slopes, moves: Sequence[bool], *inputs) -> Array:
+    """The operation in two copies: one that is differentiated, and is kept away from
+    where a slope is not finite, and one without derivatives for its value there.
+
+    No rule is needed for the derivatives of this, of any order. A rule that masks the
+    slope itself would do with one copy, but JAX 0.10 forgets such rules when it
+    differentiates a `scan` twice, because partial evaluation unwraps them.
+    """
+    constant = [lax.stop_gradient(x) for x in inputs]
+    value = operation(*constant)
+    finite = jnp.ones(value.shape, bool)
+    for slope, moving in zip(slopes(value, *constant), moves, strict=True):
+        if moving:
+            finite = finite & jnp.isfinite(slope())
+
+    def away(x):
+        x = jnp.broadcast_to(x, value.shape)
+        return lax.select(finite, x, jnp.ones_like(x))
+
+    inputs = [away(x) if moving else x for x, moving in zip(inputs, moves)]
+    return lax.select(finite, operation(*inputs), value)
+
+
+def _only_differentiated(operation, masked) -> Callable[..., Array]:
+    """`operation`, with the derivatives of `masked`: where nothing is differentiated,
+    the program is the same as before, and so is every bit of what it computes."""
+
+    @jax.custom_jvp
+    def out(*inputs):
+        return operation(*inputs)
+
+    def rule(inputs, tangents):
+        moving = [not isinstance(t, SymbolicZero) for t in tangents]
+
+        def of_moving(*moved):
+            moved = iter(moved)
+            return masked(*(next(moved) if m else x for x, m in zip(inputs, moving)))
+
+        return jax.jvp(
+            of_moving,
+            [x for x, m in zip(inputs, moving) if m],
+            [t for t, m in zip(tangents, moving) if m],
+        )
+
+    out.defjvp(rule, symbolic_zeros=True)
+    return out
+
+
+# The partial derivatives of each operation, given its value and its arguments. Every
+# argument can be replaced by one, where all of these are finite.
+
+
+def _sqrt_slopes(value, x, **_):
+    return (lambda: 0.5 / value,)
+
+
+def _rsqrt_slopes(value, x, **_):
+    return (lambda: value / x,)
+
+
+def _cbrt_slopes(value, x, **_):
+    return (lambda: 1 / (3 * value * value),)
+
+
+def _mul_slopes(value, x, y, **_):
+    return (lambda: y, lambda: x)
+
+
+def _div_slopes(value, x, y, **_):
+    return (lambda: 1 / y, lambda: value / y)
+
+
+def _pow_slopes(value, x, y, **_):
+    # As in JAX: the slope in `x` is zero for an integer `y = 0`, and that in `y` is zero
+    # for `x = 0`.
+    power = lax.convert_element_type(y, value.dtype)
+    lower = y - jnp.ones_like(y)
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        lower = lax.select(jnp.equal(y, 0), jnp.ones_like(y), lower)
+    log = jnp.log(lax.select(jnp.equal(x, 0), jnp.ones_like(x), x))
+    return (lambda: power * lax.pow(x, lower), lambda: log * value)
+
+
+def _integer_pow_slopes(value, x, *, y):
+    return (lambda: y * lax.integer_pow(x, y - 1),)
+
+
+def _log_slopes(value, x, **_):
+    return (lambda: 1 / x,)
+
+
+def _log1p_slopes(value, x, **_):
+    return (lambda: 1 / (1 + x),)
+
+
+_SLOPES: dict[jex.core.Primitive, Callable[..., tuple[Callable[[], Array], ...]]] = {
+    prims.cbrt_p: _cbrt_slopes,
+    prims.div_p: _div_slopes,
+    prims.integer_pow_p: _integer_pow_slopes,
+    prims.log1p_p: _log1p_slopes,
+    prims.log_p: _log_slopes,
+    prims.mul_p: _mul_slopes,
+    prims.pow_p: _pow_slopes,
+    prims.rsqrt_p: _rsqrt_slopes,
+    prims.sqrt_p: _sqrt_slopes,
+}
