@@ -1,0 +1,15 @@
+"""What is solved: an inner problem, and the outer loss at its solution."""
+
+from ._base import AbstractProblem as AbstractProblem, Evaluation as Evaluation
+from ._bilevel_problem import BilevelProblem as BilevelProblem
+from ._call import initialise as initialise
+from ._functions import (
+    FixedPointProblem as FixedPointProblem,
+    InnerProblem as InnerProblem,
+    RootProblem as RootProblem,
+)
+from ._kinds import (
+    AbstractFixedPointProblem as AbstractFixedPointProblem,
+    AbstractInnerProblem as AbstractInnerProblem,
+    AbstractRootProblem as AbstractRootProblem,
+)

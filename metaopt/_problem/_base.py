@@ -1,0 +1,65 @@
+"""What all kinds of inner problem share."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+
+from .._types import Aux, Batch, Hyper, Key, ModelState, Params, Vector
+
+
+class Evaluation(eqx.Module):
+    """One evaluation of a loss, a step map or a residual.
+
+    **Attributes:**
+
+    - `value`: what the function returned first: a scalar for a loss, else a pytree.
+    - `state`: the updated model state, or `None` for a problem without one.
+    - `aux`: the auxiliary output, or `None`.
+    """
+
+    value: Any
+    state: ModelState
+    aux: Aux
+
+
+class AbstractProblem(eqx.Module):
+    """What all kinds of inner problem share; subclass one of the three kinds instead:
+    [`metaopt.AbstractInnerProblem`][] (a loss to minimise),
+    [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][].
+
+    A kind differs from another only in its *optimality*, the residual that is zero at
+    the inner solution, and in the structure which that residual's Jacobian promises.
+    """
+
+    # Without annotations, and so no fields: a subclass sets them in its body in the same
+    # way, or declares fields of these names for whoever makes an instance to set.
+    has_aux = False
+    has_state = False
+
+    @abc.abstractmethod
+    def init(self, hyper: Any, key: Any) -> Any:
+        """Returns the initial params (a pytree), drawn with `key`.
+
+        With `has_state = True`, a pair of initial params and initial model state.
+        """
+
+    @abc.abstractmethod
+    def evaluate(
+        self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
+    ) -> Evaluation:
+        """Calls the user's function and checks what it returned."""
+
+    @abc.abstractmethod
+    def optimality(
+        self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
+    ) -> Vector:
+        """The residual that is zero at the inner solution.
+
+        Has the structure of the trainable part of `params`.
+        """
+
+    @property
+    @abc.abstractmethod
+    def tags(self) -> frozenset[object]:
+        """The `lineax` tags promised by the Jacobian of `optimality` in `params`."""

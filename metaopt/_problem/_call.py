@@ -1,0 +1,116 @@
+"""Calling the user's functions, and checking what came back."""
+
+import inspect
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._tree import leaf_names, split_trainable
+from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
+from ._base import AbstractProblem, Evaluation
+
+
+def initialise(problem: AbstractProblem, hyper: Hyper, key: Key) -> tuple[Any, Any]:
+    """The initial params and model state (`None` for a problem without one)."""
+    out = problem.init(hyper, key)
+    if problem.has_state:
+        params, state = unpack(out, "`init`", ("params", "state"))
+        return params, state
+    return out, None
+
+
+def call(
+    problem: AbstractProblem,
+    fn: LossFn,
+    name: str,
+    params: Params,
+    hyper: Hyper,
+    batch: Batch,
+    key: Key,
+    state: ModelState,
+) -> Evaluation:
+    """Calls a user's function with what it declares and takes apart what it returns."""
+    optional = declared(fn, {"key": key})
+    if problem.has_state:
+        # A copy: `equinox.nn.State` refuses to be read again once it was updated.
+        optional["state"] = jax.tree.map(lambda leaf: leaf, state)
+    out = fn(params, hyper, batch, **optional)
+    parts = ["value"]
+    if problem.has_state:
+        parts.append("state")
+    if problem.has_aux:
+        parts.append("aux")
+    if len(parts) == 1:
+        return Evaluation(out, None, None)
+    named = dict(zip(parts, unpack(out, f"`{name}`", tuple(parts)), strict=True))
+    return Evaluation(named["value"], named.get("state"), named.get("aux"))
+
+
+def check_scalar(value: Any, whose: str) -> None:
+    """Raises a `ValueError` unless `value` is a floating-point scalar array."""
+    if isinstance(value, (tuple, list)):
+        raise ValueError(
+            f"{whose} returned {describe(value)}. It must return one floating-point "
+            "scalar; to return more beside it, declare `has_aux=True` (or `has_state`)."
+        )
+    is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
+    if not is_array or not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise ValueError(
+            f"{whose} returned {describe(value)}. It must return a floating-point "
+            "scalar that is computed from its arguments with `jax.numpy`."
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise ValueError(f"{whose} returned a complex number; return its real part.")
+    if value.shape != ():
+        raise ValueError(
+            f"{whose} returned {describe(value)}. It must return a scalar: take "
+            "`jnp.mean` or `jnp.sum` of it."
+        )
+
+
+def check_like(value: Any, params: Params, whose: str) -> None:
+    """Raises a `ValueError` unless `value` has structure, shapes, dtypes of `params`."""
+    got, want = split_trainable(value)[0], split_trainable(params)[0]
+    if jax.tree.structure(got) != jax.tree.structure(want):
+        raise ValueError(
+            f"{whose} returned a pytree of structure {jax.tree.structure(got)}; it must "
+            f"return one like `params`, {jax.tree.structure(want)}."
+        )
+    names = leaf_names(want, "params")
+    for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(want)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ValueError(
+                f"{whose} returned {describe(a)} in the place of `{name}`, which is "
+                f"{describe(b)}. Shapes and dtypes must agree."
+            )
+
+
+def declared(fn: LossFn, offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered keyword arguments that `fn` names in its signature."""
+    try:
+        names = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # some callables have no signature
+        return {}
+    return {name: value for name, value in offered.items() if name in names}
+
+
+def unpack(out: Any, whose: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
+    """`out`; raises a `ValueError` unless it is a tuple of as many things as `parts`."""
+    if not isinstance(out, tuple) or len(out) != len(parts):
+        raise ValueError(
+            f"{whose} must return the tuple ({', '.join(parts)}), because of `has_aux` "
+            f"or `has_state`; it returned {describe(out)}."
+        )
+    return out
+
+
+def describe(x: Any) -> str:
+    """What a user handed over or returned, in the words of an error message."""
+    if isinstance(x, (tuple, list)):
+        return f"a {type(x).__name__} of length {len(x)}"
+    if eqx.is_array(x):
+        return f"an array of shape {x.shape} and dtype {x.dtype}"
+    return f"{x!r} of type `{type(x).__name__}`"

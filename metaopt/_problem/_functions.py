@@ -1,0 +1,110 @@
+"""Inner problems made from plain functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+
+from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
+from ._call import declared
+from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
+
+
+class InnerProblem(AbstractInnerProblem):
+    """An inner minimisation problem made from plain functions.
+
+    **Arguments:**
+
+    - `loss_fn`: `loss_fn(params, hyper, batch)`, a floating-point scalar. May declare
+        arguments named `key` and (with `has_state`) `state`.
+    - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
+        initial params are handed over at each call.
+    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+
+    **Example:**
+
+    ```python
+    import metaopt as mo
+
+    problem = mo.InnerProblem(lambda params, hyper, batch: (params - hyper) ** 2)
+    ```
+    """
+
+    loss_fn: LossFn
+    init_fn: Callable[..., Any] | None = None
+    has_aux: bool = eqx.field(default=False, static=True, kw_only=True)
+    has_state: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def init(self, hyper, key):
+        return _init(self.init_fn, hyper, key)
+
+    def loss(self, params, hyper, batch, *, key=None, **state):
+        return _forward(self.loss_fn, params, hyper, batch, key, state)
+
+
+class FixedPointProblem(AbstractFixedPointProblem):
+    """A fixed-point problem made from plain functions.
+
+    **Arguments:**
+
+    - `step_fn`: `step_fn(params, hyper, batch)`, a pytree like `params`.
+    - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
+        initial params are handed over at each call.
+    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    """
+
+    step_fn: LossFn
+    init_fn: Callable[..., Any] | None = None
+    has_aux: bool = eqx.field(default=False, static=True, kw_only=True)
+    has_state: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def init(self, hyper, key):
+        return _init(self.init_fn, hyper, key)
+
+    def step(self, params, hyper, batch, *, key=None, **state):
+        return _forward(self.step_fn, params, hyper, batch, key, state)
+
+
+class RootProblem(AbstractRootProblem):
+    """A root-finding problem made from plain functions.
+
+    **Arguments:**
+
+    - `residual_fn`: `residual_fn(params, hyper, batch)`, a pytree like `params`.
+    - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
+        initial params are handed over at each call.
+    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    """
+
+    residual_fn: LossFn
+    init_fn: Callable[..., Any] | None = None
+    has_aux: bool = eqx.field(default=False, static=True, kw_only=True)
+    has_state: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def init(self, hyper, key):
+        return _init(self.init_fn, hyper, key)
+
+    def residual(self, params, hyper, batch, *, key=None, **state):
+        return _forward(self.residual_fn, params, hyper, batch, key, state)
+
+
+def _init(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
+    if init_fn is None:
+        raise ValueError(
+            "This problem was made without `init_fn`, so initial params must be given: "
+            "pass `params=...`, or `init_fn=lambda hyper, key: ...` to the problem."
+        )
+    return init_fn(hyper, key)
+
+
+def _forward(
+    fn: LossFn,
+    params: Params,
+    hyper: Hyper,
+    batch: Batch,
+    key: Key | None,
+    state: dict[str, ModelState],
+) -> Any:
+    # The methods above declare a key for every function: here it is known which want one.
+    optional = {} if key is None else declared(fn, {"key": key})
+    return fn(params, hyper, batch, **optional, **state)
