@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from ._dependence import HELD_CONSTANT
 
@@ -44,3 +45,40 @@ def forbid_derivative(tree: Any, message: str) -> Any:
 def _(primals, tangents):
     tree, message = primals
     raise ValueError(message)
+
+
+@eqx.filter_custom_jvp
+def unknown_derivative(value: Any, of: Any, *, message: str, throw: bool) -> Any:
+    """`value`, whose derivative with respect to `of` is not known, and not zero.
+
+    Where its cotangent is not zero reverse mode raises `message`, or gives NaN unless
+    `throw`. In forward mode, which computes derivatives that nobody asked for as well,
+    it is NaN.
+
+    **Arguments:**
+
+    - `value`: a floating-point array.
+    - `of`: a list of floating-point arrays.
+    """
+    return value
+
+
+@unknown_derivative.def_jvp
+def _(primals, tangents, *, message, throw):
+    (value, _), (tangent, tangents) = primals, tangents
+    if not jax.tree.leaves(tangents):
+        return value, tangent
+
+    def forward(matvec, b):
+        return jnp.full_like(b, jnp.nan)
+
+    def backward(matvec, cotangent):
+        asked = cotangent != 0
+        unknown = jnp.where(asked, jnp.nan, jnp.zeros_like(cotangent))
+        return eqx.error_if(unknown, jnp.any(asked), message) if throw else unknown
+
+    # A linear map that is its own transpose but for what it does to zero.
+    total = sum(jnp.sum(t) for t in jax.tree.leaves(tangents))
+    moved = jnp.broadcast_to(total, value.shape).astype(value.dtype)
+    moved = jax.lax.custom_linear_solve(lambda x: x, moved, forward, backward)
+    return value, moved if tangent is None else tangent + moved

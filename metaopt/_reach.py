@@ -1,13 +1,16 @@
 """Leaves of `hyper` whose derivative is zero by construction."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 
 from ._adjoint import AbstractAdjoint
-from ._dependence import leaves_with_derivative, leaves_with_influence
-from ._detach import forbid_derivative
+from ._dependence import influences, leaves_with_influence
+from ._detach import forbid_derivative, unknown_derivative
+from ._solver import Outcome
 from ._tree import leaf_names, split_trainable
 from ._types import Hyper, PyTree
 
@@ -36,16 +39,15 @@ def split_unreached(
         lambda trainable: primal(eqx.combine(trainable, static)), trainable
     )
     rows = list(zip(names, reached, influences, strict=True))
-    zero = tuple(n for n, seen, matters in rows if matters and not seen)
+    zero = tuple(f"`{n}`" for n, seen, matters in rows if matters and not seen)
     idle = tuple(n for n, seen, matters in rows if not (matters or seen))
     return zero, idle
 
 
 def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
     """The text of the error about a derivative that is zero by construction."""
-    listed = ", ".join(f"`{name}`" for name in names)
     return (
-        f"The derivative with respect to {listed} is zero by construction under "
+        f"The derivative with respect to {', '.join(names)} is zero by construction under "
         f"`{type(adjoint).__name__}`: it acts on the result only through what this "
         "adjoint does not see (the inner solver's settings, the initial params, an "
         "operation with no derivative). Use `metaopt.UnrolledAdjoint()` or "
@@ -54,32 +56,82 @@ def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
     )
 
 
-def guard_hyper(
-    adjoint: AbstractAdjoint, solve: Callable[[Hyper], PyTree], hyper: Hyper
-) -> Hyper:
-    """`hyper`, with an error lying in wait at each leaf that is zero by construction.
+def guarded(
+    adjoint: AbstractAdjoint,
+    solve: Callable[[Hyper], Outcome],
+    hyper: Hyper,
+    throw: bool,
+) -> Outcome:
+    """`solve(hyper)`, with an error lying in wait wherever a derivative is zero by
+    construction, for derivatives that JAX takes later on, when no report can be given.
 
-    For derivatives that JAX takes later on, when no report can be given.
+    The derivative of the solution raises at leaves of `hyper`, and at arrays that
+    `solve` closes over, that are out of reach; that of what else an outcome holds raises
+    where it is asked for.
     """
     if adjoint.sees_path:
-        return hyper
-    trainable, static = split_trainable(hyper)
-    full = lambda trainable: eqx.combine(trainable, static)
-    reached = leaves_with_derivative(
-        lambda trainable: eqx.filter(solve(full(trainable)), eqx.is_inexact_array),
-        trainable,
-    )
-    zero, _ = split_unreached(
-        reached, lambda h: eqx.filter(solve(h), eqx.is_inexact_array), hyper
-    )
+        return solve(hyper)
+    solve = eqx.filter_closure_convert(solve, hyper)
+    trainable, static = split_trainable((solve, hyper))
+
+    def outputs(trainable):
+        solve, hyper = eqx.combine(trainable, static)
+        outcome = solve(hyper)
+        return eqx.filter((outcome.params, _unsolved(outcome)), eqx.is_inexact_array)
+
+    seen = influences(lambda t: jax.jvp(outputs, (trainable,), (t,))[1], trainable)
+    seen, matters = np.asarray(seen, bool), np.asarray(influences(outputs, trainable), bool)
+    hidden = matters & ~seen
+    if not hidden.any():
+        return solve(hyper)
+
+    # What comes first among the outputs are the params.
+    count = len(jax.tree.leaves(jax.eval_shape(outputs, trainable)[0]))
+    out_of_reach = matters[:, :count].any(axis=1) & ~seen[:, :count].any(axis=1)
     leaves, structure = jax.tree.flatten(trainable)
-    guarded = [
-        forbid_derivative(leaf, zero_message([name], adjoint)) if name in zero else leaf
-        for leaf, name in zip(leaves, trainable_names(hyper), strict=True)
+    names = _names(leaves, hyper)
+    leaves = [
+        forbid_derivative(leaf, zero_message([name], adjoint)) if forbidden else leaf
+        for leaf, name, forbidden in zip(leaves, names, out_of_reach, strict=True)
     ]
-    return eqx.combine(jax.tree.unflatten(structure, guarded), static)
+    solve, hyper = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+    outcome = solve(hyper)
+
+    dynamic, rest = eqx.partition(_unsolved(outcome), eqx.is_inexact_array)
+    values, structure = jax.tree.flatten(dynamic)
+    message = UNKNOWN_MESSAGE.format(adjoint=type(adjoint).__name__)
+    values = [
+        unknown_derivative(
+            value,
+            [leaf for leaf, hides in zip(leaves, column, strict=True) if hides],
+            message=message,
+            throw=throw,
+        )
+        for value, column in zip(values, hidden[:, count:].T, strict=True)
+    ]
+    dynamic = jax.tree.unflatten(structure, values)
+    return eqx.tree_at(
+        _unsolved, outcome, eqx.combine(dynamic, rest), is_leaf=lambda x: x is None
+    )
 
 
+def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any]:
+    """What comes with a solution and does not satisfy any condition."""
+    return outcome.model_state, outcome.aux, outcome.losses
+
+
+def _names(leaves: Sequence[Any], hyper: Hyper) -> list[str]:
+    """Names for the leaves of a function and of `hyper`, the arguments of a solve."""
+    names = [f"`{name}`" for name in trainable_names(hyper)]
+    closed_over = leaves[: len(leaves) - len(names)]
+    return [f"a closed-over array of shape {a.shape}" for a in closed_over] + names
+
+
+UNKNOWN_MESSAGE = (
+    "The model state, auxiliary outputs and losses of an inner solution have no "
+    "derivative under `{adjoint}`, which sees the solution alone. Compute what you need "
+    "from `solution.value`, or use `metaopt.UnrolledAdjoint()`."
+)
 START_MESSAGE = (
     "The derivative with respect to the initial params is zero by construction under "
     "`{adjoint}`, which does not see where the inner solver started. Use "

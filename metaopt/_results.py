@@ -94,7 +94,7 @@ class SolveError(RuntimeError):
     """
 
     def __init__(self, message: str, value: Any):
-        super().__init__(message)
+        RuntimeError.__init__(self, message)
         self.value = value
 
 
@@ -117,6 +117,3 @@ def first_failure(*results: Any) -> Any:
 def mask_result(condition: Any, result: Any) -> Any:
     """`result` where `condition` holds, else `successful`."""
     return where_result(condition, result, RESULTS.successful)
-
-
-__all__ = ["RESULTS", "SolveError", "first_failure", "mask_result", "where_result"]

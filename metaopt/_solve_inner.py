@@ -10,7 +10,7 @@ from ._data import AbstractData, as_data
 from ._detach import forbid_derivative
 from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
-from ._reach import guard_hyper, START_MESSAGE
+from ._reach import guarded, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, InnerSolve
 from ._types import Hyper, Key, ModelState, Params
@@ -128,7 +128,7 @@ def _solve(
             check_params(start[0])
         return adjoint.solve(inner, start[0], hyper, start[1], throw)
 
-    outcome = run(guard_hyper(adjoint, lambda h: run(h).params, hyper))
+    outcome = guarded(adjoint, run, hyper, throw)
     return Solution(
         value=outcome.params,
         result=outcome.result,

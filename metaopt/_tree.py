@@ -17,9 +17,11 @@ def tree_dot(x: Vector, y: Vector) -> FloatScalar:
     """
 
     def leaf_dot(a, b):
+        # Not `jnp.dot`, which adds one product after the other on CPUs: in float32 that
+        # is a tenth off at ten million entries. And no `ravel`, which gathers sharded
+        # arrays.
         dtype = tree_dtype((a, b))
-        a, b = a.astype(dtype).ravel(), b.astype(dtype).ravel()
-        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
     products = jax.tree.leaves(jax.tree.map(leaf_dot, x, y))
     if not products:
@@ -113,4 +115,5 @@ def split_trainable(x: PyTree) -> tuple[Vector, PyTree]:
 
 
 def _is_inexact(a) -> bool:
-    return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.inexact)
+    arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    return isinstance(a, arrays) and jnp.issubdtype(a.dtype, jnp.inexact)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree as PyTree
 
 
 Params: TypeAlias = PyTree[Any]
@@ -29,19 +29,3 @@ IntScalar: TypeAlias = Int[Array, ""]
 LossFn: TypeAlias = Callable[..., Any]
 Vector: TypeAlias = PyTree[Float[Array, "..."]]
 """A point of a vector space: a pytree of floating-point arrays (and `None`s)."""
-
-__all__ = [
-    "Aux",
-    "Batch",
-    "BoolScalar",
-    "FloatScalar",
-    "Hyper",
-    "IntScalar",
-    "Key",
-    "LossFn",
-    "ModelState",
-    "Params",
-    "PyTree",
-    "Scalar",
-    "Vector",
-]

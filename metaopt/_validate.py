@@ -157,16 +157,3 @@ def _to_jax(leaf: Any, name: str) -> jax.Array:
             stacklevel=3,
         )
     return array
-
-
-__all__ = [
-    "ADJOINT_EXAMPLE",
-    "DESCENT_EXAMPLE",
-    "canonical_arrays",
-    "canonical_hyper",
-    "check_count",
-    "check_finite",
-    "check_kind",
-    "check_params",
-    "check_tolerance",
-]

@@ -238,6 +238,45 @@ def test_public_names_were_found():
     assert metaopt.__version__
 
 
+# Contracts that are declared, not guessed
+
+
+def contract_faults(tree: ast.AST) -> Iterator[str]:
+    """Where a module asks what something happens to have, or leaves a contract open."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="hasattr" | "super" | "dir" as name)):
+                yield f"line {node.lineno}: calls {name}()"
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, _, _]):
+                yield f"line {node.lineno}: calls getattr() with a default"
+            case ast.Name(id="__all__", ctx=ast.Store()):
+                yield f"line {node.lineno}: has __all__, for which `Y as Y` stands here"
+            case ast.AnnAssign(annotation=annotation, value=None) if re.match(
+                r"(\w+\.)*ClassVar\b", ast.unparse(annotation)
+            ):
+                yield f"line {node.lineno}: a ClassVar without value; AbstractClassVar?"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_contracts_are_declared(name):
+    assert list(contract_faults(parse(MODULES[name]))) == []
+
+
+def test_contract_faults_are_seen():
+    def faults(source):
+        return " ".join(contract_faults(ast.parse(source)))
+
+    assert "hasattr()" in faults("hasattr(x, 'y')")
+    assert "super()" in faults("class A:\n    def f(self):\n        super().f()")
+    assert "dir()" in faults("'y' in dir(x)")
+    assert "with a default" in faults("getattr(x, 'y', None)")
+    assert "__all__" in faults("__all__ = ['x']") and "__all__" in faults("__all__ += y")
+    assert "ClassVar" in faults("class A:\n    x: ClassVar[int]")
+    assert "ClassVar" in faults("class A:\n    x: typing.ClassVar[int]")
+    assert faults("class A:\n    x: AbstractClassVar[int]\n    y: ClassVar[int] = 1") == ""
+    assert faults("getattr(x, 'y')\nvars(x)\nx.dir()") == ""
+
+
 # Leftovers
 
 

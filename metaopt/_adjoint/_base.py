@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -12,6 +12,13 @@ from .._results import first_failure, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
 from .._tree import split_trainable
 from .._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params, Vector
+
+
+if TYPE_CHECKING:
+    # As Equinox advises: pyright knows `ClassVar` by this name only.
+    from typing import ClassVar as AbstractClassVar
+else:
+    from equinox import AbstractClassVar
 
 
 OuterLoss = Callable[[Params, Hyper, ModelState], tuple[FloatScalar, Aux]]
@@ -75,7 +82,7 @@ class AbstractAdjoint(eqx.Module):
     imports a function that solves.
     """
 
-    sees_path: ClassVar[bool]
+    sees_path: AbstractClassVar[bool]
     """Whether initial params and settings of the solver are within reach."""
 
     @abc.abstractmethod

@@ -1,17 +1,24 @@
 """Where the inner solve of each outer step starts."""
 
 import abc
-from typing import ClassVar
+from typing import ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 
 from .._types import ModelState, Params
 
 
+if TYPE_CHECKING:
+    # As Equinox advises: pyright knows `ClassVar` by this name only.
+    from typing import ClassVar as AbstractClassVar
+else:
+    from equinox import AbstractClassVar
+
+
 class AbstractStart(eqx.Module):
     """Where the inner solve of each outer step starts."""
 
-    goes_on: ClassVar[bool]
+    goes_on: AbstractClassVar[bool]
     """Whether the path to the inner solution began in outer steps before this one."""
 
     @abc.abstractmethod

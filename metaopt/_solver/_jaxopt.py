@@ -138,9 +138,9 @@ class JaxoptSolver(AbstractDirectSolver):
         return Optimality(residual, problem.tags if smooth else frozenset())
 
     def solve(self, problem, params, hyper, batch, key, model_state):
-        if self._is_quadratic_program() and not (
-            isinstance(params, tuple) and len(params) == 3 and "_fields" in dir(params)
-        ):
+        # `KKTSolution` is a named tuple, and jaxopt may be absent: any subclass will do.
+        is_named = isinstance(params, tuple) and type(params) is not tuple
+        if self._is_quadratic_program() and not (is_named and len(params) == 3):
             raise ValueError(
                 f"The params of `{self._cls().__name__}` are the primal and the dual "
                 "variables, `jaxopt.base.KKTSolution(primal, dual_eq, dual_ineq)`; got "

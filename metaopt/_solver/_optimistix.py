@@ -189,6 +189,3 @@ def refuse_state(solver: AbstractDirectSolver, problem: AbstractProblem) -> None
             f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "
             "with a `state_policy`, or keep the statistics out of the inner problem."
         )
-
-
-__all__ = ["OptimistixSolver", "direct_outcome", "refuse_state"]
