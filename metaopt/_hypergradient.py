@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, HypergradientOutput
-from ._data import AbstractData, as_data
+from ._data import AbstractData, as_data, BatchSequence
 from ._dependence import depends, evaluate_tracing_scale
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._raise import raise_on_failure
@@ -30,6 +30,8 @@ from ._validate import (
     ADJOINT_EXAMPLE,
     canonical_arrays,
     canonical_hyper,
+    canonical_key,
+    canonical_params,
     check_kind,
     check_params,
     DESCENT_EXAMPLE,
@@ -64,6 +66,12 @@ class Objective(eqx.Module):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
         inner.check(problem.inner, train)
         valid.check(1)
+        if isinstance(valid, BatchSequence):
+            raise ValueError(
+                "`valid` is a `BatchSequence`, which has a batch for each inner step; the "
+                "outer loss is evaluated once. Use plain arrays or `Minibatches`, or give "
+                "`solve_bilevel` an iterator."
+            )
         self.problem = problem
         self.solve = InnerSolve(problem.inner, inner, train, inner_key)
         self.valid = valid
@@ -263,14 +271,16 @@ def prepare(
     check_kind(inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
     check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
     hyper = canonical_hyper(hyper)
+    if isinstance(params, AbstractData):
+        raise ValueError(
+            f"`params` is {params!r}, a source of data. Write `hypergradient(problem, "
+            "hyper, params, train, valid, ...)`, with `None` for the problem's own init."
+        )
     if params is not None:
-        params = canonical_arrays(params, "params")
-        check_params(params)
+        params = canonical_params(params)
     train = as_data(canonical_arrays(train, "train"), "train")
     valid = as_data(canonical_arrays(valid, "valid"), "valid")
-    if key is None:
-        key = jax.random.key(0)
-    return problem, hyper, params, train, valid, key
+    return problem, hyper, params, train, valid, canonical_key(key)
 
 
 @eqx.filter_jit

@@ -29,8 +29,8 @@ class AbstractStatePolicy(eqx.Module):
         """The state that the loop carries after a step returned `new`."""
 
     @abc.abstractmethod
-    def finish(self, carried: ModelState) -> ModelState:
-        """The model state at the solution, from the carried one."""
+    def finish(self, carried: ModelState, num_steps: IntScalar) -> ModelState:
+        """The model state at the solution, from that carried over `num_steps` steps."""
 
 
 class CarriedState(AbstractStatePolicy):
@@ -45,7 +45,7 @@ class CarriedState(AbstractStatePolicy):
     def write(self, carried, new, step):
         return new
 
-    def finish(self, carried):
+    def finish(self, carried, num_steps):
         return carried
 
 
@@ -61,7 +61,7 @@ class FrozenState(AbstractStatePolicy):
     def write(self, carried, new, step):
         return carried
 
-    def finish(self, carried):
+    def finish(self, carried, num_steps):
         return carried
 
 
@@ -83,5 +83,5 @@ class PerStepState(AbstractStatePolicy):
     def write(self, carried, new, step):
         return jax.tree.map(lambda a, b: a.at[step].set(b), carried, new)
 
-    def finish(self, carried):
-        return jax.tree.map(lambda leaf: leaf[-1], carried)
+    def finish(self, carried, num_steps):
+        return jax.tree.map(lambda leaf: leaf[num_steps - 1], carried)

@@ -21,8 +21,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     inner_nonfinite = (
         "The inner loss or its gradient became infinite or NaN (`stats` and the report "
         "say at which step). At step 0 look for NaN in the data, the params or the "
-        "hyper; later, for an operation whose gradient is infinite there (`sqrt` at 0, "
-        "`log` at 0): guard its argument with `jnp.where` on the inside as well."
+        "hyper (an outer step that is too long can overflow it); later, for an operation "
+        "whose gradient is infinite there (`sqrt` at 0, `log` at 0): guard its argument "
+        "with `jnp.where` on the inside as well."
     )
     inner_diverged = (
         "The inner solver diverged: its iterates grew until they were no longer finite. "
@@ -31,7 +32,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     inner_not_converged = (
         "The inner problem was not solved accurately enough for implicit "
         "differentiation, which is only right at a solution. Give the inner solver more "
-        "steps or a better rate, use `UnrolledAdjoint`, which is right at any point, or "
+        "steps or a better rate (with minibatches or dropout, one that decays to zero), "
+        "use `UnrolledAdjoint`, which is right at any point, or "
         "accept a larger error by name with `ImplicitAdjoint(inner_rtol=...)`."
     )
     # -- the linear system of implicit differentiation
@@ -53,8 +55,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     linear_stagnation = (
         "The linear solver stopped improving before its tolerance was met: the accuracy "
-        "asked for is finer than the precision of the numbers allows for this system. "
-        "Loosen `rtol`, use float64, or improve the conditioning of the inner problem."
+        "asked for is finer than the precision of the numbers allows, or the system is "
+        "singular (the report's linear residual is then large). Loosen `rtol`, use "
+        "float64, or add regularisation to the inner problem."
     )
     linear_diverged = (
         "The linear solver's residual grew instead of shrinking. For `Neumann` lower "
@@ -78,6 +81,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     outer_max_steps = (
         "The outer loop reached `num_steps` before the tolerance on the norm of the "
         "hypergradient was met. Raise `num_steps` or loosen the tolerance."
+    )
+    outer_data_exhausted = (
+        "The iterator of `train` or `valid` ended before `num_steps` outer steps were "
+        "taken. Give one that goes on, such as `itertools.cycle(batches)`, or lower "
+        "`num_steps`. What had been reached is returned."
     )
     interrupted = (
         "The run was interrupted from the keyboard. What had been reached is returned."

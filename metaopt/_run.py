@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -14,14 +15,16 @@ from ._data import AbstractData, as_data
 from ._problem import BilevelProblem
 from ._raise import raise_on_failure
 from ._report import BilevelSolution, History, Report
-from ._results import RESULTS
+from ._results import first_failure, mask_result, RESULTS
+from ._solver import Outcome
 from ._types import FloatScalar, Hyper, Key, ModelState, Params
 from ._validate import (
     canonical_arrays,
     canonical_hyper,
+    canonical_key,
+    canonical_params,
     check_count,
     check_kind,
-    check_params,
     check_tolerance,
 )
 
@@ -94,9 +97,8 @@ def solve_bilevel(
     check_tolerance(atol, "atol")
     hyper = canonical_hyper(hyper)
     if params is not None:
-        params = canonical_arrays(params, "params")
-        check_params(params)
-    key = jax.random.key(0) if key is None else key
+        params = canonical_params(params)
+    key = canonical_key(key)
     feeds = _Feed(train, "train"), _Feed(valid, "valid")
     start = solver.init(
         problem,
@@ -109,8 +111,11 @@ def solve_bilevel(
     run = _Run(problem, solver, feeds, start)
     run.go(num_steps, atol, progress, callback, throw)
     solution = run.solution()
-    failure = run.result
-    return raise_on_failure(solution, failure, throw and not run.interrupted)
+    return raise_on_failure(solution, solution.result, throw and not run.interrupted)
+
+
+class _NoMoreData(Exception):
+    pass
 
 
 class _Feed:
@@ -119,15 +124,23 @@ class _Feed:
     def __init__(self, data: Any, name: str):
         self.name = name
         self.source = data if isinstance(data, Iterator) else None
-        self.now: AbstractData = self._check(
-            data if self.source is None else next(self.source)
-        )
+        self.now: AbstractData
+        if self.source is None:
+            self.now = self._check(data)
+        else:
+            try:
+                self.now = self._check(next(self.source))
+            except StopIteration:
+                raise ValueError(f"`{name}` is an iterator that yields nothing.") from None
         self.fresh = True
 
     def advance(self) -> None:
         """Goes on to the data of the next outer step."""
         if self.source is not None and not self.fresh:
-            self.now = self._check(next(self.source))
+            try:
+                self.now = self._check(next(self.source))
+            except StopIteration:
+                raise _NoMoreData from None
         self.fresh = False
 
     def _check(self, data: Any) -> AbstractData:
@@ -189,7 +202,11 @@ class _Run:
                     return
         except KeyboardInterrupt:
             self.interrupted = True
-            self.result = RESULTS.interrupted
+            if not _failed(self.result):
+                self.result = RESULTS.interrupted
+        except _NoMoreData:
+            if not _failed(self.result):
+                self.result = RESULTS.outer_data_exhausted
         finally:
             bar.close()
         if atol is not None and not converged and not _failed(self.result):
@@ -198,18 +215,19 @@ class _Run:
     def solution(self) -> BilevelSolution:
         """The solution as far as it was reached."""
         train, valid = (feed.now for feed in self.feeds)
-        value, params, model_state = _evaluate(
-            self.solver, self.problem, self.state, train, valid
-        )
+        value, outcome = _evaluate(self.solver, self.problem, self.state, train, valid)
+        # The last `hyper` has not been solved for before.
+        lost = mask_result(~jnp.isfinite(value), RESULTS.outer_nonfinite)
+        result = first_failure(self.result, outcome.result, lost)
         names = (*_COLUMNS, "seconds")
         columns = {name: np.asarray([row[name] for row in self.rows]) for name in names}
         return BilevelSolution(
             hyper=self.solver.hyper(self.state),
-            params=params,
-            model_state=model_state,
+            params=outcome.params,
+            model_state=outcome.model_state,
             outer_loss=value,
             history=History(**columns),
-            result=self.result,
+            result=result,
             report=self.report,
             state=self.state,
             num_skipped=self.num_skipped,
@@ -250,7 +268,7 @@ def _evaluate(
     state: Any,
     train: AbstractData,
     valid: AbstractData,
-) -> tuple[FloatScalar, Params, ModelState]:
+) -> tuple[FloatScalar, Outcome]:
     return solver.evaluate(problem, state, train, valid)
 
 

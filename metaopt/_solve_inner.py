@@ -18,6 +18,8 @@ from ._validate import (
     ADJOINT_EXAMPLE,
     canonical_arrays,
     canonical_hyper,
+    canonical_key,
+    canonical_params,
     check_kind,
     check_params,
     DESCENT_EXAMPLE,
@@ -90,9 +92,8 @@ def solve_inner(
     hyper = canonical_hyper(hyper)
     data = canonical_arrays(data, "data")
     if params is not None:
-        params = canonical_arrays(params, "params")
-    if key is None:
-        key = jax.random.key(0)
+        params = canonical_params(params)
+    key = canonical_key(key)
     solution = _solve(
         problem, hyper, params, as_data(data), solver, adjoint, key, model_state, throw
     )
@@ -116,7 +117,6 @@ def _solve(
     init_key, solve_key = jax.random.split(key)
     inner = InnerSolve(problem, solver, data, solve_key)
     if params is not None:
-        check_params(params)
         if not adjoint.sees_path:
             message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
             params = forbid_derivative(params, message)

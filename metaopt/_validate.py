@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._tree import leaf_names, tree_strong
-from ._types import Hyper
+from ._types import Hyper, Key, Params
 
 
 DESCENT_EXAMPLE = "metaopt.Descent(optax.sgd(0.1), num_steps=100)"
@@ -26,9 +26,12 @@ def check_count(value: Any, name: str, minimum: int = 1) -> None:
         raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
 
 
-def check_tolerance(value: Any, name: str, *, infinite: bool = False) -> None:
-    """Raises a `ValueError` unless `value` is a non-negative number (or `None`)."""
-    if value is None:
+def check_tolerance(
+    value: Any, name: str, *, infinite: bool = False, optional: bool = True
+) -> None:
+    """Raises a `ValueError` unless `value` is a non-negative number, or `None` where
+    that is `optional`."""
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(
         value, (int, float, np.floating, np.integer)
@@ -104,8 +107,45 @@ def canonical_arrays(tree: Any, name: str) -> Any:
 
 def check_kind(value: Any, kind: type, name: str, example: str) -> None:
     """Raises a `ValueError` unless `value` is an object of this kind."""
+    if isinstance(value, type) and issubclass(value, kind):
+        raise ValueError(
+            f"`{name}` is the class `{value.__name__}` itself. Call it: `{example}`."
+        )
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
+
+
+def canonical_key(key: Any) -> Key:
+    """`key`, or key 0 for `None`.
+
+    **Raises:**
+
+    `ValueError` for anything but a key of JAX.
+    """
+    if key is None:
+        return jax.random.key(0)
+    typed = eqx.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and not (eqx.is_array(key) and key.dtype == jnp.uint32):
+        raise ValueError(f"`key` must come from `jax.random.key(0)`; got {key!r}.")
+    return key
+
+
+def canonical_params(params: Any) -> Params:
+    """`params` with Python and NumPy floats made arrays, checked for something to train.
+
+    **Raises:**
+
+    `ValueError` naming the array.
+    """
+    names = leaf_names(params, "params")
+    leaves, structure = jax.tree.flatten(params)
+    leaves = [
+        _to_jax(leaf, name) if isinstance(leaf, float) else leaf
+        for leaf, name in zip(leaves, names, strict=True)
+    ]
+    params = canonical_arrays(jax.tree.unflatten(structure, leaves), "params")
+    check_params(params)
+    return params
 
 
 def check_params(params: Any) -> None:

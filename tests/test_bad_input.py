@@ -304,7 +304,7 @@ VALUE_ERRORS = {
         lambda: data_call(
             mo.Minibatches((X, Y), 4), inner=mo.Descent(optax.sgd(0.1), 10, atol=1e-3)
         ),
-        "Drop `atol`",
+        "Write `atol=None`",
     ),
     "state without policy": (
         lambda: call(

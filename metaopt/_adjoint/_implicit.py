@@ -54,7 +54,7 @@ class ImplicitAdjoint(AbstractAdjoint):
                 "`linear_solver` must be a linear solver of metaopt, such as "
                 f"`metaopt.CG(rtol=1e-4)`; got {self.linear_solver!r}."
             )
-        check_tolerance(self.inner_rtol, "inner_rtol", infinite=True)
+        check_tolerance(self.inner_rtol, "inner_rtol", infinite=True, optional=False)
 
     def check(self, solver, data):
         data.full()

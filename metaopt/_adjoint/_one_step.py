@@ -37,8 +37,10 @@ class OneStepAdjoint(AbstractPathAdjoint):
             return loop.run_primal(hyper, state, 0, last)
 
         state, early = detached(head, params, hyper, model_state)
-        # The last step is taken in any case, even where the loop had stopped.
+        # One more step is taken in any case, even where the loop had stopped.
         state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
-        draw = jax.tree.map(lambda leaf: leaf[last], loop.draws)
+        index = state.num_steps
+        draw = jax.tree.map(lambda leaf: leaf[index], loop.draws)
         state, loss = loop.step(hyper, state, draw)
-        return loop.finish(state, jnp.append(early, loss))
+        losses = jnp.append(early, jnp.full((), jnp.nan, early.dtype)).at[index].set(loss)
+        return loop.finish(state, losses)

@@ -8,6 +8,7 @@ import equinox as eqx
 from .._data import AbstractData
 from .._problem import BilevelProblem
 from .._report import Report
+from .._solver import Outcome
 from .._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 
 
@@ -62,8 +63,8 @@ class AbstractBilevelSolver(eqx.Module):
         state: Any,
         train: AbstractData,
         valid: AbstractData,
-    ) -> tuple[FloatScalar, Params, ModelState]:
-        """The outer loss, params and model state at the `hyper` of the state."""
+    ) -> tuple[FloatScalar, Outcome]:
+        """The outer loss, and what the inner solve came to, at the `hyper` of the state."""
 
     @abc.abstractmethod
     def hyper(self, state: Any) -> Hyper:

@@ -128,8 +128,7 @@ class NestedSolver(AbstractBilevelSolver):
 
     def evaluate(self, problem, state, train, valid):
         objective = self._objective(problem, state, train, valid)
-        value, outcome = objective.primal(state.hyper)
-        return value, outcome.params, outcome.model_state
+        return objective.primal(state.hyper)
 
     def hyper(self, state):
         return state.hyper

@@ -89,9 +89,7 @@ def check_tolerances(rtol: float | None, atol: float) -> None:
         raise ValueError(
             "`rtol` must be positive, or `None` for a fixed number of steps; got 0."
         )
-    if atol is None:
-        raise ValueError("`atol` must be a non-negative number; got None.")
-    check_tolerance(atol, "atol")
+    check_tolerance(atol, "atol", optional=False)
 
 
 def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:

@@ -83,9 +83,7 @@ class CG(AbstractLinearSolver):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
-        if self.damping is None:
-            raise ValueError("`damping` must be a non-negative number; got None.")
-        check_tolerance(self.damping, "damping")
+        check_tolerance(self.damping, "damping", optional=False)
         if self.preconditioner is not None and not (
             callable(self.preconditioner)
             or isinstance(self.preconditioner, lx.AbstractLinearOperator)

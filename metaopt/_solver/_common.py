@@ -1,11 +1,19 @@
 """Checks and conditions that several solvers share."""
 
 import equinox as eqx
+import jax.numpy as jnp
 
+from .._data import AbstractData
 from .._problem import AbstractProblem
+from .._results import RESULTS, where_result
 from .._tree import split_trainable
 from .._types import Batch, Hyper, Key, ModelState, Params
-from ._base import AbstractIterativeSolver, Optimality
+from ._base import (
+    AbstractDirectSolver,
+    AbstractIterativeSolver,
+    Optimality,
+    Outcome,
+)
 
 
 def problem_optimality(
@@ -41,4 +49,47 @@ def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem
         raise ValueError(
             f"`{name}` was given `state_policy` but the inner problem declares no model "
             "state. Set `has_state = True` on the problem or drop `state_policy`."
+        )
+
+
+def check_stopping(
+    solver: AbstractIterativeSolver, data: AbstractData, tolerance: str
+) -> None:
+    """A tolerance needs a residual that goes to zero."""
+    if solver.stops_early and data.varies:
+        raise ValueError(
+            f"`{type(solver).__name__}({tolerance}=...)` stops on the norm of a residual, "
+            f"which minibatches keep away from zero. Write `{tolerance}=None`, or hand "
+            "over plain arrays."
+        )
+
+
+def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
+    """The outcome of a solve that ran as a whole."""
+    ours = result
+    for theirs, code in (
+        (RESULTS.nonlinear_max_steps_reached, RESULTS.inner_max_steps),
+        (RESULTS.nonlinear_divergence, RESULTS.inner_diverged),
+        (RESULTS.nonfinite, RESULTS.inner_nonfinite),
+    ):
+        ours = where_result(result == theirs, code, ours)
+    num_steps = jnp.asarray(num_steps)
+    failed = (ours == RESULTS.inner_nonfinite) | (ours == RESULTS.inner_diverged)
+    return Outcome(
+        params=params,
+        model_state=None,
+        aux=evaluation.aux if problem.has_aux else None,
+        result=ours,
+        num_steps=num_steps,
+        losses=None,
+        failed_step=jnp.where(failed, num_steps, -1),
+    )
+
+
+def refuse_state(solver: AbstractDirectSolver, problem: AbstractProblem) -> None:
+    """Raises a `ValueError` for a problem with model state."""
+    if problem.has_state:
+        raise ValueError(
+            f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "
+            "with a `state_policy`, or keep the statistics out of the inner problem."
         )

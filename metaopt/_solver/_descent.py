@@ -1,5 +1,6 @@
 """Descent by any optax transform."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,12 @@ import optax
 
 from .._model_state import AbstractStatePolicy
 from .._problem import AbstractInnerProblem
-from .._rewrite import finite_derivatives
+from .._rewrite import carry_conditions, finite_derivatives
 from .._tree import split_trainable, tree_norm
 from .._types import Hyper
 from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
-from ._common import check_state_policy, problem_optimality
+from ._common import check_state_policy, check_stopping, problem_optimality
 
 
 Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
@@ -41,9 +42,10 @@ class Descent(AbstractIterativeSolver):
     )
     ```
 
-    Derivatives pass through the transform. Where a step of an elementary operation has
-    no finite derivative (the square root in Adam at a gradient entry of exactly zero)
-    it is taken as zero, and forward values are unchanged.
+    Derivatives pass through the transform. Where an elementary operation in its update
+    has no finite derivative (the square root in Adam at a gradient entry of exactly
+    zero) it is taken as zero, and forward values are unchanged. That includes schedules,
+    which are evaluated in the update, and not what the function computes from `hyper`.
 
     **Arguments:**
 
@@ -74,6 +76,8 @@ class Descent(AbstractIterativeSolver):
         atol: float | None = None,
         state_policy: AbstractStatePolicy | None = None,
     ):
+        if isinstance(transform, optax.MultiSteps):
+            transform = transform.gradient_transformation()
         self.transform = transform
         self.num_steps = num_steps
         self.atol = atol
@@ -82,6 +86,12 @@ class Descent(AbstractIterativeSolver):
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
         check_tolerance(self.atol, "atol")
+        if inspect.isfunction(self.transform) and _is_of_optax(self.transform):
+            raise ValueError(
+                f"`transform` is the function `optax.{self.transform.__name__}` itself. "
+                f"Call it: `optax.{self.transform.__name__}(...)`, or build it from "
+                "`hyper`: `lambda hyper: optax.sgd(hyper.rate)`."
+            )
         if not callable(self.transform) and not _is_transform(self.transform):
             raise ValueError(
                 "`transform` must be an optax transform such as `optax.sgd(0.1)`, or a "
@@ -100,11 +110,7 @@ class Descent(AbstractIterativeSolver):
             )
         check_state_policy(self, problem)
         data.check(self.num_steps)
-        if self.stops_early and data.varies:
-            raise ValueError(
-                "`Descent(atol=...)` compares the norm of the gradient, which minibatches"
-                " keep away from zero. Drop `atol`, or hand over plain arrays."
-            )
+        check_stopping(self, data, "atol")
 
     def optimality(self, problem, params, hyper, batch, key, state):
         return problem_optimality(problem, params, hyper, batch, key, state)
@@ -122,17 +128,19 @@ class Descent(AbstractIterativeSolver):
 
         (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
 
-        def update(gradient, solver_state, trainable, value):
-            return self._build(hyper).update(
-                gradient,
-                solver_state,
-                trainable,
-                value=value,
-                grad=gradient,
-                value_fn=lambda trainable: loss(trainable)[0],
-            )
+        # Built outside: what the user computes from `hyper` keeps its own derivatives.
+        transform = self._build(hyper)
 
-        updates, solver_state = finite_derivatives(update)(
+        def update(gradient, solver_state, trainable, value):
+            extra = {
+                "value": value,
+                "grad": gradient,
+                "value_fn": lambda trainable: loss(trainable)[0],
+            }
+            taken = _taken(transform.update, extra)
+            return transform.update(gradient, solver_state, trainable, **taken)
+
+        updates, solver_state = carry_conditions(finite_derivatives(update))(
             gradient, solver_state, trainable, value
         )
         trainable = optax.apply_updates(trainable, updates)
@@ -148,12 +156,27 @@ class Descent(AbstractIterativeSolver):
         transform: Any = self.transform
         if not _is_transform(transform):
             transform = transform(hyper)
+            if isinstance(transform, optax.MultiSteps):
+                transform = transform.gradient_transformation()
             if not _is_transform(transform):
                 raise ValueError(
                     "The function given to `Descent` must return an optax transform "
                     f"such as `optax.sgd(0.1)`; it returned {transform!r}."
                 )
         return optax.with_extra_args_support(transform)
+
+
+def _taken(function: Callable, extra: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in `extra` that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return extra
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in extra.items() if name in names}
+
+
+def _is_of_optax(function: Callable) -> bool:
+    return function.__module__.split(".")[0] == "optax"
 
 
 def _is_transform(x: Any) -> bool:

@@ -20,8 +20,7 @@ from .._results import RESULTS, where_result
 from .._rewrite import carry_conditions
 from .._tree import split_trainable, tree_all_finite
 from ._base import AbstractDirectSolver, Optimality
-from ._common import problem_optimality
-from ._optimistix import direct_outcome, refuse_state
+from ._common import direct_outcome, problem_optimality, refuse_state
 
 
 _FUNCTION_NAMES = ("fun", "fixed_point_fun", "optimality_fun")
@@ -58,7 +57,8 @@ class JaxoptSolver(AbstractDirectSolver):
     For quadratic programs `arguments` says what is solved, and the loss of the inner
     problem should be the same objective. Params are the primal and the dual variables,
     such as `jaxopt.base.KKTSolution(jnp.zeros(n), None, jnp.zeros(len(h)))` for the one
-    above, where `None` stands for the duals of constraints that are not there.
+    above (after `import jaxopt.base`), where `None` stands for the duals of constraints
+    that are not there.
 
     **Arguments:**
 
@@ -80,6 +80,11 @@ class JaxoptSolver(AbstractDirectSolver):
     arguments: Callable[..., dict[str, Any]] | None = None
 
     def __check_init__(self):
+        if not isinstance(self.solver, (str, type)):
+            raise ValueError(
+                "`solver` must be the name of a class in jaxopt, or the class, which "
+                f"metaopt constructs with the inner problem; got {self.solver!r}."
+            )
         cls = self._cls()
         # Solvers of quadratic programs make theirs when they are constructed.
         states_optimality = self._is_quadratic_program() or any(
@@ -152,10 +157,14 @@ class JaxoptSolver(AbstractDirectSolver):
             solution, state = solver.run(params, **arguments)
             # `EqualityConstrainedQP` solves one linear system and has no state.
             fields = {} if state is None else state._asdict()
-            error = fields.get("error", jnp.asarray(0.0))
-            converged = error <= jnp.asarray(vars(solver).get("tol", jnp.inf))
             if self._is_quadratic_program() and "status" in fields:
                 converged = fields["status"] == _SOLVED
+            elif "error" in fields and "tol" in vars(solver):
+                converged = fields["error"] <= jnp.asarray(solver.tol)
+            else:
+                # A factorisation: it solves exactly or gives NaN.
+                assert state is None, type(solver)
+                converged = jnp.asarray(True)
             return solution, converged, jnp.asarray(fields.get("iter_num", 1))
 
         solution, converged, num_steps = carry_conditions(run)(params)

@@ -192,7 +192,7 @@ class Loop(eqx.Module):
         model_state = state.model_state
         if self.problem.has_state:
             assert self.solver.state_policy is not None  # checked by the solver
-            model_state = self.solver.state_policy.finish(model_state)
+            model_state = self.solver.state_policy.finish(model_state, state.num_steps)
         return Outcome(
             params=eqx.combine(state.params, self.static_params),
             model_state=model_state,

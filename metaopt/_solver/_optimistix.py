@@ -4,22 +4,19 @@ import functools as ft
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import lineax as lx
 import optimistix as optx
 
 from .._problem import (
     AbstractFixedPointProblem,
     AbstractInnerProblem,
-    AbstractProblem,
 )
-from .._results import RESULTS, where_result
+from .._results import RESULTS
 from .._rewrite import carry_conditions
 from .._tree import split_trainable
 from .._validate import check_count
-from ._base import AbstractDirectSolver, Outcome
-from ._common import problem_optimality
+from ._base import AbstractDirectSolver
+from ._common import direct_outcome, problem_optimality, refuse_state
+from ._safe_loops import with_safe_loops
 
 
 _Minimiser = optx.AbstractMinimiser
@@ -110,7 +107,7 @@ class OptimistixSolver(AbstractDirectSolver):
             # method) is told what the kind of the problem promises.
             entry = ft.partial(optx.root_find, tags=condition.tags)
 
-        solver = jax.tree.map(_with_safe_loops, self.solver, is_leaf=_is_iterative)
+        solver = with_safe_loops(self.solver)
 
         def run(trainable):
             solution = entry(fn, solver, trainable, max_steps=self.max_steps, throw=False)
@@ -123,69 +120,4 @@ class OptimistixSolver(AbstractDirectSolver):
             evaluate(value),
             RESULTS.promote(result),
             num_steps,
-        )
-
-
-class _SafeLoops(lx.AbstractLinearSolver):
-    """An iterative solver of lineax whose loops are rebuilt to carry their condition.
-
-    `lineax.linear_solve` is a primitive that hides its loops, so they are rebuilt here,
-    where they are made.
-    """
-
-    solver: lx.AbstractLinearSolver
-
-    def init(self, operator, options):
-        return self.solver.init(operator, options)
-
-    def compute(self, state, vector, options):
-        compute = lambda vector: self.solver.compute(state, vector, options)
-        return carry_conditions(compute)(vector)
-
-    def transpose(self, state, options):
-        return self.solver.transpose(state, options)
-
-    def conj(self, state, options):
-        return self.solver.conj(state, options)
-
-    def assume_full_rank(self):
-        return self.solver.assume_full_rank()
-
-
-def _is_iterative(x: Any) -> bool:
-    return isinstance(x, (lx.CG, lx.GMRES, lx.BiCGStab))
-
-
-def _with_safe_loops(x: Any) -> Any:
-    return _SafeLoops(x) if _is_iterative(x) else x
-
-
-def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
-    """The outcome of a solve that ran as a whole."""
-    ours = result
-    for theirs, code in (
-        (RESULTS.nonlinear_max_steps_reached, RESULTS.inner_max_steps),
-        (RESULTS.nonlinear_divergence, RESULTS.inner_diverged),
-        (RESULTS.nonfinite, RESULTS.inner_nonfinite),
-    ):
-        ours = where_result(result == theirs, code, ours)
-    num_steps = jnp.asarray(num_steps)
-    failed = (ours == RESULTS.inner_nonfinite) | (ours == RESULTS.inner_diverged)
-    return Outcome(
-        params=params,
-        model_state=None,
-        aux=evaluation.aux if problem.has_aux else None,
-        result=ours,
-        num_steps=num_steps,
-        losses=None,
-        failed_step=jnp.where(failed, num_steps, -1),
-    )
-
-
-def refuse_state(solver: AbstractDirectSolver, problem: AbstractProblem) -> None:
-    """Raises a `ValueError` for a problem with model state."""
-    if problem.has_state:
-        raise ValueError(
-            f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "
-            "with a `state_policy`, or keep the statistics out of the inner problem."
         )

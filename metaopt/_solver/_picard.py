@@ -9,7 +9,7 @@ from .._problem import AbstractFixedPointProblem
 from .._tree import split_trainable, tree_norm
 from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
-from ._common import check_state_policy, problem_optimality
+from ._common import check_state_policy, check_stopping, problem_optimality
 
 
 class Picard(AbstractIterativeSolver):
@@ -58,8 +58,8 @@ class Picard(AbstractIterativeSolver):
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
         check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol")
-        check_tolerance(self.relaxation, "relaxation")
+        check_tolerance(self.atol, "atol", optional=False)
+        check_tolerance(self.relaxation, "relaxation", optional=False)
         if not 0 < self.relaxation <= 1:
             raise ValueError(f"`relaxation` must lie in (0, 1]; got {self.relaxation!r}.")
 
@@ -75,6 +75,7 @@ class Picard(AbstractIterativeSolver):
             )
         check_state_policy(self, problem)
         data.check(self.num_steps)
+        check_stopping(self, data, "rtol")
 
     def optimality(self, problem, params, hyper, batch, key, state):
         return problem_optimality(problem, params, hyper, batch, key, state)
