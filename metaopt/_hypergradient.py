@@ -15,7 +15,7 @@ from ._reach import split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, Outcome
-from ._tree import split_trainable, tree_add, tree_all_finite, tree_norm
+from ._tree import split_trainable, tree_add, tree_all_finite, tree_scaled_norm
 from ._types import (
     Aux,
     BoolScalar,
@@ -349,7 +349,8 @@ def _report(
         result=result,
         outer_loss=output.value,
         aux=output.aux,
-        hypergradient_norm=tree_norm(gradient),
+        hypergradient_norm=tree_scaled_norm(gradient),
+        num_zeros=sum(jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)),
         inner_residual=info.inner_residual,
         inner_error=info.inner_error,
         num_inner_steps=outcome.num_steps,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from ._tree import tree_structs
-from ._types import Vector
+from ._tree import divided, tree_scaled_norm, tree_structs
+from ._types import FloatScalar, Vector
 
 
 def jacobian_operator(
@@ -56,14 +56,16 @@ def cross_pullback(
     return out
 
 
-def newton_length(residual: Vector, product: Vector, norm: Callable) -> jax.Array:
+def newton_length(residual: Vector, operator: lx.AbstractLinearOperator) -> FloatScalar:
     """The length of the step to the solution, guessed from one product.
 
     With residual $r$ and Jacobian $A$ the distance to the solution is $|A^{-1}r|$.
     Along $r$ alone the operator stretches by $|Ar| / |r|$, which gives $|r|^2 / |Ar|$.
     It is an estimate from below where the residual has parts of higher curvature.
     """
-    square = norm(residual) ** 2
-    stretched = norm(product)
+    # The square of a small residual is zero, and zero would be taken for a solution.
+    size = tree_scaled_norm(residual)
+    unit = divided(residual, jnp.where(size > 0, size, 1))
+    length = size / tree_scaled_norm(operator.mv(unit))
     # A residual of exactly zero is a solution whatever the operator.
-    return jnp.where(square == 0, 0.0, square / stretched)
+    return jnp.where(size == 0, 0.0, length)

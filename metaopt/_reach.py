@@ -46,13 +46,21 @@ def split_unreached(
 
 def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
     """The text of the error about a derivative that is zero by construction."""
+    listed = ", ".join(names)
+    kind = type(adjoint).__name__
+    if adjoint.sees_path:
+        return (
+            f"The derivative with respect to {listed} is zero by construction: it acts on "
+            "the result only through operations that have no derivative (rounding, "
+            "comparisons, `argmax`, accuracies, updates by sign). Use a smooth measure "
+            "in their place, or keep it out of `hyper`."
+        )
     return (
-        f"The derivative with respect to {', '.join(names)} is zero by construction under "
-        f"`{type(adjoint).__name__}`: it acts on the result only through what this "
-        "adjoint does not see (the inner solver's settings, the initial params, an "
-        "operation with no derivative). Use `metaopt.UnrolledAdjoint()` or "
-        "`metaopt.ForwardAdjoint()`, let it enter the inner or the outer loss, or keep "
-        "it out of what is differentiated with `jax.lax.stop_gradient`."
+        f"The derivative with respect to {listed} is zero by construction under `{kind}`: "
+        "it acts on the inner solution only through what this adjoint does not see (the "
+        "inner solver's settings, the initial params, an operation with no derivative). "
+        "Use `metaopt.UnrolledAdjoint()` or `metaopt.ForwardAdjoint()`, let it enter the "
+        "inner loss, or hold it constant there with `jax.lax.stop_gradient`."
     )
 
 

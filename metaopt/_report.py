@@ -32,6 +32,9 @@ class Solution(eqx.Module):
     model_state: ModelState
     stats: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         losses = self.stats["losses"]
         rows = [("steps", _number(self.stats["num_steps"]))]
@@ -51,6 +54,8 @@ class Report(eqx.Module):
     - `result`: how it went; `metaopt.RESULTS[result]` names the cause and the remedy.
     - `outer_loss`, `aux`: the outer loss and its auxiliary output.
     - `hypergradient_norm`: the Euclidean norm of the hypergradient.
+    - `num_zeros`: how many entries of the hypergradient are exactly zero. What an adjoint
+        can see is known for each leaf of `hyper`, and not within one.
     - `inner_residual`: the norm of the optimality (of the gradient of the inner loss)
         at the inner solution; on the batch of the last step where the adjoint follows
         the path of the solver, on all of the data where it is implicit.
@@ -72,6 +77,7 @@ class Report(eqx.Module):
     outer_loss: FloatScalar
     aux: Aux
     hypergradient_norm: FloatScalar
+    num_zeros: IntScalar
     inner_residual: FloatScalar
     inner_error: FloatScalar | None
     num_inner_steps: IntScalar
@@ -83,6 +89,9 @@ class Report(eqx.Module):
     left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         rows = [
             ("adjoint", self.adjoint + (" (biased)" if self.left_out else "")),
@@ -91,12 +100,15 @@ class Report(eqx.Module):
             ("inner steps", _number(self.num_inner_steps)),
             ("inner residual", _number(self.inner_residual)),
         ]
+        if _is_known(self.num_zeros) and np.any(np.asarray(self.num_zeros) > 0):
+            rows.insert(3, ("entries exactly zero", _number(self.num_zeros)))
         if self.inner_error is not None:
             rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
         if self.linear_residual is not None:
             rows.append(("linear steps", _number(self.num_linear_steps)))
             rows.append(("linear residual", _number(self.linear_residual)))
-            rows.append(("smallest curvature", _number(self.min_curvature)))
+            if not _is_known(self.min_curvature) or np.all(np.isfinite(self.min_curvature)):
+                rows.append(("smallest curvature", _number(self.min_curvature)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", _number(self.failed_step)))
         if self.left_out:
@@ -181,6 +193,9 @@ class BilevelSolution(eqx.Module):
     state: Any
     num_skipped: int
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         history = self.history
         rows = [("outer steps", str(len(history)))]
@@ -194,6 +209,10 @@ class BilevelSolution(eqx.Module):
             ]
             if history.num_linear_steps.any():
                 rows.append(("linear steps", _number(history.num_linear_steps.sum())))
+            if self.report is not None and self.report.left_out:
+                rows.append(("left out", "; ".join(self.report.left_out)))
+            if self.report is not None and self.report.unreached:
+                rows.append(("without influence", ", ".join(self.report.unreached)))
             if self.num_skipped:
                 rows.append(("updates skipped", str(self.num_skipped)))
             rows.append(("seconds", f"{history.seconds.sum():.1f}"))
@@ -206,7 +225,8 @@ def _smallest(values: np.ndarray) -> float:
 
 
 def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    # Not a tracer, and not the shape or the name that stands for an array elsewhere.
+    return eqx.is_array_like(x) and not isinstance(x, jax.core.Tracer)
 
 
 def _number(x: Any) -> str:

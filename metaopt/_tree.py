@@ -65,6 +65,37 @@ def tree_where(condition: BoolScalar, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
+def unit_scale(vector: Vector) -> FloatScalar:
+    """A power of two to divide `vector` by; 1 unless its square would not be a number.
+
+    The squares of a very small vector are all zero, and a zero right-hand side has the
+    solution zero: an error that nothing would report.
+    """
+    dtype = tree_dtype(vector)
+    leaves = jax.tree.leaves(vector)
+    sizes = [jnp.max(jnp.abs(a)).astype(dtype) for a in leaves if a.size > 0]
+    size = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), dtype)
+    info = jnp.finfo(dtype)
+    # Residuals are smaller than the vector by a factor of eps, at most, and this is
+    # squared; in the other direction, sums of squares must not overflow.
+    low = float(info.tiny) ** 0.5 / float(info.eps)
+    inside = (size >= low) & (size <= 1 / low)
+    exponent = jnp.clip(jnp.frexp(size)[1] - 1, info.minexp, info.maxexp - 1)
+    power = jnp.ldexp(jnp.ones((), dtype), exponent)
+    return jnp.where(inside | (size == 0) | ~jnp.isfinite(size), 1, power)
+
+
+def divided(vector: Vector, scale: FloatScalar) -> Vector:
+    """`vector / scale`, each leaf in its own dtype."""
+    return jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+
+
+def tree_scaled_norm(x: Vector) -> FloatScalar:
+    """The Euclidean norm of a vector whose square may overflow or vanish."""
+    scale = unit_scale(x)
+    return scale * tree_norm(divided(x, scale))
+
+
 def tree_all_finite(x: PyTree) -> BoolScalar:
     """Whether no floating-point entry of `x` is infinite or NaN."""
     leaves = jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))

@@ -21,6 +21,10 @@ from problems import Case, CASES, FIXED_POINT, flat, LOSS, relative_error, softm
 class Identity(mo.AbstractLinearSolver):
     """The control: takes the inverse for the identity (Luketina et al., 2016)."""
 
+    @property
+    def left_out(self):
+        return ("the inverse of the Hessian",)
+
     def check(self, operator):
         del operator
 

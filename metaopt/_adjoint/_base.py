@@ -1,6 +1,7 @@
 """What an adjoint is: how the derivative passes through an inner solve."""
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
@@ -145,14 +146,30 @@ class AbstractPathAdjoint(AbstractAdjoint):
             arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
             return value, arrays
 
-        value, pullback, arrays = jax.vjp(objective, trainable, trainable, has_aux=True)
-        through_solution, direct = pullback(scale.astype(value.dtype))
+        with _reverse_mode_explained():
+            value, pullback, arrays = jax.vjp(objective, trainable, trainable, has_aux=True)
+            through_solution, direct = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
         residual = inner.last_residual(outcome, hyper)
         info = AdjointInfo(first_failure(), residual, left_out=self.left_out)
         return HypergradientOutput(
             value, aux, direct, through_solution, outcome, info, None
         )
+
+
+@contextlib.contextmanager
+def _reverse_mode_explained():
+    """Names the remedy where a step holds a loop that reverse mode cannot pass."""
+    try:
+        yield
+    except ValueError as error:
+        if "while_loop" not in str(error):
+            raise
+        raise ValueError(
+            "A step of the inner solver holds a loop of unknown length, such as a line "
+            "search, which reverse mode cannot pass. Use `metaopt.ImplicitAdjoint()` or "
+            "`metaopt.ForwardAdjoint()`, or a solver without such a loop."
+        ) from error
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:

@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._dependence import depends
+from .._detach import stop_gradient
 from .._linear import AbstractLinearSolver, CG, LinearSolution
 from .._operators import cross_pullback, jacobian_operator, newton_length
-from .._results import first_failure, RESULTS, where_result
+from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Outcome
-from .._tree import split_trainable, tree_norm, tree_structs
-from .._types import Hyper, Vector
+from .._tree import (
+    split_trainable,
+    tree_dot,
+    tree_norm,
+    tree_scaled_norm,
+    tree_structs,
+    tree_sub,
+)
+from .._types import FloatScalar, Hyper, Vector
 from .._validate import check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
 
@@ -72,15 +80,13 @@ class ImplicitAdjoint(AbstractAdjoint):
             lambda p: condition(p, outer_variables), trainable, condition.tags
         )
         self.linear_solver.check(operator)
-        result = first_failure(
-            outcome.result, self._inner_result(residual, operator, trainable)[0]
-        )
+        point = _Point.at(params, trainable, residual, operator)
         solution = _with_implicit_derivative(
             eqx.filter_closure_convert(condition.fn, trainable, outer_variables),
             trainable,
             outer_variables,
-            jax.lax.stop_gradient(result),
-            linear_solver=self.linear_solver,
+            stop_gradient((outcome.result, point)),
+            adjoint=self,
             tags=condition.tags,
             throw=throw,
         )
@@ -103,57 +109,129 @@ class ImplicitAdjoint(AbstractAdjoint):
         residual, operator = jacobian_operator(
             lambda p: condition(p, outer_variables), trainable, condition.tags
         )
-        inner_result, inner_error = self._inner_result(residual, operator, trainable)
-        linear = _solve_transposed(
-            self.linear_solver, operator, condition.tags, in_params, carry
-        )
+        point = _Point.at(params, trainable, residual, operator)
+        linear = self._solve_transposed(operator, in_params, carry)
         through_params = cross_pullback(
             lambda h: condition(trainable, h), outer_variables, linear.value
         )
+        error = point.error(linear.value, in_params)
         info = AdjointInfo(
-            result=first_failure(inner_result, linear.result),
-            inner_residual=tree_norm(residual),
-            inner_error=inner_error,
+            result=first_failure(self._judge(error), linear.result),
+            inner_residual=tree_scaled_norm(residual),
+            inner_error=error,
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
             min_curvature=linear.min_curvature,
-            left_out=_unseen_model_state(inner, outer, start, hyper, outcome),
+            left_out=(
+                *self.linear_solver.left_out,
+                *_unseen_model_state(inner, outer, start, hyper, outcome),
+            ),
         )
         through_solution = jax.tree.map(jnp.negative, through_params)
         return HypergradientOutput(
             value, aux, direct, through_solution, outcome, info, linear.value
         )
 
-    def _inner_result(self, residual, operator, params):
-        """Whether the inner solution is good enough, and its estimated error."""
-        length = newton_length(residual, operator.mv(residual), tree_norm)
-        size = tree_norm(params)
-        error = jnp.where(length == 0, 0.0, length / size)
-        result = where_result(
-            error <= self.inner_rtol,
-            RESULTS.successful,
-            RESULTS.inner_not_converged,
-        )
+    def _judge(self, error: FloatScalar) -> RESULTS:
+        """Whether the inner solution is good enough."""
         if self.inner_rtol == jnp.inf:
-            result = RESULTS.successful
-        return result, error
+            return RESULTS.successful
+        good = error <= self.inner_rtol
+        return where_result(good, RESULTS.successful, RESULTS.inner_not_converged)
+
+    def _linear_solution(
+        self,
+        operator: lx.AbstractLinearOperator,
+        vector: Vector,
+        start: Vector | None = None,
+    ) -> LinearSolution:
+        """The solution of the linear system, its curvature checked by this as well.
+
+        Methods that do not look at curvature solve at a saddle or a maximum like
+        anywhere else, and what they find is not the response of a minimum.
+        """
+        solution = self.linear_solver.solve(operator, vector, start)
+        if not lx.is_positive_semidefinite(operator):
+            return solution
+        x, b = tree_norm(solution.value), tree_norm(vector)
+        along = tree_dot(solution.value, vector)  # x.A x, but for the residual
+        negative = along < -solution.residual * x * b
+        curvature = jnp.where(x > 0, along / jnp.where(x > 0, x, 1) ** 2, jnp.inf)
+        return eqx.tree_at(
+            lambda s: (s.result, s.min_curvature),
+            solution,
+            (
+                first_failure(
+                    solution.result, mask_result(negative, RESULTS.linear_indefinite)
+                ),
+                jnp.minimum(solution.min_curvature, curvature),
+            ),
+        )
+
+    def _solve_transposed(
+        self, operator: lx.AbstractLinearOperator, vector: Vector, start: Vector | None
+    ) -> LinearSolution:
+        """Solves with the transposed operator, differentiably once more."""
+        symmetric = lx.is_symmetric(operator)
+        transposed = operator if symmetric else operator.transpose()
+        start = jax.lax.stop_gradient(start)
+
+        def solve(product, vector):
+            made = lx.FunctionLinearOperator(product, tree_structs(vector), operator.tags)
+            solution = self._linear_solution(made, vector, start)
+            return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
+
+        value, rest = jax.lax.custom_linear_solve(
+            transposed.mv,
+            vector,
+            solve,
+            transpose_solve=solve,
+            symmetric=symmetric,
+            has_aux=True,
+        )
+        return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)
+
+
+class _Point(eqx.Module):
+    """Where an implicit derivative is taken, and how far that may be from a solution."""
+
+    residual: Vector
+    distance: FloatScalar  # to the solution, by one product
+    size: FloatScalar  # what the distance is compared with
+
+    @classmethod
+    def at(cls, start, params: Vector, residual: Vector, operator) -> "_Point":
+        # A solution near zero is as good as the way to it was long.
+        way = tree_sub(params, split_trainable(start)[0])
+        size = jnp.maximum(tree_norm(params), tree_norm(way))
+        return cls(residual, newton_length(residual, operator), size)
+
+    def error(self, solution: Vector, vector: Vector) -> FloatScalar:
+        """An estimate of the relative error of the params, from below.
+
+        With $A w = b$ solved for the derivative, $w . r = b . A^{-1} r$ is the step that
+        is still to come, $A^{-1} r$, projected on $b$: for a hypergradient, on the
+        direction in which the outer loss changes. It sees slow directions, which the
+        residual hides.
+        """
+        size = tree_norm(vector)
+        along = jnp.abs(tree_dot(solution, self.residual))
+        along = jnp.where(size > 0, along / jnp.where(size > 0, size, 1), 0.0)
+        distance = jnp.maximum(self.distance, along)
+        return jnp.where(distance == 0, 0.0, distance / self.size)
 
 
 @eqx.filter_custom_jvp
-def _with_implicit_derivative(
-    optimality, params, hyper, result, *, linear_solver, tags, throw
-):
+def _with_implicit_derivative(optimality, params, hyper, reached, *, adjoint, tags, throw):
     return params
 
 
 @_with_implicit_derivative.def_jvp
-def _(primals, tangents, *, linear_solver, tags, throw):
-    optimality, params, hyper, inner_result = primals
+def _(primals, tangents, *, adjoint, tags, throw):
+    optimality, params, hyper, (inner_result, point) = primals
     moving_optimality, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
-    params = _with_implicit_derivative(
-        *primals, linear_solver=linear_solver, tags=tags, throw=throw
-    )
+    params = _with_implicit_derivative(*primals, adjoint=adjoint, tags=tags, throw=throw)
     _, pushed = eqx.filter_jvp(
         lambda optimality, hyper: optimality(params, hyper),
         (optimality, hyper),
@@ -168,8 +246,9 @@ def _(primals, tangents, *, linear_solver, tags, throw):
     def solve(product, vector):
         structure = tree_structs(vector)
         operator = lx.FunctionLinearOperator(product, structure, tags)
-        solution = linear_solver.solve(operator, vector)
-        result = first_failure(inner_result, solution.result)
+        solution = adjoint._linear_solution(operator, vector)
+        error = point.error(solution.value, vector)
+        result = first_failure(inner_result, adjoint._judge(error), solution.result)
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(solution.value, failed)
@@ -200,36 +279,16 @@ def _unseen_model_state(
     def outer_loss(floats):
         return outer(outcome.params, hyper, eqx.combine(floats, rest))[0]
 
-    if not jax.tree.leaves(floats) or not depends(outer_loss, floats):
+    def condition(floats):
+        state = eqx.combine(floats, rest)
+        return inner.solver.optimality(
+            inner.problem, outcome.params, hyper, inner.data.full(), inner.key, state
+        )(split_trainable(outcome.params)[0], trainable)
+
+    if not jax.tree.leaves(floats):
+        return ()
+    if not (depends(outer_loss, floats) or depends(condition, floats)):
         return ()
     if not depends(model_state, trainable):
         return ()
     return ("what `hyper` does through the model state",)
-
-
-def _solve_transposed(
-    linear_solver: AbstractLinearSolver,
-    operator: lx.AbstractLinearOperator,
-    tags: frozenset[object],
-    vector: Vector,
-    start: Vector | None,
-) -> LinearSolution:
-    """Solves with the transposed operator, differentiably once more."""
-    symmetric = lx.symmetric_tag in tags
-    transposed = operator if symmetric else operator.transpose()
-    start = jax.lax.stop_gradient(start)
-
-    def solve(product, vector):
-        made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
-        solution = linear_solver.solve(made, vector, start)
-        return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
-
-    value, rest = jax.lax.custom_linear_solve(
-        transposed.mv,
-        vector,
-        solve,
-        transpose_solve=solve,
-        symmetric=symmetric,
-        has_aux=True,
-    )
-    return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 
 from .._results import mask_result, RESULTS
-from .._tree import tree_dtype, tree_structs
+from .._tree import tree_structs
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
@@ -44,6 +44,11 @@ class AbstractLinearSolver(eqx.Module):
 
     Its settings are plain Python numbers.
     """
+
+    @property
+    @abc.abstractmethod
+    def left_out(self) -> tuple[str, ...]:
+        """What a solve leaves out because it was asked to, in words."""
 
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
@@ -90,6 +95,13 @@ def check_tolerances(rtol: float | None, atol: float) -> None:
             "`rtol` must be positive, or `None` for a fixed number of steps; got 0."
         )
     check_tolerance(atol, "atol", optional=False)
+
+
+def steps_left_out(rtol: float | None, max_steps: int) -> tuple[str, ...]:
+    """What a fixed number of steps leaves out."""
+    if rtol is not None:
+        return ()
+    return (f"what more than {max_steps} steps of the linear solver would add",)
 
 
 def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
@@ -144,35 +156,10 @@ def floored_rtol(rtol: float, solver: str, vector: Vector) -> float:
     return floor
 
 
-def unit_scale(vector: Vector) -> FloatScalar:
-    """A power of two to divide `vector` by; 1 unless its square would not be a number.
-
-    The squares of a very small vector are all zero, and a zero right-hand side has the
-    solution zero: an error that nothing would report.
-    """
-    dtype = tree_dtype(vector)
-    leaves = jax.tree.leaves(vector)
-    sizes = [jnp.max(jnp.abs(a)).astype(dtype) for a in leaves if a.size > 0]
-    size = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), dtype)
-    info = jnp.finfo(dtype)
-    # Residuals are smaller than the vector by a factor of eps, at most, and this is
-    # squared; in the other direction, sums of squares must not overflow.
-    low = float(info.tiny) ** 0.5 / float(info.eps)
-    inside = (size >= low) & (size <= 1 / low)
-    exponent = jnp.clip(jnp.frexp(size)[1] - 1, info.minexp, info.maxexp - 1)
-    power = jnp.ldexp(jnp.ones((), dtype), exponent)
-    return jnp.where(inside | (size == 0) | ~jnp.isfinite(size), 1, power)
-
-
 def out_of_steps(rtol: float | None) -> RESULTS:
     """The result of a solve that has taken all its steps."""
     fixed = jnp.asarray(rtol is None)
     return mask_result(~fixed, RESULTS.linear_max_steps)
-
-
-def divided(vector: Vector, scale: FloatScalar) -> Vector:
-    """`vector / scale`, each leaf in its own dtype."""
-    return jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
 
 
 def relative(residual: FloatScalar, size: FloatScalar) -> FloatScalar:

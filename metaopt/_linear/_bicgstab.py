@@ -8,6 +8,7 @@ from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
+    divided,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -16,6 +17,7 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
+    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
@@ -24,12 +26,11 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    divided,
     floored_rtol,
     out_of_steps,
     relative,
     reported,
-    unit_scale,
+    steps_left_out,
 )
 
 
@@ -68,6 +69,10 @@ class BiCGStab(AbstractLinearSolver):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
+
+    @property
+    def left_out(self):
+        return steps_left_out(self.rtol, self.max_steps)
 
     def check(self, operator):
         check_square("BiCGStab", operator)

@@ -10,6 +10,7 @@ from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
+    divided,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -19,6 +20,7 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
+    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -27,12 +29,11 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    divided,
     floored_rtol,
     out_of_steps,
     relative,
     reported,
-    unit_scale,
+    steps_left_out,
 )
 
 
@@ -92,6 +93,11 @@ class CG(AbstractLinearSolver):
                 "`preconditioner` must be a function from vectors to vectors or a "
                 f"`lineax` operator; got {self.preconditioner!r}."
             )
+
+    @property
+    def left_out(self):
+        damping = (f"the damping of {self.damping:g}",) if self.damping else ()
+        return damping + steps_left_out(self.rtol, self.max_steps)
 
     def check(self, operator):
         check_square("CG", operator)

@@ -12,6 +12,7 @@ from jax import lax
 from .._results import first_failure, mask_result, RESULTS
 from .._rewrite import carry_conditions
 from .._tree import (
+    divided,
     tree_add,
     tree_all_finite,
     tree_dtype,
@@ -22,6 +23,7 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
+    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
@@ -31,12 +33,11 @@ from ._base import (
     check_structures,
     check_tolerances,
     coarsest_eps,
-    divided,
     floored_rtol,
     out_of_steps,
     relative,
     reported,
-    unit_scale,
+    steps_left_out,
 )
 
 
@@ -75,6 +76,10 @@ class GMRES(AbstractLinearSolver):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
         check_count(self.restart, "restart")
+
+    @property
+    def left_out(self):
+        return steps_left_out(self.rtol, self.max_steps)
 
     def check(self, operator):
         check_square("GMRES", operator)
@@ -208,6 +213,10 @@ class Dense(AbstractLinearSolver):
 
     def __check_init__(self):
         check_count(self.max_size, "max_size")
+
+    @property
+    def left_out(self):
+        return ()
 
     def check(self, operator):
         check_square("Dense", operator)

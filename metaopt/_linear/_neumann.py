@@ -8,6 +8,7 @@ from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
+    divided,
     tree_all_finite,
     tree_axpy,
     tree_dtype,
@@ -16,6 +17,7 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
+    unit_scale,
 )
 from .._types import FloatScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -24,10 +26,8 @@ from ._base import (
     check_square,
     check_structures,
     coarsest_eps,
-    divided,
     relative,
     reported,
-    unit_scale,
 )
 
 
@@ -63,7 +63,7 @@ class Neumann(AbstractLinearSolver):
         Jacobian-free backpropagation for implicit networks*, AAAI 2022.
     """
 
-    num_terms: int = eqx.field(default=20, static=True)
+    num_terms: int = eqx.field(static=True)
     scale: float | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
@@ -74,6 +74,10 @@ class Neumann(AbstractLinearSolver):
                 raise ValueError(
                     "`scale` must be positive, or `None` for an estimate; got 0."
                 )
+
+    @property
+    def left_out(self):
+        return (f"what more than {self.num_terms} terms of the Neumann series would add",)
 
     def check(self, operator):
         check_square("Neumann", operator)

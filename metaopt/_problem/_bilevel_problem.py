@@ -4,7 +4,7 @@ import equinox as eqx
 
 from .._types import Aux, Batch, FloatScalar, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem
-from ._call import check_scalar, declared, describe, unpack
+from ._call import call_with_note, check_scalar, declared, describe, unpack
 from ._functions import InnerProblem
 
 
@@ -72,7 +72,9 @@ class BilevelProblem(eqx.Module):
         A pair of a floating-point scalar and the auxiliary output.
         """
         optional = declared(self.outer_loss, {"key": key, "state": state})
-        out = self.outer_loss(params, hyper, batch, **optional)
+        out = call_with_note(
+            self.outer_loss, "outer_loss", params, hyper, batch, **optional
+        )
         if self.has_aux:
             out = unpack(out, "the outer loss", ("value", "aux"))
             value, aux = out

@@ -37,7 +37,7 @@ def call(
     if problem.has_state:
         # A copy: `equinox.nn.State` refuses to be read again once it was updated.
         optional["state"] = jax.tree.map(lambda leaf: leaf, state)
-    out = fn(params, hyper, batch, **optional)
+    out = call_with_note(fn, name, params, hyper, batch, **optional)
     parts = ["value"]
     if problem.has_state:
         parts.append("state")
@@ -47,6 +47,19 @@ def call(
         return Evaluation(out, None, None)
     named = dict(zip(parts, unpack(out, f"`{name}`", tuple(parts)), strict=True))
     return Evaluation(named["value"], named.get("state"), named.get("aux"))
+
+
+def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> Any:
+    """Calls a user's function, whose exceptions stay its own."""
+    try:
+        return fn(params, hyper, batch, **optional)
+    except Exception as error:
+        if batch is None:
+            error.add_note(
+                f"metaopt called `{name}` with `None` as its batch, because no data was "
+                "handed over for it."
+            )
+        raise
 
 
 def check_scalar(value: Any, whose: str) -> None:

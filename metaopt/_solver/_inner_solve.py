@@ -6,7 +6,7 @@ import jax
 from .._data import AbstractData
 from .._detach import detached
 from .._problem import AbstractProblem
-from .._tree import tree_norm
+from .._tree import tree_scaled_norm
 from .._types import FloatScalar, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
@@ -82,7 +82,7 @@ class InnerSolve(eqx.Module):
             condition = self.solver.optimality(
                 self.problem, outcome.params, hyper, batch, key, outcome.model_state
             )
-            params = eqx.filter(outcome.params, eqx.is_inexact_array)
-            return tree_norm(condition(params, eqx.filter(hyper, eqx.is_inexact_array)))
+            variables = eqx.filter((outcome.params, hyper), eqx.is_inexact_array)
+            return tree_scaled_norm(condition(*variables))
 
         return detached(residual, outcome, hyper)
