@@ -1,7 +1,6 @@
 """Where batches come from."""
 
 import abc
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -173,11 +172,6 @@ def as_data(data: Any, name: str = "data") -> AbstractData:
     """
     if isinstance(data, AbstractData):
         return data
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"`{name}` is an iterator, from which only `metaopt.solve_bilevel` pulls. Hand "
-            "over one batch, or `metaopt.BatchSequence` of several that are stacked."
-        )
     names, leaves = leaf_names(data, name), jax.tree.leaves(data)
     counts = {
         name: leaf.shape[0]

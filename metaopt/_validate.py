@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -88,6 +89,11 @@ def canonical_arrays(tree: Any, name: str) -> Any:
 
     `ValueError` naming the array.
     """
+    if isinstance(tree, Iterator):
+        raise ValueError(
+            f"`{name}` is an iterator, from which only `metaopt.solve_bilevel` pulls. Hand "
+            "over one batch, or a `metaopt.BatchSequence` of several that are stacked."
+        )
     names = leaf_names(tree, name)
     leaves, structure = jax.tree.flatten(tree)
     leaves = [

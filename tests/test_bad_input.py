@@ -79,6 +79,54 @@ VALUE_ERRORS = {
         lambda: mo.BilevelProblem(inner_loss, 3.0),
         "`outer_loss` must be a func",
     ),
+    "adjoint class": (
+        lambda: call(adjoint=mo.ImplicitAdjoint),
+        "`adjoint` is the class `ImplicitAdjoint` itself. Call it",
+    ),
+    "optax function": (
+        lambda: mo.Descent(optax.sgd, num_steps=3),  # pyright: ignore
+        r"`transform` is the function `optax.sgd` itself. Call it",
+    ),
+    "key": (lambda: call(key=0), r"`key` must come from `jax.random.key\(0\)`; got 0"),
+    "data as params": (
+        lambda: call(params=mo.Minibatches((X, Y), 4)),
+        r"`params` is .* a source of data. Write `hypergradient\(problem, hyper, params",
+    ),
+    "iterator": (lambda: data_call(iter([(X, Y)])), "`train` is an iterator, from which"),
+    "sequence for the outer loss": (
+        lambda: data_call((X, Y), mo.BatchSequence((X, Y))),
+        "`valid` is a `BatchSequence`",
+    ),
+    "Picard and minibatches": (
+        lambda: mo.hypergradient(
+            FIXED_POINT,
+            1.0,
+            jnp.zeros(3),
+            mo.Minibatches((X, Y), 4),
+            inner=mo.Picard(20),
+            adjoint=mo.UnrolledAdjoint(),
+        ),
+        "which minibatches keep away from zero. Write `rtol=None`",
+    ),
+    "no inner_rtol": (
+        lambda: mo.ImplicitAdjoint(inner_rtol=None),  # pyright: ignore
+        "`inner_rtol` must be a non-negative number; got None",
+    ),
+    "difference of length zero": (
+        lambda: mo.check_hypergradient(
+            PROBLEM,
+            1.0,
+            params=jnp.zeros(3),
+            inner=DESCENT,
+            adjoint=mo.UnrolledAdjoint(),
+            step=0.0,
+        ),
+        "`step` must be positive",
+    ),
+    "jaxopt instance": (
+        lambda: mo.JaxoptSolver(3),
+        "`solver` must be the name of a class in jaxopt",
+    ),
     "no init": (
         lambda: mo.hypergradient(PROBLEM, 1.0, inner=DESCENT, adjoint=mo.UnrolledAdjoint()),
         r"pass `params=\.\.\.`",
@@ -381,6 +429,24 @@ def test_what_solvers_of_jaxopt_lack(name, message):
     pytest.importorskip("jaxopt", exc_type=ImportError)
     with pytest.raises(ValueError, match=message):
         call(inner=mo.JaxoptSolver(name), adjoint=mo.ImplicitAdjoint(mo.GMRES()))
+
+
+def test_missing_data_is_named_beside_the_exception():
+    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum((p - h) ** 2) + b[0], outer_loss)
+    with pytest.raises(TypeError, match="not subscriptable") as info:
+        call(problem)
+    assert "called `loss` with `None` as its batch" in info.value.__notes__[0]
+
+
+def test_floats_are_params():
+    solution = mo.solve_inner(
+        mo.InnerProblem(lambda p, h, b: (p["a"] - h) ** 2),
+        1.0,
+        {"a": 0.0},
+        solver=mo.Descent(optax.sgd(0.1), num_steps=100),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+    np.testing.assert_allclose(solution.value["a"], 1.0, rtol=1e-6)
 
 
 def test_exceptions_of_losses_surface_unchanged():

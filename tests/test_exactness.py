@@ -298,6 +298,46 @@ def test_check_passes_what_is_right(name, adjoint):
     assert "The two agree." in str(result)
 
 
+def test_check_looks_along_each_leaf():
+    # A direct slope of 1000 hid that the other leaf was wrong by 80 %.
+    problem = mo.BilevelProblem(
+        lambda p, h, b: jnp.sum((p - h["a"]) ** 2),
+        lambda p, h, b: jnp.sum(p**2) + 1000 * h["b"],
+    )
+    hyper = {"a": jnp.ones(3), "b": jnp.array(0.5)}
+    inner = mo.Descent(optax.sgd(0.1), num_steps=200)
+    with pytest.raises(mo.SolveError, match="do NOT agree"):
+        mo.check_hypergradient(
+            problem,
+            hyper,
+            params=jnp.zeros(3),
+            inner=inner,
+            adjoint=mo.TruncatedAdjoint(2),
+            rtol=1e-2,
+        )
+    check = mo.check_hypergradient(
+        problem, hyper, params=jnp.zeros(3), inner=inner, adjoint=mo.ImplicitAdjoint()
+    )
+    assert len(check.hypergradient) == 5 and check.relative_error < 1e-6
+
+
+def test_check_does_not_pass_on_noise():
+    # The differences of a loss of 1e12 are rounding, which agrees with anything.
+    problem = mo.BilevelProblem(
+        lambda p, h, b: jnp.sum((p - h) ** 2), lambda p, h, b: 1e12 + jnp.sum(p**2)
+    )
+    check = mo.check_hypergradient(
+        problem,
+        jnp.ones(3),
+        params=jnp.zeros(3),
+        inner=mo.Descent(optax.sgd(0.1), num_steps=200),
+        adjoint=mo.ImplicitAdjoint(),
+        throw=False,
+    )
+    assert not check.passed
+    assert np.all(check.difference_error > 0.1 * np.max(np.abs(check.finite_difference)))
+
+
 @pytest.mark.parametrize(
     "name, adjoint",
     [

@@ -112,6 +112,112 @@ def test_unconverged_inner_problem():
     assert jnp.all(jnp.abs(accepted - exact) > 0.5 * jnp.abs(accepted))
 
 
+def test_slow_direction_is_not_taken_for_solved():
+    # The residual is small and 0.2 are missing where the curvature is 1e-4. One product
+    # along the residual says 2.6e-4; the solution of the linear system knows.
+    curvatures = jnp.array([1.0, 1e-4])
+    problem = mo.BilevelProblem(
+        lambda p, h, b: 0.5 * jnp.sum(curvatures * (p - h) ** 2),
+        lambda p, h, b: jnp.sum(p**2),
+    )
+    inner = mo.Descent(optax.sgd(1.999), num_steps=8000)
+    gradient, report = call(problem, jnp.ones(2), jnp.zeros(2), inner=inner, throw=False)
+    assert code(report) == "inner_not_converged"
+    error = jnp.linalg.norm(gradient / 2 - 1) / jnp.sqrt(2)
+    assert 0.3 * error < report.inner_error < 2 * error
+
+    def plain(hyper):
+        solution = mo.solve_inner(
+            problem.inner,
+            hyper,
+            jnp.zeros(2),
+            solver=inner,
+            adjoint=mo.ImplicitAdjoint(),
+            throw=False,
+        )
+        return jnp.sum(solution.value**2)
+
+    assert jnp.all(jnp.isnan(jax.grad(plain)(jnp.ones(2))))
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1.0, 1e170])
+def test_scale_of_the_loss_does_not_matter(scale):
+    # The square of the residual is zero, or infinite, at the ends.
+    problem = mo.BilevelProblem(
+        lambda p, h, b: scale * jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum(p**2)
+    )
+    for num_steps, expected in ((3, "inner_not_converged"), (300, "successful")):
+        inner = mo.Descent(optax.sgd(0.1 / scale), num_steps=num_steps)
+        gradient, report = call(problem, inner=inner, throw=False)
+        assert code(report) == expected
+        assert jnp.isfinite(report.inner_residual)
+        assert (num_steps == 300) or report.inner_residual > 0
+        np.testing.assert_allclose(gradient, 2 * (1 - 0.8**num_steps), rtol=1e-9)
+
+
+def test_solution_near_zero_is_a_solution():
+    # Relative to params of 1e-10 nothing is converged; relative to the way it is.
+    gradient, _ = call(hyper=jnp.zeros(3), params=jnp.ones(3))
+    np.testing.assert_allclose(gradient, -1.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["unrolled", "forward"])
+def test_slope_of_what_users_compute_from_hyper_is_their_own(name):
+    # Not masked to zero as those inside of an update are: it is infinite at 0.
+    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum((p - 1) ** 2), outer_loss)
+    inner = mo.Descent(lambda h: optax.sgd(jnp.sqrt(h)), num_steps=5)
+    with pytest.raises(mo.SolveError, match="hypergradient is infinite or NaN"):
+        call(problem, 0.0, inner=inner, adjoint=PATHS[name])
+
+
+def test_line_search_under_reverse_mode_names_the_remedy():
+    inner = mo.Descent(optax.lbfgs(), num_steps=5)
+    with pytest.raises(ValueError, match="loop of unknown length.*ForwardAdjoint"):
+        call(inner=inner, adjoint=mo.UnrolledAdjoint())
+    gradient, _ = call(inner=inner, adjoint=mo.ForwardAdjoint())
+    np.testing.assert_allclose(gradient, 2 * 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01)),
+        optax.MultiSteps(optax.sgd(0.1), 2),
+    ],
+    ids=["sam", "MultiSteps"],
+)
+def test_transforms_of_other_kinds(transform):
+    # The first takes no extra arguments; the second is no transform but makes one.
+    inner = mo.Descent(transform, num_steps=12)
+    unrolled, _ = call(inner=inner, adjoint=mo.UnrolledAdjoint())
+    forward, _ = call(inner=inner, adjoint=mo.ForwardAdjoint())
+    np.testing.assert_allclose(unrolled, forward, rtol=1e-9)
+    assert jnp.all(jnp.abs(unrolled) > 0.01)
+
+
+def test_last_state_after_an_early_stop():
+    # Slots after the last step still hold what they began with.
+    def inner(params, hyper, batch, state):
+        return jnp.sum((params - hyper) ** 2), jnp.sum(params)
+
+    solver = mo.Descent(
+        optax.sgd(0.4), num_steps=50, atol=1e-3, state_policy=mo.PerStepState()
+    )
+    for adjoint in (mo.UnrolledAdjoint(), mo.OneStepAdjoint()):
+        solution = mo.solve_inner(
+            mo.InnerProblem(inner, has_state=True),
+            HYPER,
+            START,
+            solver=solver,
+            adjoint=adjoint,
+            model_state=jnp.array(-7.0),
+        )
+        assert solution.stats["num_steps"] < 20
+        np.testing.assert_allclose(solution.model_state, 3.0, rtol=1e-2)
+        losses = solution.stats["losses"][: solution.stats["num_steps"]]
+        assert jnp.all(jnp.isfinite(losses))
+
+
 def test_unmet_tolerance_of_the_inner_solver():
     for adjoint in (mo.ImplicitAdjoint(), mo.UnrolledAdjoint()):
         with pytest.raises(mo.SolveError, match="reached its step limit before its toler"):
@@ -282,6 +388,70 @@ def test_exploding_hypergradient():
     inner = mo.Descent(optax.sgd(0.2), num_steps=3000)
     with pytest.raises(mo.SolveError, match="Long unrolled runs can explode"):
         call(problem, 1.0, jnp.full(3, 0.3), inner=inner, adjoint=mo.UnrolledAdjoint())
+
+
+@pytest.mark.parametrize(
+    "linear_solver",
+    [mo.Dense(), mo.GMRES(), mo.BiCGStab(), mo.CG(), mo.Neumann(5)],
+    ids=lambda x: type(x).__name__,
+)
+def test_maximum_is_not_taken_for_a_minimum(linear_solver):
+    # The linear system has a solution there, which is the response of nothing.
+    problem = mo.BilevelProblem(
+        lambda p, h, b: -jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum(p**2)
+    )
+    adjoint = mo.ImplicitAdjoint(linear_solver)
+    inner = mo.Descent(optax.sgd(0.1), num_steps=3)
+    gradient, report = call(
+        problem, params=HYPER, inner=inner, adjoint=adjoint, throw=False
+    )
+    assert code(report) in ("linear_indefinite", "linear_diverged")
+    assert jnp.all(jnp.isnan(gradient))
+
+
+def test_indefinite_system_moves_nothing():
+    # With `throw=False` the direct part alone would be walked along.
+    problem = mo.BilevelProblem(
+        lambda p, h, b: -jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum(p**2 + 0.1 * h)
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.1), 3), mo.ImplicitAdjoint(), optax.adam(0.1)
+    )
+    solution = mo.solve_bilevel(
+        problem, HYPER, params=HYPER, solver=solver, num_steps=3, throw=False
+    )
+    assert solution.num_skipped == 3
+    np.testing.assert_array_equal(solution.hyper, HYPER)
+
+
+@pytest.mark.parametrize(
+    "linear_solver, words",
+    [
+        (mo.Neumann(3), "3 terms of the Neumann series"),
+        (mo.CG(damping=0.1), "damping of 0.1"),
+        (mo.CG(rtol=None, max_steps=2), "2 steps of the linear solver"),
+        (mo.GMRES(rtol=None, max_steps=2), "2 steps of the linear solver"),
+        (mo.BiCGStab(rtol=None, max_steps=2), "2 steps of the linear solver"),
+    ],
+)
+def test_bias_of_the_linear_solver_is_reported(linear_solver, words):
+    _, report = call(adjoint=mo.ImplicitAdjoint(linear_solver))
+    assert words in report.left_out[0] and words in str(report)
+
+
+def test_entries_that_are_exactly_zero_are_counted():
+    # Reach is known for each leaf, so that one entry within a leaf can be out of it.
+    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum((p - h[1]) ** 2), outer_loss)
+    inner = mo.Descent(lambda h: optax.sgd(h[0]), num_steps=200)
+    gradient, report = call(problem, jnp.array([0.1, 1.0]), inner=inner)
+    assert gradient[0] == 0 and report.num_zeros == 1
+    assert "entries exactly zero" in str(report)
+
+
+def test_norm_of_a_huge_hypergradient_is_finite():
+    problem = mo.BilevelProblem(inner_loss, lambda p, h, b: 1e200 * jnp.sum(p))
+    _, report = call(problem)
+    np.testing.assert_allclose(report.hypergradient_norm, 1e200 * np.sqrt(3), rtol=1e-9)
 
 
 # Zero by construction

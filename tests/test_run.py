@@ -104,6 +104,34 @@ def test_goes_on_without_throw():
     np.testing.assert_allclose(solution.hyper, 2.0, atol=1e-5)
 
 
+def test_last_inner_solve_counts():
+    # The last update of `hyper` made the inner loss overflow.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum(jnp.exp(hyper * 1e3) * params**2 + params),
+        lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2) - hyper,
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.1), num_steps=9), mo.UnrolledAdjoint(), optax.sgd(1e3)
+    )
+    options = {"solver": solver, "num_steps": 1, "params": jnp.zeros(2)}
+    with pytest.raises(mo.SolveError, match="infinite or NaN|diverged") as info:
+        mo.solve_bilevel(problem, -0.01, **options)
+    solution = info.value.value
+    assert len(solution.history) == 1 and bool(jnp.isfinite(solution.hyper))
+    assert "Successful" not in str(solution)
+
+
+def test_iterator_that_ends_loses_nothing():
+    feed = iter([jnp.zeros(2), jnp.zeros(2)])
+    with pytest.raises(mo.SolveError, match="ended before `num_steps`.*cycle") as info:
+        solve(valid=feed, num_steps=5)
+    solution = info.value.value
+    assert len(solution.history) == 2
+    np.testing.assert_allclose(solution.hyper, solve(num_steps=2).hyper)
+    with pytest.raises(ValueError, match="`train` is an iterator that yields nothing"):
+        solve(train=iter([]))
+
+
 def test_iterator_of_data_is_pulled_once_for_each_step():
     problem = mo.BilevelProblem(
         lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
