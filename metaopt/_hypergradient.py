@@ -350,7 +350,9 @@ def _report(
         outer_loss=output.value,
         aux=output.aux,
         hypergradient_norm=tree_scaled_norm(gradient),
-        num_zeros=sum(jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)),
+        num_zeros=jnp.sum(
+            jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
+        ),
         inner_residual=info.inner_residual,
         inner_error=info.inner_error,
         num_inner_steps=outcome.num_steps,

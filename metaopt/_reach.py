@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from ._adjoint import AbstractAdjoint
 from ._dependence import influences, leaves_with_influence
@@ -88,39 +87,44 @@ def guarded(
         return eqx.filter((outcome.params, _unsolved(outcome)), eqx.is_inexact_array)
 
     seen = influences(lambda t: jax.jvp(outputs, (trainable,), (t,))[1], trainable)
-    seen, matters = np.asarray(seen, bool), np.asarray(influences(outputs, trainable), bool)
-    hidden = matters & ~seen
-    if not hidden.any():
-        return solve(hyper)
-
+    matters = influences(outputs, trainable)
     # What comes first among the outputs are the params.
     count = len(jax.tree.leaves(jax.eval_shape(outputs, trainable)[0]))
-    out_of_reach = matters[:, :count].any(axis=1) & ~seen[:, :count].any(axis=1)
     leaves, structure = jax.tree.flatten(trainable)
-    names = _names(leaves, hyper)
     leaves = [
-        forbid_derivative(leaf, zero_message([name], adjoint)) if forbidden else leaf
-        for leaf, name, forbidden in zip(leaves, names, out_of_reach, strict=True)
+        forbid_derivative(leaf, zero_message([name], adjoint))
+        if any(some[:count]) and not any(known[:count])
+        else leaf
+        for leaf, name, some, known in zip(
+            leaves, _names(leaves, hyper), matters, seen, strict=True
+        )
     ]
     solve, hyper = eqx.combine(jax.tree.unflatten(structure, leaves), static)
     outcome = solve(hyper)
+    hidden = [
+        [some and not known for some, known in zip(*rows, strict=True)]
+        for rows in zip(matters, seen, strict=True)
+    ]
+    hides = [
+        [leaf for leaf, row in zip(leaves, hidden, strict=True) if row[index]]
+        for index in range(count, len(hidden[0]))
+    ]
+    return _with_unknown_derivatives(adjoint, outcome, hides, throw)
 
-    dynamic, rest = eqx.partition(_unsolved(outcome), eqx.is_inexact_array)
+
+def _with_unknown_derivatives(
+    adjoint: AbstractAdjoint, outcome: Outcome, hides: list[list[Any]], throw: bool
+) -> Outcome:
+    """`hides` are, for each output beside the params, the leaves that act on it unseen."""
+    dynamic, static = eqx.partition(_unsolved(outcome), eqx.is_inexact_array)
     values, structure = jax.tree.flatten(dynamic)
     message = UNKNOWN_MESSAGE.format(adjoint=type(adjoint).__name__)
     values = [
-        unknown_derivative(
-            value,
-            [leaf for leaf, hides in zip(leaves, column, strict=True) if hides],
-            message=message,
-            throw=throw,
-        )
-        for value, column in zip(values, hidden[:, count:].T, strict=True)
+        unknown_derivative(value, leaves, message=message, throw=throw)
+        for value, leaves in zip(values, hides, strict=True)
     ]
-    dynamic = jax.tree.unflatten(structure, values)
-    return eqx.tree_at(
-        _unsolved, outcome, eqx.combine(dynamic, rest), is_leaf=lambda x: x is None
-    )
+    unsolved = eqx.combine(jax.tree.unflatten(structure, values), static)
+    return eqx.tree_at(_unsolved, outcome, unsolved, is_leaf=lambda x: x is None)
 
 
 def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any]:

@@ -107,7 +107,8 @@ class Report(eqx.Module):
         if self.linear_residual is not None:
             rows.append(("linear steps", _number(self.num_linear_steps)))
             rows.append(("linear residual", _number(self.linear_residual)))
-            if not _is_known(self.min_curvature) or np.all(np.isfinite(self.min_curvature)):
+            # Infinite where the linear solver did not look.
+            if not np.any(np.isinf(_values(self.min_curvature))):
                 rows.append(("smallest curvature", _number(self.min_curvature)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", _number(self.failed_step)))
@@ -222,6 +223,10 @@ class BilevelSolution(eqx.Module):
 def _smallest(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.min()) if finite.size else float("nan")
+
+
+def _values(x: Any) -> np.ndarray:
+    return np.asarray(x) if _is_known(x) else np.zeros(())
 
 
 def _is_known(x: Any) -> bool:

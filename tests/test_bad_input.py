@@ -99,7 +99,7 @@ VALUE_ERRORS = {
     ),
     "Picard and minibatches": (
         lambda: mo.hypergradient(
-            FIXED_POINT,
+            CONTRACTION,
             1.0,
             jnp.zeros(3),
             mo.Minibatches((X, Y), 4),

@@ -191,7 +191,8 @@ def test_transforms_of_other_kinds(transform):
     inner = mo.Descent(transform, num_steps=12)
     unrolled, _ = call(inner=inner, adjoint=mo.UnrolledAdjoint())
     forward, _ = call(inner=inner, adjoint=mo.ForwardAdjoint())
-    np.testing.assert_allclose(unrolled, forward, rtol=1e-9)
+    # optax accumulates in float32.
+    np.testing.assert_allclose(unrolled, forward, rtol=1e-6)
     assert jnp.all(jnp.abs(unrolled) > 0.01)
 
 

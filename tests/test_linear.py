@@ -899,10 +899,10 @@ def test_settings_are_checked(solver, argument, value):
         (Dense, {"max_size": 1e4}, "`max_size` must be an int; got 10000.0"),
         (Neumann, {"num_terms": -1}, "`num_terms` must be at least 0; got -1"),
         (Neumann, {"num_terms": 2.0}, "`num_terms` must be an int; got 2.0"),
-        (Neumann, {"scale": 0.0}, "`scale` must be positive"),
-        (Neumann, {"scale": -1.0}, "`scale` must be .*; got -1.0"),
-        (Neumann, {"scale": float("nan")}, "`scale` must be .*; got nan"),
-        (Neumann, {"scale": "1"}, "`scale` must be .*; got '1'"),
+        (Neumann, {"num_terms": 3, "scale": 0.0}, "`scale` must be positive"),
+        (Neumann, {"num_terms": 3, "scale": -1.0}, "`scale` must be .*; got -1.0"),
+        (Neumann, {"num_terms": 3, "scale": float("nan")}, "`scale` must be .*; got nan"),
+        (Neumann, {"num_terms": 3, "scale": "1"}, "`scale` must be .*; got '1'"),
     ],
 )
 def test_other_settings_are_checked(solver, settings, match):
@@ -923,7 +923,7 @@ def test_cg_wants_a_promise(tags, promise):
         CG().solve(operator, jnp.ones(3))
 
 
-@pytest.mark.parametrize("solver", [CG(), GMRES(), BiCGStab(), Dense(), Neumann()])
+@pytest.mark.parametrize("solver", [CG(), GMRES(), BiCGStab(), Dense(), Neumann(3)])
 def test_operators_must_be_square_and_fit(solver: AbstractLinearSolver):
     operator = matrix_operator(jnp.ones((3, 2)))
     with pytest.raises(ValueError, match=f"`{type(solver).__name__}` needs .* maps"):

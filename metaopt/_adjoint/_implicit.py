@@ -1,6 +1,6 @@
 """Implicit differentiation at the inner solution."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -110,7 +110,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             lambda p: condition(p, outer_variables), trainable, condition.tags
         )
         point = _Point.at(params, trainable, residual, operator)
-        linear = self._solve_transposed(operator, in_params, carry)
+        linear = self._solve_transposed(operator, condition.tags, in_params, carry)
         through_params = cross_pullback(
             lambda h: condition(trainable, h), outer_variables, linear.value
         )
@@ -132,7 +132,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             value, aux, direct, through_solution, outcome, info, linear.value
         )
 
-    def _judge(self, error: FloatScalar) -> RESULTS:
+    def _judge(self, error: FloatScalar) -> Any:
         """Whether the inner solution is good enough."""
         if self.inner_rtol == jnp.inf:
             return RESULTS.successful
@@ -169,15 +169,19 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
 
     def _solve_transposed(
-        self, operator: lx.AbstractLinearOperator, vector: Vector, start: Vector | None
+        self,
+        operator: lx.AbstractLinearOperator,
+        tags: frozenset[object],
+        vector: Vector,
+        start: Vector | None,
     ) -> LinearSolution:
         """Solves with the transposed operator, differentiably once more."""
-        symmetric = lx.is_symmetric(operator)
+        symmetric = lx.symmetric_tag in tags
         transposed = operator if symmetric else operator.transpose()
         start = jax.lax.stop_gradient(start)
 
         def solve(product, vector):
-            made = lx.FunctionLinearOperator(product, tree_structs(vector), operator.tags)
+            made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
             solution = self._linear_solution(made, vector, start)
             return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
 
