@@ -88,7 +88,16 @@ class AbstractAdjoint(eqx.Module):
 
     @abc.abstractmethod
     def check(self, solver: AbstractSolver, data: AbstractData) -> None:
-        """Raises a `ValueError` if this adjoint cannot serve the solver."""
+        """Checks that this adjoint can serve the solver.
+
+        **Arguments:**
+
+        - `solver`, `data`: the inner solver and where its batches come from.
+
+        **Raises:**
+
+        `ValueError` if it cannot, with what to use instead.
+        """
 
     @abc.abstractmethod
     def solve(
@@ -101,12 +110,30 @@ class AbstractAdjoint(eqx.Module):
     ) -> Outcome:
         """Solves, differentiably in everything the answer depends on.
 
-        With `throw`, a derivative that fails its checks raises; otherwise it is NaN.
+        **Arguments:**
+
+        - `inner`: the solve.
+        - `params`, `model_state`: where it starts.
+        - `hyper`: the outer variables.
+        - `throw`: whether a derivative that fails its checks raises; otherwise it is NaN.
+
+        **Returns:**
+
+        An [`metaopt.Outcome`][].
         """
 
     @abc.abstractmethod
     def init(self, params: Params) -> Any:
-        """The carry for the first of several hypergradients."""
+        """The carry for the first of several hypergradients.
+
+        **Arguments:**
+
+        - `params`: the initial params.
+
+        **Returns:**
+
+        A pytree of arrays, or `None` where nothing is worth carrying over.
+        """
 
     @abc.abstractmethod
     def hypergradient(
@@ -118,7 +145,23 @@ class AbstractAdjoint(eqx.Module):
         carry: Any,
         scale: FloatScalar,
     ) -> HypergradientOutput:
-        """The hypergradient of `scale * outer`, with all there is to say about it."""
+        """The hypergradient of `scale * outer`, with all there is to say about it.
+
+        **Arguments:**
+
+        - `inner`: the inner solve.
+        - `outer`: `outer(params, hyper, model_state) -> (value, aux)`.
+        - `start`: `start(hyper) -> (params, model_state)`, where the solve starts.
+        - `hyper`: the outer variables.
+        - `carry`: what `init` or the hypergradient before returned; `None` for a cold
+            start.
+        - `scale`: a scalar that multiplies the outer loss. The result must be computed
+            from it, which shows which leaves are out of reach.
+
+        **Returns:**
+
+        A [`metaopt.HypergradientOutput`][].
+        """
 
 
 class AbstractPathAdjoint(AbstractAdjoint):

@@ -48,7 +48,21 @@ class AbstractProblem(eqx.Module):
     def evaluate(
         self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
     ) -> Evaluation:
-        """Calls the user's function and checks what it returned."""
+        """Calls the user's function and checks what it returned.
+
+        **Arguments:**
+
+        - `params`, `hyper`, `batch`: handed to the function.
+        - `key`, `state`: handed to it if it declares them.
+
+        **Returns:**
+
+        A [`metaopt.Evaluation`][].
+
+        **Raises:**
+
+        `ValueError` where the function returned something else than its kind asks for.
+        """
 
     @abc.abstractmethod
     def optimality(
@@ -56,7 +70,13 @@ class AbstractProblem(eqx.Module):
     ) -> Vector:
         """The residual that is zero at the inner solution.
 
-        Has the structure of the trainable part of `params`.
+        **Arguments:**
+
+        - `params`, `hyper`, `batch`, `key`, `state`: as for `evaluate`.
+
+        **Returns:**
+
+        A vector with the structure, shapes and dtypes of the trainable part of `params`.
         """
 
     @property

@@ -102,8 +102,16 @@ class AbstractSolver(eqx.Module):
     ) -> Optimality:
         """The condition that this solver's answer satisfies.
 
-        `params` and `hyper` give the leaves that are not trained; only their trainable
-        parts vary.
+        **Arguments:**
+
+        - `problem`: the inner problem.
+        - `params`, `hyper`: give the leaves that are not trained; only the trainable
+            parts of both vary.
+        - `batch`, `key`, `state`: what the problem is evaluated on, fixed.
+
+        **Returns:**
+
+        A [`metaopt.Optimality`][].
         """
 
 
@@ -123,7 +131,17 @@ class AbstractIterativeSolver(AbstractSolver):
 
     @abc.abstractmethod
     def init(self, problem: AbstractProblem, params: Vector, hyper: Hyper) -> Any:
-        """The solver's state before the first step (momenta and the like)."""
+        """The solver's state before the first step (momenta and the like).
+
+        **Arguments:**
+
+        - `problem`, `hyper`: the inner problem and the outer variables.
+        - `params`: the trainable part of the initial params.
+
+        **Returns:**
+
+        A pytree of arrays, which a compiled loop carries.
+        """
 
     @abc.abstractmethod
     def step(
@@ -136,7 +154,20 @@ class AbstractIterativeSolver(AbstractSolver):
         key: Key,
         model_state: ModelState,
     ) -> tuple[Params, Any, StepOutput]:
-        """One step: the new params, the new solver state, and what to report."""
+        """One step, as plain traceable code.
+
+        **Arguments:**
+
+        - `problem`, `hyper`: the inner problem and the outer variables.
+        - `params`: the params, trainable and other leaves.
+        - `solver_state`: what `init` or the step before returned.
+        - `batch`, `key`, `model_state`: what the problem is evaluated on at this step.
+
+        **Returns:**
+
+        The new params and the new solver state, both with the shapes and dtypes of the
+        old ones, and a [`metaopt.StepOutput`][].
+        """
 
 
 class AbstractDirectSolver(AbstractSolver):
@@ -155,4 +186,16 @@ class AbstractDirectSolver(AbstractSolver):
         key: Key,
         model_state: ModelState,
     ) -> Outcome:
-        """Solves the problem starting from `params`."""
+        """Solves the problem.
+
+        **Arguments:**
+
+        - `problem`, `hyper`: the inner problem and the outer variables.
+        - `params`: where to start.
+        - `batch`, `key`, `model_state`: what the problem is evaluated on.
+
+        **Returns:**
+
+        An [`metaopt.Outcome`][], whose `result` says how it went. It never raises
+        because of the numbers.
+        """
