@@ -45,8 +45,8 @@ class CG(AbstractLinearSolver):
     r"""Conjugate gradients, for the Hessian of an inner loss at its minimum.
 
     Needs about $\sqrt{\kappa}$ steps, $\kappa$ being the condition number, and one
-    product in each. Use it wherever the operator is symmetric and positive definite; no
-    other method here needs fewer products there. Do not use it for fixed points or
+    product in each. Use it wherever the operator is symmetric and positive definite,
+    unless it is small enough for [`metaopt.Dense`][]. Do not use it for fixed points or
     roots, whose operator is not symmetric ([`metaopt.GMRES`][]).
 
     The curvature $p^T A p$ is looked at in every step. Where it is not positive the

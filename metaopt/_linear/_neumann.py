@@ -38,11 +38,12 @@ _POWER_SAFETY = 1.2
 class Neumann(AbstractLinearSolver):
     r"""The Neumann series $x = s \sum_{j=0}^K (I - s A)^j b$, cut after $K$ products.
 
-    At a fixed point, where $A = I - J$, $K$ terms are what unrolling the last $K$ steps
-    gives, and $K = 0$ is the Jacobian-free estimate. Use it there if $J$ contracts
-    well, or to reproduce published results; it needs about $\kappa$ products, $\kappa$
-    being the condition number, where [`metaopt.CG`][] needs $\sqrt{\kappa}$, so do not
-    use it for the Hessian of a loss otherwise.
+    At a fixed point, where $A = I - J$ and $s = 1$, it is what unrolling the last
+    $K + 1$ steps gives, and for $K = 0$ the Jacobian-free estimate. At the minimum of a
+    loss the same holds for gradient descent with the learning rate $s$. Use it where
+    $J$ contracts well, or to reproduce published results; it needs about $\kappa$
+    products, $\kappa$ being the condition number, where [`metaopt.CG`][] needs
+    $\sqrt{\kappa}$, so do not use it for the Hessian of a loss otherwise.
 
     A number of terms is asked for by name, so a series that is cut early is successful,
     and `residual` says how good it is. One whose terms grow has the result
