@@ -9,7 +9,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ._adjoint import AbstractAdjoint
-from ._hypergradient import differentiate, Objective, prepare
+from ._hypergradient import differentiate, prepare
+from ._objective import Objective
 from ._problem import BilevelProblem
 from ._report import Report, table
 from ._results import RESULTS, SolveError

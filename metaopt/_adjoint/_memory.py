@@ -23,16 +23,19 @@ class AbstractMemoryPlan(eqx.Module):
 
 
 class StoreAll(AbstractMemoryPlan):
-    """Keeps what every step computed: fastest, memory grows with `num_steps` times the
-    activations of a step."""
+    """Keeps what every step computed: the fewest operations, and memory that grows with
+    `num_steps` times the activations of a step. Not for long runs of large models.
+    """
 
     def scan(self, body, carry, xs, length):
         return jax.lax.scan(body, carry, xs, length)
 
 
 class RecomputeSteps(AbstractMemoryPlan):
-    """Keeps the state before every step and makes the inside of each step again:
-    memory grows with `num_steps` times the params and solver state."""
+    """Keeps the state before every step and makes the inside of each step again: memory
+    grows with `num_steps` times the params and solver state. Use it where activations
+    are larger than params; for many steps [`metaopt.SqrtBlocks`][] keeps less.
+    """
 
     def scan(self, body, carry, xs, length):
         return jax.lax.scan(_checkpoint(body), carry, xs, length)

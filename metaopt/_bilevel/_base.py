@@ -44,7 +44,19 @@ class AbstractBilevelSolver(eqx.Module):
         model_state: ModelState,
         key: Key,
     ) -> Any:
-        """The state before the first outer step."""
+        """The state before the first outer step.
+
+        **Arguments:**
+
+        - `problem`, `hyper`: the bilevel problem, and where the outer variables start.
+        - `train`, `valid`: what the inner and the outer loss are evaluated on.
+        - `params`, `model_state`: where the inner solve starts, or `None`.
+        - `key`: the randomness of the run.
+
+        **Returns:**
+
+        A pytree of arrays, which the step hands on.
+        """
 
     @abc.abstractmethod
     def step(
@@ -54,7 +66,17 @@ class AbstractBilevelSolver(eqx.Module):
         train: AbstractData,
         valid: AbstractData,
     ) -> tuple[Any, BilevelStep]:
-        """One outer step, as plain traceable code."""
+        """One outer step, as plain traceable code.
+
+        **Arguments:**
+
+        - `problem`, `train`, `valid`: as for `init`.
+        - `state`: what `init` or the step before returned.
+
+        **Returns:**
+
+        The new state and a [`metaopt.BilevelStep`][].
+        """
 
     @abc.abstractmethod
     def evaluate(
@@ -64,7 +86,16 @@ class AbstractBilevelSolver(eqx.Module):
         train: AbstractData,
         valid: AbstractData,
     ) -> tuple[FloatScalar, Outcome]:
-        """The outer loss, and what the inner solve came to, at the `hyper` of the state."""
+        """Solves the inner problem at the `hyper` of the state.
+
+        **Arguments:**
+
+        - `problem`, `state`, `train`, `valid`: as for `step`.
+
+        **Returns:**
+
+        The outer loss there, and the [`metaopt.Outcome`][] of the inner solve.
+        """
 
     @abc.abstractmethod
     def hyper(self, state: Any) -> Hyper:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .._adjoint import AbstractAdjoint
-from .._hypergradient import Objective
+from .._objective import Objective
 from .._problem import initialise
 from .._solver import AbstractSolver
 from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where

@@ -6,5 +6,6 @@ from ._base import (
 )
 from ._bicgstab import BiCGStab as BiCGStab
 from ._cg import CG as CG
-from ._lineax import Dense as Dense, GMRES as GMRES
+from ._dense import Dense as Dense
+from ._gmres import GMRES as GMRES
 from ._neumann import Neumann as Neumann

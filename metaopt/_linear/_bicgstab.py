@@ -1,23 +1,18 @@
 """Stabilised biconjugate gradients."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import lineax as lx
 from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
-    divided,
     tree_axpy,
     tree_dot,
-    tree_dtype,
     tree_norm,
     tree_scale,
     tree_sub,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
@@ -26,12 +21,12 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    floored_rtol,
     out_of_steps,
     relative,
     reported,
     steps_left_out,
 )
+from ._system import System
 
 
 _CHECK_EVERY = 25  # steps of two products
@@ -82,14 +77,14 @@ class BiCGStab(AbstractLinearSolver):
         # system exactly, as for the identity.
         self.check(operator)
         check_structures(operator, vector, start)
-        scale = unit_scale(vector)
-        method = _Method(self, lx.linearise(operator), vector, scale, start)
+        system = System("BiCGStab", operator, vector, start, self.rtol, self.atol)
+        method = _Method(self, system)
         state = lax.while_loop(method.goes_on, method.round, method.init())
         series = state.series
         return reported(
-            tree_scale(scale, series.x),
+            tree_scale(system.scale, series.x),
             method.result(state),
-            relative(series.size, method.size),
+            relative(series.size, system.size),
             series.num_steps,
             state.num_products,
         )
@@ -133,39 +128,22 @@ class _Method:
     has lost the true one, the next series begins anew from there.
     """
 
-    def __init__(self, solver: BiCGStab, operator, vector, scale, start: Vector | None):
+    def __init__(self, solver: BiCGStab, system: System):
         self.solver = solver
-        self.operator = operator
-        self.dtype = tree_dtype(vector)
-        self.b = divided(vector, scale)
-        self.start = None if start is None else divided(start, scale)
-        self.size = tree_norm(self.b)
-        self.eps = float(jnp.finfo(self.dtype).eps)
+        self.system = system
         self.max_worse = max(50, solver.max_steps // 4)
-        if solver.rtol is None:
-            self.tolerance = self.eps * self.size
-        else:
-            rtol = floored_rtol(solver.rtol, "BiCGStab", vector)
-            self.tolerance = rtol * self.size + solver.atol / scale
-
-    def product(self, x: Vector) -> Vector:
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
 
     def init(self) -> _State:
         none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
-        finite = jnp.isfinite(self.size)
-        zeros = x = tree_zeros_like(self.b)
-        converged = finite & (self.size <= self.tolerance)
-        if self.start is not None:
-            converged = self.size == 0
-            x = tree_where(finite & ~converged, self.start, zeros)
+        x, converged, finite = self.system.first_guess()
+        zeros = tree_zeros_like(x)
         series = _Series(
             x=x,
-            r=self.b,
-            p=self.b,
-            shadow=self.b,
-            size=self.size,
-            rho=self.size**2,
+            r=self.system.b,
+            p=self.system.b,
+            shadow=self.system.b,
+            size=self.system.size,
+            rho=self.system.size**2,
             num_steps=none,
             num_tries=none,
             goes_on=false,
@@ -175,8 +153,8 @@ class _Method:
         return _State(
             series=series,
             best=zeros,
-            best_size=self.size,
-            restarted_size=jnp.full((), jnp.inf, self.dtype),
+            best_size=self.system.size,
+            restarted_size=jnp.full((), jnp.inf, self.system.dtype),
             num_worse=none,
             num_products=none,
             running=finite & ~converged,
@@ -190,12 +168,10 @@ class _Method:
         return state.running & (state.num_products < 6 * self.solver.max_steps + 7)
 
     def round(self, state: _State) -> _State:
-        length = jnp.asarray(_CHECK_EVERY)
-        if self.start is not None:
-            # The first round only checks the start.
-            length = jnp.where(state.num_products == 0, 0, length)
         before = state.series.num_steps
-        end = jnp.minimum(before + length, self.solver.max_steps)
+        end = self.system.end_of_series(
+            before, state.num_products, _CHECK_EVERY, self.solver.max_steps
+        )
         series = eqx.tree_at(lambda s: s.goes_on, state.series, before < end)
         series = lax.while_loop(
             lambda series: series.goes_on & (series.num_steps < end), self.step, series
@@ -204,15 +180,15 @@ class _Method:
 
     def step(self, c: _Series) -> _Series:
         # From r to s along p.
-        v = self.product(c.p)
+        v = self.system.product(c.p)
         shadow_v = tree_dot(c.shadow, v)
         shadow_size = tree_norm(c.shadow)
-        first = jnp.abs(shadow_v) > self.eps * shadow_size * tree_norm(v)
+        first = jnp.abs(shadow_v) > self.system.eps * shadow_size * tree_norm(v)
         alpha = c.rho / jnp.where(first, shadow_v, 1)
         s = tree_axpy(-alpha, v, c.r)
 
         # From s to r along s. If s is zero already, so is its product.
-        t = self.product(s)
+        t = self.system.product(s)
         square = tree_dot(t, t)
         omega = tree_dot(t, s) / jnp.where(square > 0, square, 1)
         r = tree_axpy(-omega, t, s)
@@ -222,9 +198,11 @@ class _Method:
 
         # The next direction.
         rho = tree_dot(c.shadow, r)
-        second = (jnp.abs(rho) > self.eps * shadow_size * size) & (jnp.abs(omega) > 0)
+        second = (jnp.abs(rho) > self.system.eps * shadow_size * size) & (
+            jnp.abs(omega) > 0
+        )
         beta = (rho / c.rho) * (alpha / jnp.where(second, omega, 1))
-        within = size <= self.tolerance
+        within = size <= self.system.tolerance
         return _Series(
             x=tree_where(taken, x, c.x),
             r=tree_where(taken, r, c.r),
@@ -241,21 +219,21 @@ class _Method:
 
     def check(self, state: _State, series: _Series) -> _State:
         x = series.x
-        r = tree_sub(self.b, self.product(x))
+        r = tree_sub(self.system.b, self.system.product(x))
         size = tree_norm(r)
         starts = series.num_steps == 0
-        if self.start is not None:
+        if self.system.start is not None:
             # A start of a larger residual than zero is no help. (NaN compares as false.)
-            useless = starts & ~(size <= self.size)
-            x, r = tree_where(useless, (state.best, self.b), (x, r))
-            size = jnp.where(useless, self.size, size)
-        within = size <= self.tolerance
+            useless = starts & ~(size <= self.system.size)
+            x, r = tree_where(useless, (state.best, self.system.b), (x, r))
+            size = jnp.where(useless, self.system.size, size)
+        within = size <= self.system.tolerance
         better = size <= state.best_size
         num_steps = series.num_steps - state.series.num_steps
         num_worse = jnp.where(better, 0, state.num_worse + num_steps)
 
         # A series that ended before it gained anything will do so again.
-        lost = (series.size <= self.tolerance) | ~(size <= 2 * series.size)
+        lost = (series.size <= self.system.tolerance) | ~(size <= 2 * series.size)
         restarts = starts | series.broken | lost
         again = restarts & ~(size < 0.99 * state.restarted_size)
         exhausted = series.num_steps >= self.solver.max_steps

@@ -3,24 +3,20 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
-    divided,
     tree_axpy,
     tree_dot,
-    tree_dtype,
     tree_norm,
     tree_scale,
     tree_structs,
     tree_sub,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -29,12 +25,12 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    floored_rtol,
     out_of_steps,
     relative,
     reported,
     steps_left_out,
 )
+from ._system import System
 
 
 _CHECK_EVERY = 50
@@ -114,14 +110,14 @@ class CG(AbstractLinearSolver):
     def solve(self, operator, vector, start=None):
         self.check(operator)
         check_structures(operator, vector, start)
-        scale = unit_scale(vector)
-        method = _Method(self, lx.linearise(operator), vector, scale, start)
+        system = System("CG", operator, vector, start, self.rtol, self.atol)
+        method = _Method(self, system)
         state = lax.while_loop(method.goes_on, method.round, method.init())
         series = state.series
         return reported(
-            tree_scale(scale, series.x),
+            tree_scale(system.scale, series.x),
             method.result(state),
-            relative(state.residual, method.size),
+            relative(state.residual, system.size),
             series.num_steps,
             state.num_products,
             series.min_curvature,
@@ -176,24 +172,10 @@ class _Method:
     the iterate of least residual.
     """
 
-    def __init__(self, solver: CG, operator, vector, scale, start: Vector | None):
+    def __init__(self, solver: CG, system: System):
         self.solver = solver
-        self.operator = operator
-        self.dtype = tree_dtype(vector)
-        self.b = divided(vector, scale)
-        self.start = None if start is None else divided(start, scale)
-        self.size = tree_norm(self.b)
-        self.eps = float(jnp.finfo(self.dtype).eps)
-        self.damping = jnp.asarray(solver.damping, self.dtype)
-        if solver.rtol is None:
-            # Below the rounding of the right-hand side there is nothing left to do.
-            self.tolerance = self.eps * self.size
-        else:
-            rtol = floored_rtol(solver.rtol, "CG", vector)
-            self.tolerance = rtol * self.size + solver.atol / scale
-
-    def product(self, x: Vector) -> Vector:
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
+        self.system = system
+        self.damping = jnp.asarray(solver.damping, system.dtype)
 
     def damped(self, x: Vector, product: Vector) -> Vector:
         return tree_axpy(self.damping, x, product) if self.solver.damping else product
@@ -214,20 +196,18 @@ class _Method:
         return z
 
     def init(self) -> _State:
-        zero, infinite = jnp.zeros((), self.dtype), jnp.full((), jnp.inf, self.dtype)
+        zero, infinite = (
+            jnp.zeros((), self.system.dtype),
+            jnp.full((), jnp.inf, self.system.dtype),
+        )
         none, false = jnp.zeros((), jnp.int32), jnp.asarray(False)
-        finite = jnp.isfinite(self.size)
-        zeros = x = tree_zeros_like(self.b)
-        converged = finite & (self.size <= self.tolerance)
-        if self.start is not None:
-            # For a right-hand side of zero the answer is zero, whatever the start.
-            converged = self.size == 0
-            x = tree_where(finite & ~converged, self.start, zeros)
+        x, converged, finite = self.system.first_guess()
+        zeros = tree_zeros_like(x)
         series = _Series(
             x=x,
-            r=self.b,
+            r=self.system.b,
             p=zeros,
-            square=self.size**2,
+            square=self.system.size**2,
             gamma=infinite,
             p_size=zero,
             max_ratio=zero,
@@ -240,10 +220,10 @@ class _Method:
         )
         return _State(
             series=series,
-            residual=self.size,
+            residual=self.system.size,
             best=zeros,
             best_energy=zero,
-            best_residual=self.size,
+            best_residual=self.system.size,
             least_size=infinite,
             failed_size=infinite,
             num_products=none,
@@ -258,12 +238,10 @@ class _Method:
         return state.running & (state.num_products < 2 * self.solver.max_steps + 3)
 
     def round(self, state: _State) -> _State:
-        length = jnp.asarray(_CHECK_EVERY)
-        if self.start is not None:
-            # The first round only checks the start.
-            length = jnp.where(state.num_products == 0, 0, length)
         before = state.series.num_steps
-        end = jnp.minimum(before + length, self.solver.max_steps)
+        end = self.system.end_of_series(
+            before, state.num_products, _CHECK_EVERY, self.solver.max_steps
+        )
         series = eqx.tree_at(lambda s: s.goes_on, state.series, before < end)
         series = lax.while_loop(
             lambda series: series.goes_on & (series.num_steps < end), self.step, series
@@ -277,7 +255,7 @@ class _Method:
         beta = gamma / s.gamma
         p = tree_axpy(beta, s.p, z)
         p_size = gamma + beta**2 * s.p_size
-        product = self.product(p)
+        product = self.system.product(p)
 
         # The curvature is compared with the largest one met, each relative to
         # p.M^-1 p, so that the comparison knows neither the number of unknowns nor the
@@ -287,7 +265,7 @@ class _Method:
         curvature = undamped + self.damping * p_square
         max_ratio = jnp.maximum(s.max_ratio, curvature / p_size)
         usable = (gamma > 0) & jnp.isfinite(curvature)
-        positive = curvature > self.eps * max_ratio * p_size
+        positive = curvature > self.system.eps * max_ratio * p_size
         taken = usable & positive
 
         alpha = gamma / jnp.where(taken, curvature, 1)
@@ -306,7 +284,7 @@ class _Method:
             max_ratio=max_ratio,
             min_curvature=jnp.where(usable, smallest, s.min_curvature),
             num_steps=s.num_steps + jnp.where(taken & finite, 1, 0),
-            goes_on=taken & finite & ~(jnp.sqrt(square) <= self.tolerance),
+            goes_on=taken & finite & ~(jnp.sqrt(square) <= self.system.tolerance),
             indefinite=usable & ~positive,
             bad_preconditioner=~(gamma > 0),
             nonfinite=((gamma > 0) & ~jnp.isfinite(curvature)) | ~finite,
@@ -314,26 +292,26 @@ class _Method:
 
     def check(self, state: _State, series: _Series) -> _State:
         x = series.x
-        product = self.product(x)
-        r = tree_sub(self.b, self.damped(x, product))
+        product = self.system.product(x)
+        r = tree_sub(self.system.b, self.damped(x, product))
         size = residual = tree_norm(r)
         if self.solver.damping:
-            residual = tree_norm(tree_sub(self.b, product))
-        energy = -(tree_dot(x, self.b) + tree_dot(x, r)) / 2
-        if self.start is not None:
+            residual = tree_norm(tree_sub(self.system.b, product))
+        energy = -(tree_dot(x, self.system.b) + tree_dot(x, r)) / 2
+        if self.system.start is not None:
             # A start of higher energy than zero is no help. (NaN compares as false.)
             useless = (series.num_steps == 0) & ~(energy <= 0)
-            x, r = tree_where(useless, (state.best, self.b), (x, r))
-            size = jnp.where(useless, self.size, size)
-            residual = jnp.where(useless, self.size, residual)
+            x, r = tree_where(useless, (state.best, self.system.b), (x, r))
+            size = jnp.where(useless, self.system.size, size)
+            residual = jnp.where(useless, self.system.size, residual)
             energy = jnp.where(useless, 0, energy)
-        within = size <= self.tolerance
-        claimed = jnp.sqrt(series.square) <= self.tolerance
+        within = size <= self.system.tolerance
+        claimed = jnp.sqrt(series.square) <= self.system.tolerance
         contradicted = claimed & ~within
 
         # Where rounding has the last word neither residual nor energy go down any more.
         # On the way, the former may go up for long, and the latter does not.
-        progress = self.eps * 100 * jnp.abs(state.best_energy)
+        progress = self.system.eps * 100 * jnp.abs(state.best_energy)
         lower = energy < state.best_energy - progress
         flat = ~(size < state.least_size) & ~lower
         num_flat = jnp.where(flat, state.num_flat + 1, 0)

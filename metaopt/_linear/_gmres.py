@@ -1,7 +1,6 @@
-"""Methods of `lineax`, under our own stopping rule."""
+"""Generalised minimal residuals."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,18 +11,14 @@ from jax import lax
 from .._results import first_failure, mask_result, RESULTS
 from .._rewrite import carry_conditions
 from .._tree import (
-    divided,
     tree_add,
     tree_all_finite,
-    tree_dtype,
     tree_norm,
     tree_scale,
     tree_size,
-    tree_structs,
     tree_sub,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
@@ -32,13 +27,13 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    coarsest_eps,
-    floored_rtol,
     out_of_steps,
     relative,
     reported,
     steps_left_out,
 )
+from ._promotion import cast_up, promoted
+from ._system import System
 
 
 class GMRES(AbstractLinearSolver):
@@ -87,30 +82,21 @@ class GMRES(AbstractLinearSolver):
     def solve(self, operator, vector, start=None):
         self.check(operator)
         check_structures(operator, vector, start)
-        operator = lx.linearise(operator)
-        scale = unit_scale(vector)
-        b = divided(vector, scale)
-        size = tree_norm(b)
-        if self.rtol is None:
-            tolerance = float(jnp.finfo(size.dtype).eps) * size
-        else:
-            rtol = floored_rtol(self.rtol, "GMRES", vector)
-            tolerance = rtol * size + self.atol / scale
-
+        system = System("GMRES", operator, vector, start, self.rtol, self.atol)
         restart = min(self.restart, self.max_steps, max(1, tree_size(vector)))
         max_cycles = math.ceil(self.max_steps / restart)
-        one_cycle = _one_cycle(operator, vector, restart)
+        one_cycle = _one_cycle(system.operator, vector, restart)
 
         def cycle(s: _CycleState) -> _CycleState:
             # The method knows absolute thresholds, hence a right-hand side of length 1.
             unit = tree_scale(1 / s.residual, s.r)
             change = tree_scale(s.residual, one_cycle(unit))
             x = tree_add(s.x, change)
-            r = tree_sub(b, operator.mv(x))
+            r = tree_sub(system.b, system.product(x))
             residual = tree_norm(r)
             singular = ~tree_all_finite(change) | ~jnp.isfinite(residual)
             better = ~singular & (residual < s.residual)
-            converged = better & (residual <= tolerance)
+            converged = better & (residual <= system.tolerance)
             # A cycle that gains less than this would need a thousand others.
             stagnated = ~singular & ~converged & ~(residual < 0.99 * s.residual)
             num_cycles = s.num_cycles + 1
@@ -125,7 +111,7 @@ class GMRES(AbstractLinearSolver):
                 stagnated=stagnated,
             )
 
-        s = _first_cycle_state(operator, b, size, tolerance, scale, start)
+        s = _first_cycle_state(system)
         s = lax.while_loop(lambda s: s.running & (s.num_cycles < max_cycles), cycle, s)
         stagnated = s.stagnated & (self.rtol is not None)
         failure = first_failure(
@@ -136,9 +122,9 @@ class GMRES(AbstractLinearSolver):
         # A cycle has a product for each step, and two for residuals of its own.
         num_products = s.num_cycles * (restart + 3) + int(start is not None)
         return reported(
-            tree_scale(scale, s.x),
+            tree_scale(system.scale, s.x),
             mask_result(~s.converged, failure),
-            relative(s.residual, size),
+            relative(s.residual, system.size),
             s.num_cycles * restart,
             num_products,
         )
@@ -155,19 +141,19 @@ class _CycleState(eqx.Module):
     stagnated: BoolScalar
 
 
-def _first_cycle_state(operator, b, size, tolerance, scale, start) -> _CycleState:
+def _first_cycle_state(system: System) -> _CycleState:
+    b, size = system.b, system.size
     x, r, residual = tree_zeros_like(b), b, size
-    if start is not None:
-        start = divided(start, scale)
-        left = tree_sub(b, operator.mv(start))
+    if system.start is not None:
+        left = tree_sub(b, system.product(system.start))
         remaining = tree_norm(left)
         # A start that is further from the solution than zero is not a help.
         useful = (remaining <= size) & (size > 0)
-        x = tree_where(useful, start, x)
+        x = tree_where(useful, system.start, x)
         r = tree_where(useful, left, r)
         residual = jnp.where(useful, remaining, residual)
     finite = jnp.isfinite(size)
-    converged = (residual <= tolerance) | (residual == 0)
+    converged = (residual <= system.tolerance) | (residual == 0)
     return _CycleState(
         x=x,
         r=r,
@@ -190,87 +176,8 @@ def _one_cycle(operator: lx.AbstractLinearOperator, vector: Vector, restart: int
     def one_cycle(unit: Vector) -> Vector:
         # The first of its steps only makes the residual of the start.
         method = lx.GMRES(rtol=0.0, atol=0.0, max_steps=2, restart=restart)
-        state = method.init(_promoted(operator, vector), {})
-        change, _, _ = method.compute(state, _cast_up(unit), {})
+        state = method.init(promoted(operator, vector), {})
+        change, _, _ = method.compute(state, cast_up(unit), {})
         return jax.tree.map(lambda a, b: a.astype(b.dtype), change, unit)
 
     return carry_conditions(one_cycle)
-
-
-class Dense(AbstractLinearSolver):
-    r"""An LU factorisation of the operator's matrix, for small systems.
-
-    Exact to rounding, whatever the conditioning, for any nonsingular operator. Use it
-    to check other methods, and for up to some hundred unknowns. It makes the matrix
-    from as many products as there are unknowns, all at once.
-
-    **Arguments:**
-
-    - `max_size`: the largest number of unknowns to make a matrix for.
-    """
-
-    max_size: int = eqx.field(default=4096, static=True)
-
-    def __check_init__(self):
-        check_count(self.max_size, "max_size")
-
-    @property
-    def left_out(self):
-        return ()
-
-    def check(self, operator):
-        check_square("Dense", operator)
-        structure = operator.in_structure()
-        size = tree_size(structure)
-        if size > self.max_size:
-            num_bytes = size**2 * tree_dtype(structure).itemsize
-            raise ValueError(
-                f"`Dense` would make a matrix of {size} x {size} numbers, which takes "
-                f"{num_bytes:,} bytes ({num_bytes / 2**30:.3g} GiB). Use "
-                "`metaopt.CG()` for the Hessian of a loss and `metaopt.GMRES()` "
-                "otherwise, which need products only; or allow it by name with "
-                f"`Dense(max_size={size})`."
-            )
-
-    def solve(self, operator, vector, start=None):
-        """As for every linear solver; `start` is of no use here, and is ignored."""
-        self.check(operator)
-        check_structures(operator, vector, start)
-        operator = lx.linearise(operator)
-        scale = unit_scale(vector)
-        b = divided(vector, scale)
-        size = tree_norm(b)
-        method = lx.LU()
-        state = method.init(_promoted(operator, vector), {})
-        x, _, _ = method.compute(state, _cast_up(b), {})
-        x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
-        finite = tree_all_finite(x) & jnp.isfinite(size)
-        x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
-        residual = relative(tree_norm(tree_sub(b, operator.mv(x))), size)
-        # LU is backward stable: it leaves rounding only, unless there is no solution.
-        regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
-        return reported(
-            tree_scale(scale, x),
-            mask_result(~regular, RESULTS.linear_nonfinite),
-            residual,
-            1,
-            tree_size(vector) + 1,
-        )
-
-
-def _cast_up(vector: Vector) -> Vector:
-    dtype = tree_dtype(vector)
-    return jax.tree.map(lambda a: a.astype(dtype), vector)
-
-
-def _promoted(operator: lx.AbstractLinearOperator, vector: Vector) -> Any:
-    """The operator on vectors of one dtype. `lineax` holds all leaves in one matrix and
-    factorises it, which JAX does not do in half precision."""
-    if all(a.dtype == tree_dtype(vector) for a in jax.tree.leaves(vector)):
-        return operator
-
-    def product(x):
-        x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
-        return _cast_up(operator.mv(x))
-
-    return lx.FunctionLinearOperator(product, tree_structs(_cast_up(vector)))

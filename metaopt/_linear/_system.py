@@ -1,0 +1,76 @@
+"""A linear system as iterative solvers see it: scaled, with a tolerance and a start."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._tree import (
+    divided,
+    tree_dtype,
+    tree_norm,
+    tree_where,
+    tree_zeros_like,
+    unit_scale,
+)
+from .._types import BoolScalar, IntScalar, Vector
+from ._base import floored_rtol
+
+
+class System:
+    """What stays the same while a system is solved.
+
+    **Attributes:**
+
+    - `b`, `size`: the right-hand side, divided by `scale` so that its square is a
+        number, and its norm.
+    - `start`: the first guess, divided likewise, or `None`.
+    - `tolerance`: the norm of a residual that is good enough, for the scaled system.
+    - `dtype`, `eps`: of the scalars of the method.
+    """
+
+    def __init__(
+        self,
+        solver: str,
+        operator: lx.AbstractLinearOperator,
+        vector: Vector,
+        start: Vector | None,
+        rtol: float | None,
+        atol: float,
+    ):
+        self.operator = lx.linearise(operator)
+        self.dtype = tree_dtype(vector)
+        self.eps = float(jnp.finfo(self.dtype).eps)
+        self.scale = unit_scale(vector)
+        self.b = divided(vector, self.scale)
+        self.start = None if start is None else divided(start, self.scale)
+        self.size = tree_norm(self.b)
+        if rtol is None:
+            # Below the rounding of the right-hand side there is nothing left to do.
+            self.tolerance = self.eps * self.size
+        else:
+            rtol = floored_rtol(rtol, solver, vector)
+            self.tolerance = rtol * self.size + atol / self.scale
+
+    def product(self, x: Vector) -> Vector:
+        """`operator @ x`, each leaf in the dtype of `x`."""
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
+
+    def first_guess(self) -> tuple[Vector, BoolScalar, BoolScalar]:
+        """Where to begin, whether that is the solution, and whether `b` is finite."""
+        finite = jnp.isfinite(self.size)
+        zeros = tree_zeros_like(self.b)
+        if self.start is None:
+            return zeros, finite & (self.size <= self.tolerance), finite
+        # For a right-hand side of zero the answer is zero, whatever the start.
+        converged = self.size == 0
+        return tree_where(finite & ~converged, self.start, zeros), converged, finite
+
+    def end_of_series(
+        self, num_steps: IntScalar, num_products: IntScalar, every: int, max_steps: int
+    ) -> IntScalar:
+        """The number of steps after which the residual is computed again: at once for a
+        start, of which nothing is known yet."""
+        length = jnp.asarray(every)
+        if self.start is not None:
+            length = jnp.where(num_products == 0, 0, length)
+        return jnp.minimum(num_steps + length, max_steps)

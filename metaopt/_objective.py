@@ -1,0 +1,249 @@
+"""The outer loss as a function of `hyper`, and its derivative with a report."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._adjoint import AbstractAdjoint, HypergradientOutput
+from ._data import AbstractData, BatchSequence
+from ._dependence import depends, evaluate_tracing_scale
+from ._problem import AbstractInnerProblem, BilevelProblem, initialise
+from ._reach import split_unreached, zero_message
+from ._report import Report
+from ._results import first_failure, mask_result, RESULTS
+from ._solver import AbstractSolver, InnerSolve, Outcome
+from ._tree import split_trainable, tree_add, tree_all_finite, tree_scaled_norm
+from ._types import (
+    Aux,
+    BoolScalar,
+    FloatScalar,
+    Hyper,
+    Key,
+    ModelState,
+    Params,
+    Vector,
+)
+from ._validate import (
+    check_params,
+)
+
+
+class Objective(eqx.Module):
+    """The outer loss as a function of `hyper`: every choice made but the adjoint.
+
+    The one place where the data flows: `hyper` to the start, to the inner solution, to
+    the outer loss.
+    """
+
+    problem: BilevelProblem
+    solve: InnerSolve
+    valid: AbstractData
+    params: Params | None
+    model_state: ModelState
+    init_key: Key
+    outer_key: Key
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        inner: AbstractSolver,
+        train: AbstractData,
+        valid: AbstractData,
+        params: Params | None,
+        model_state: ModelState,
+        key: Key,
+    ):
+        init_key, inner_key, outer_key = jax.random.split(key, 3)
+        inner.check(problem.inner, train)
+        valid.check(1)
+        if isinstance(valid, BatchSequence):
+            raise ValueError(
+                "`valid` is a `BatchSequence`, which has a batch for each inner step; the "
+                "outer loss is evaluated once. Use plain arrays or `Minibatches`, or give "
+                "`solve_bilevel` an iterator."
+            )
+        self.problem = problem
+        self.solve = InnerSolve(problem.inner, inner, train, inner_key)
+        self.valid = valid
+        self.params = params
+        self.model_state = model_state
+        self.init_key = init_key
+        self.outer_key = outer_key
+
+    def start(self, hyper: Hyper) -> tuple[Params, ModelState]:
+        """Where the inner solve starts: given, or the problem's own `init`."""
+        if self.params is not None:
+            return self.params, self.model_state
+        params, model_state = initialise(self.problem.inner, hyper, self.init_key)
+        check_params(params)
+        return params, model_state
+
+    def outer(
+        self, params: Params, hyper: Hyper, model_state: ModelState
+    ) -> tuple[FloatScalar, Aux]:
+        """The outer loss at given params, and its auxiliary output."""
+        plan_key, loss_key = jax.random.split(self.outer_key)
+        draw = jax.tree.map(lambda leaf: leaf[0], self.valid.plan(plan_key, 1))
+        batch = self.valid.batch(draw)
+        return self.problem.evaluate_outer(params, hyper, batch, loss_key, model_state)
+
+    def primal(self, hyper: Hyper) -> tuple[FloatScalar, Any]:
+        """The outer loss at the inner solution and the outcome, without derivative."""
+        params, model_state = self.start(hyper)
+        outcome = self.solve.primal(params, hyper, model_state)
+        value, _ = self.outer(outcome.params, hyper, outcome.model_state)
+        return value, outcome
+
+    def differentiate(
+        self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
+    ) -> tuple[HypergradientOutput, Vector, Report]:
+        """Everything the adjoint returned, the hypergradient, and the report on it.
+
+        **Raises:**
+
+        `ValueError` where a derivative is zero by construction.
+        """
+        adjoint.check(self.solve.solver, self.solve.data)
+        self._check_inner_loss(hyper)
+        static_output: Any = None
+
+        def scaled(scale):
+            nonlocal static_output
+            output = adjoint.hypergradient(
+                self.solve, self.outer, self.start, hyper, carry, scale
+            )
+            parts = (output.through_solution, output.direct)
+            arrays, static_output = eqx.partition(output, eqx.is_array)
+            return parts, arrays
+
+        # Traced once, the two parts tell by themselves which leaves they cannot reach.
+        parts, arrays, reached = evaluate_tracing_scale(scaled, jnp.float32)
+        output = eqx.combine(arrays, static_output)
+        self._check_outer_loss(output.outcome, hyper)
+        idle = self._check_reached(adjoint, hyper, *reached)
+        gradient = tree_add(*parts)
+        result = _judge(output, gradient)
+        # Where there is no solution there is no hypergradient: a linear solver that
+        # stops at once can leave a zero that looks like one.
+        gradient = _nan_where(_is_void(result), gradient)
+        return output, gradient, _report(adjoint, output, gradient, result, idle)
+
+    def _check_inner_loss(self, hyper: Hyper) -> None:
+        problem, data = self.problem.inner, self.solve.data
+        if not isinstance(problem, AbstractInnerProblem):
+            return
+        params, model_state = self.start(hyper)
+        trainable, static = split_trainable(params)
+        draw = jax.tree.map(lambda leaf: leaf[0], data.plan(self.init_key, 1))
+
+        def loss(trainable):
+            full = eqx.combine(trainable, static)
+            batch = data.batch(draw)
+            return problem.evaluate(full, hyper, batch, self.init_key, model_state).value
+
+        if not depends(loss, trainable):
+            raise ValueError(
+                "The inner loss does not depend on `params`, so there is nothing to "
+                "solve. Compute it from its first argument."
+            )
+
+    def _check_outer_loss(self, outcome: Outcome, hyper: Hyper) -> None:
+        trainable, static = split_trainable(outcome.params)
+
+        def loss(trainable):
+            full = eqx.combine(trainable, static)
+            return self.outer(full, hyper, outcome.model_state)[0]
+
+        if not depends(loss, trainable):
+            raise ValueError(
+                "The outer loss does not depend on `params`, so the inner problem has no "
+                "effect on it. Compute it from its first argument."
+            )
+
+    def _check_reached(
+        self, adjoint: AbstractAdjoint, hyper: Hyper, solution: Vector, direct: Vector
+    ) -> tuple[str, ...]:
+        """Each way in which a leaf acts must be seen: a leaf that the outer loss reads
+        as well would hide that its way through the inner solution is not."""
+        outcome = lambda h: self.primal(h)[1]
+        reached = jax.tree.leaves(solution)
+        zero, idle = split_unreached(reached, lambda h: _solution_of(outcome(h)), hyper)
+        if zero:
+            raise ValueError(zero_message(zero, adjoint))
+        reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
+        zero, idle = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
+        if zero:
+            raise ValueError(zero_message(zero, adjoint))
+        if len(idle) == len(reached):
+            raise ValueError(
+                "Neither loss depends on `hyper`, and nor does the inner solver: there "
+                "is nothing to tune. Compute the inner or the outer loss from `hyper`."
+            )
+        return idle
+
+
+def _is_void(result: Any) -> BoolScalar:
+    """Whether a result says that there is no hypergradient, not even a rough one."""
+    codes = (
+        RESULTS.inner_nonfinite,
+        RESULTS.inner_diverged,
+        RESULTS.outer_nonfinite,
+        RESULTS.linear_nonfinite,
+        RESULTS.linear_indefinite,
+        RESULTS.linear_preconditioner,
+        RESULTS.linear_diverged,
+        RESULTS.hypergradient_nonfinite,
+    )
+    return jnp.any(jnp.stack([result == code for code in codes]))
+
+
+def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
+    return jax.tree.map(lambda leaf: jnp.where(condition, jnp.nan, leaf), tree)
+
+
+def _solution_of(outcome: Outcome) -> Any:
+    """What the outer loss sees of an inner solve."""
+    return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
+
+
+def _judge(output: HypergradientOutput, gradient: Vector) -> Any:
+    """The first failure on the way of the data."""
+    outer_failed = jnp.logical_not(jnp.isfinite(output.value))
+    gradient_failed = jnp.logical_not(tree_all_finite(gradient))
+    return first_failure(
+        output.outcome.result,
+        mask_result(outer_failed, RESULTS.outer_nonfinite),
+        output.info.result,
+        mask_result(gradient_failed, RESULTS.hypergradient_nonfinite),
+    )
+
+
+def _report(
+    adjoint: AbstractAdjoint,
+    output: HypergradientOutput,
+    gradient: Vector,
+    result: Any,
+    idle: tuple[str, ...],
+) -> Report:
+    outcome, info = output.outcome, output.info
+    return Report(
+        result=result,
+        outer_loss=output.value,
+        aux=output.aux,
+        hypergradient_norm=tree_scaled_norm(gradient),
+        num_zeros=jnp.sum(
+            jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
+        ),
+        inner_residual=info.inner_residual,
+        inner_error=info.inner_error,
+        num_inner_steps=outcome.num_steps,
+        failed_step=outcome.failed_step,
+        linear_residual=info.linear_residual,
+        num_linear_steps=info.num_linear_steps,
+        min_curvature=info.min_curvature,
+        adjoint=type(adjoint).__name__,
+        left_out=info.left_out,
+        unreached=idle,
+    )
