@@ -140,6 +140,7 @@ def test_digits_implicit_against_finite_differences(digits, implicit, without_he
 
 def test_digits_implicit_against_the_dense_solve(digits, implicit, without_hessian):
     assert relative_error(implicit, digits.exact) < 1e-10
+    # The control. Measured: 0.59.
     assert error_after_rescaling(without_hessian, digits.exact) > 0.3
 
 
@@ -180,6 +181,7 @@ def test_digits_forward_against_reverse(digits):
 def test_digits_unrolled_against_implicit(digits, implicit, without_hessian):
     unrolled = digits.gradient(mo.UnrolledAdjoint(mo.SqrtBlocks()), num_steps=2000)
     assert relative_error(unrolled, implicit) < 1e-8
+    # The control. Measured: 0.59.
     assert error_after_rescaling(without_hessian, unrolled) > 0.3
 
 
@@ -192,7 +194,7 @@ def test_digits_truncation_is_the_neumann_series(digits, k):
         neumann = mo.Neumann(num_terms=k - 1, scale=digits.rate)
         series = digits.gradient(mo.ImplicitAdjoint(neumann))
         assert relative_error(truncated, series) < 1e-8
-        # The control: one term more, or a missing rate.
+        # The control: one term more (measured: 0.08 and 0.47), or a missing rate.
         longer = digits.reference.gradient(num_terms=k, scale=digits.rate)
         assert relative_error(truncated, longer) > 1e-3
         assert relative_error(truncated / digits.rate, series) > 1e-4
@@ -208,6 +210,7 @@ def test_digits_conjugate_gradients_beat_the_neumann_series(digits):
     cg = digits.gradient(mo.ImplicitAdjoint(mo.CG(rtol=None, max_steps=20)))
     neumann = mo.Neumann(num_terms=19, scale=digits.rate)
     series = digits.gradient(mo.ImplicitAdjoint(neumann))
+    # Measured: 8e-5 and 0.63.
     assert relative_error(cg, digits.exact) < 1e-3
     assert relative_error(series, digits.exact) > 0.3
 
@@ -251,6 +254,7 @@ def test_forward_against_reverse(name):
     reverse = gradient_of(case, mo.UnrolledAdjoint(), inner)
     forward = gradient_of(case, mo.ForwardAdjoint(), inner)
     assert relative_error(forward, reverse) < 1e-10
+    # It is not that of the solution. Measured: 0.3 and more.
     assert relative_error(reverse, case.reference().gradient()) > 1e-3
 
 
@@ -261,6 +265,7 @@ def test_unrolled_against_implicit(name):
     implicit = gradient_of(case, mo.ImplicitAdjoint(mo.Dense()))
     identity = gradient_of(case, mo.ImplicitAdjoint(Identity()))
     assert relative_error(unrolled, implicit) < 1e-8
+    # The control. Measured: 0.08 and more.
     assert error_after_rescaling(identity, implicit) > 0.05
 
 
@@ -272,6 +277,7 @@ def test_truncation_is_the_neumann_series(name):
     series = gradient_of(case, mo.ImplicitAdjoint(neumann))
     truncated = gradient_of(case, mo.TruncatedAdjoint(4))
     assert relative_error(truncated, series) < 1e-8
+    # The control: one term more. Measured: 0.04 and more.
     assert relative_error(twin.gradient(4, case.rate), series) > 1e-3
     if case.kind == LOSS:
         # The error is measured in what the linear system gives, and `cross` has a

@@ -26,6 +26,8 @@ def test_one_decay_per_parameter_beats_the_best_shared_decay(tmp_path):
     assert len(metrics["results"]) == 3
     for rows in metrics["results"].values():
         shared, own = rows["best of 21 shared decays"], rows["one decay per parameter"]
+        # Measured: 0.65 of the loss or less, an accuracy higher by 0.03 or more, a gap
+        # wider by 0.09 or more. The rest is room for other versions of the packages.
         assert own["test_loss"] <= 0.92 * shared["test_loss"]
         assert own["test_accuracy"] >= shared["test_accuracy"] + 0.01
         # It overfits the validation set, and that must show.

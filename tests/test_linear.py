@@ -260,6 +260,7 @@ def test_start_near_the_solution_saves_steps(name):
     for solution in (cold, warm):
         assert_result(solution, "successful")
         assert true_residual(matrix, solution, vector) <= 1.001e-6
+    # Measured: 0.19 to 0.42. The rest is room for other orders of summation.
     assert warm.num_steps < 0.8 * cold.num_steps
 
 
@@ -398,6 +399,7 @@ def test_iterate_of_least_energy_is_kept():
     assert_result(solution, "linear_max_steps")
     assert solution.residual > 1
     error = np.linalg.norm(solution.value - exact) / np.linalg.norm(exact)
+    # Measured: 0.60. It is 1 for zero, the iterate of least residual.
     assert error < 0.8
 
 
@@ -442,12 +444,16 @@ def test_stagnation_ends_the_solve(condition):
 
 def test_success_is_of_the_true_residual():
     # The residual of the recurrence goes on to fall below any tolerance.
+    num_successful = 0
     for seed in range(5):
-        matrix = symmetric(100, 3e3, seed, jnp.float32)
+        matrix = symmetric(100, 300.0, seed, jnp.float32)
         vector = vector_of(100, seed, jnp.float32)
         solution = jax.jit(CG(rtol=1e-5).solve)(matrix_operator(matrix, PSD), vector)
         if bool(solution.result == RESULTS.successful):
+            num_successful += 1
+            # The residual is computed in float32, to some roundings of 1e-7.
             assert true_residual(matrix, solution, vector) <= 1.1e-5
+    assert num_successful > 0
 
 
 @pytest.mark.parametrize("name", TOLERANT)
@@ -542,6 +548,7 @@ def test_preconditioner_saves_steps():
         solver = CG(rtol=1e-8, preconditioner=preconditioner)
         solution = solver.solve(operator, vector)
         assert_result(solution, "successful")
+        # Measured: 0.007. Preconditioned, it is close to the identity and one of rank 1.
         assert solution.num_steps < 0.2 * plain.num_steps
         assert true_residual(matrix, solution, vector) <= 1e-8
         np.testing.assert_allclose(solution.value, expected, rtol=1e-3)
@@ -587,6 +594,24 @@ def test_damping_is_solved_for_and_the_residual_is_without_it():
     assert undamped.residual < 1e-11
     # The curvature is that of the operator itself.
     assert solution.min_curvature < 0.1
+
+
+def test_damping_of_an_ill_conditioned_system_is_that_of_the_textbook():
+    matrix, vector = symmetric(200, 1e5), vector_of(200)
+    solver = CG(rtol=None, max_steps=60, damping=1e-3)
+    solution = solver.solve(matrix_operator(matrix, PSD), vector)
+    assert_result(solution, "successful")
+    assert solution.num_steps == 60
+    expected = textbook(matrix + 1e-3 * np.eye(200), vector, 60)
+    # On such a matrix the steps amplify rounding: the textbook with the unknowns in
+    # another order differs by 2e-5. From the solution it is 5e-3 away.
+    scale = np.linalg.norm(expected)
+    assert np.linalg.norm(solution.value - expected) < 5e-4 * scale
+    undamped = textbook(matrix, vector, 60)
+    assert np.linalg.norm(solution.value - undamped) > 0.1 * scale
+    # The curvature is that without damping, a mean of the eigenvalues.
+    least = np.linalg.eigvalsh(matrix)[0]
+    assert least - 1e-14 <= solution.min_curvature < 0.1
 
 
 def test_damping_makes_an_indefinite_operator_definite():
@@ -718,7 +743,8 @@ def test_one_bad_lane_of_64_leaves_the_others_alone(name, dtype):
         )
 
 
-@pytest.mark.parametrize("name", ACCURATE)
+# `Dense` and `Neumann` have no loops whose length depends on numbers.
+@pytest.mark.parametrize("name", TOLERANT)
 def test_loops_read_carried_bools_and_integers_only(name):
     # A condition that computes floats can hang for ever in `jax.vmap`.
     matrix, vector = symmetric(12, 10.0), vector_of(12)
@@ -732,6 +758,7 @@ def test_loops_read_carried_bools_and_integers_only(name):
         (jax.vmap(solve), batch),
     ):
         conditions = loop_conditions(fn, *arguments)
+        assert conditions
         assert [with_floats(condition) for condition in conditions if condition] == [
             [] for condition in conditions if condition
         ]
