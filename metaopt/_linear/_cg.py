@@ -102,7 +102,7 @@ class CG(AbstractLinearSolver):
             raise ValueError(
                 "`CG` needs a symmetric positive (semi)definite operator, and this one "
                 f"promises {promise}. For fixed points, roots and saddles use "
-                "`metaopt.GMRES()`, `metaopt.BiCGStab()`, `metaopt.Neumann(num_terms=...)` or "
+                "`metaopt.GMRES()`, `metaopt.BiCGStab()`, `metaopt.Neumann(20)` or "
                 "`metaopt.Dense()`; if you know that it is definite, give it the tag "
                 "`lineax.positive_semidefinite_tag`."
             )
