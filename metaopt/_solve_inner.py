@@ -79,12 +79,16 @@ def solve_inner(
     **Returns:**
 
     A [`metaopt.Solution`][]. Its `value` is differentiable in `hyper`, `params`, `data`
-    and every array that the problem closes over, as far as the adjoint sees them.
+    and every array that the problem closes over. The rest of it (model state, auxiliary
+    output, losses) is differentiable too under an adjoint that follows the path.
 
     **Raises:**
 
-    `ValueError` and `TypeError` for arguments that do not fit; [`metaopt.SolveError`][]
-    for a numerical failure under `throw`.
+    `ValueError` and `TypeError` for arguments that do not fit; `ValueError` where a
+    derivative is asked for that is zero by construction under the adjoint;
+    [`metaopt.SolveError`][] for a numerical failure under `throw`. Inside compiled
+    functions a failure is raised when they run, as an error of JAX, which is readable
+    under `equinox.filter_jit`.
     """
     check_kind(problem, AbstractProblem, "problem", "metaopt.InnerProblem(loss)")
     check_kind(solver, AbstractSolver, "solver", DESCENT_EXAMPLE)

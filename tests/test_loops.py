@@ -341,6 +341,14 @@ TOL: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
     [
         ("ridge", mo.Descent(optax.adam(0.1), num_steps=9, atol=1e-6)),
         ("fixed point", mo.Picard(num_steps=9, rtol=1e-6)),
+        ("ridge", mo.Descent(optax.lbfgs(), num_steps=4)),
+        (
+            "ridge",
+            mo.Descent(
+                optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+                num_steps=4,
+            ),
+        ),
         ("ridge", mo.OptimistixSolver(optx.LBFGS(**TOL))),
         ("ridge", mo.OptimistixSolver(optx.NonlinearCG(**TOL))),
         ("ridge", mo.OptimistixSolver(optx.GradientDescent(learning_rate=0.1, **TOL))),
