@@ -609,7 +609,14 @@ def test_plain_derivative_that_fails_is_nan_or_raises(inner, adjoint):
         "jax_debug_nans=True",
         "jax_numpy_rank_promotion='raise'",
         "jax_numpy_dtype_promotion='strict'",
-        "jax_check_tracer_leaks=True",
+        pytest.param(
+            "jax_check_tracer_leaks=True",
+            marks=pytest.mark.xfail(
+                jax.__version_info__ >= (0, 11),
+                reason="a cache of Equinox keeps jaxprs, which hold their constants now",
+                strict=True,
+            ),
+        ),
         "jax_disable_jit=True",
     ],
 )

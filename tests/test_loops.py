@@ -341,7 +341,6 @@ TOL: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
     [
         ("ridge", mo.Descent(optax.adam(0.1), num_steps=9, atol=1e-6)),
         ("fixed point", mo.Picard(num_steps=9, rtol=1e-6)),
-        ("ridge", mo.Descent(optax.lbfgs(), num_steps=4)),
         (
             "ridge",
             mo.Descent(
