@@ -65,7 +65,7 @@ def accuracy(params, batch):
 
 
 def inner_solver() -> mo.Descent:
-    return mo.Descent(optax.lbfgs(), num_steps=1000, atol=1e-5)
+    return mo.Descent(optax.lbfgs(), num_steps=1000, atol=1e-6)
 
 
 def shared_decay(problem: SoftmaxRegression, log_decay):

@@ -137,19 +137,18 @@ def canonical_key(key: Any) -> Key:
 
 
 def canonical_params(params: Any) -> Params:
-    """`params` with Python and NumPy floats made arrays, checked for something to train.
+    """`params` with NumPy arrays moved to JAX, checked for something to train.
+
+    A Python float is an array where it is all there is; inside of a model it is a
+    setting, as everywhere in Equinox.
 
     **Raises:**
 
     `ValueError` naming the array.
     """
-    names = leaf_names(params, "params")
-    leaves, structure = jax.tree.flatten(params)
-    leaves = [
-        _to_jax(leaf, name) if isinstance(leaf, float) else leaf
-        for leaf, name in zip(leaves, names, strict=True)
-    ]
-    params = canonical_arrays(jax.tree.unflatten(structure, leaves), "params")
+    if isinstance(params, float):
+        params = _to_jax(params, "params")
+    params = canonical_arrays(params, "params")
     check_params(params)
     return params
 

@@ -438,15 +438,22 @@ def test_missing_data_is_named_beside_the_exception():
     assert "called `loss` with `None` as its batch" in info.value.__notes__[0]
 
 
-def test_floats_are_params():
-    solution = mo.solve_inner(
-        mo.InnerProblem(lambda p, h, b: (p["a"] - h) ** 2),
-        1.0,
-        {"a": 0.0},
-        solver=mo.Descent(optax.sgd(0.1), num_steps=100),
-        adjoint=mo.UnrolledAdjoint(),
-    )
-    np.testing.assert_allclose(solution.value["a"], 1.0, rtol=1e-6)
+def test_float_is_params_and_a_setting_inside_of_a_model():
+    def solve(loss, params):
+        return mo.solve_inner(
+            mo.InnerProblem(loss),
+            1.0,
+            params,
+            solver=mo.Descent(optax.sgd(0.1), num_steps=100),
+            adjoint=mo.UnrolledAdjoint(),
+        ).value
+
+    np.testing.assert_allclose(solve(lambda p, h, b: (p - h) ** 2, 0.0), 1.0, rtol=1e-6)
+    # Once the temperature was trained along with the rest.
+    model = {"a": jnp.array(0.0), "temperature": 2.0}
+    value = solve(lambda p, h, b: (p["a"] / p["temperature"] - h) ** 2, model)
+    assert value["temperature"] == 2.0
+    np.testing.assert_allclose(value["a"], 2.0, rtol=1e-2)
 
 
 def test_exceptions_of_losses_surface_unchanged():

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -138,6 +139,74 @@ def test_slow_direction_is_not_taken_for_solved():
         return jnp.sum(solution.value**2)
 
     assert jnp.all(jnp.isnan(jax.grad(plain)(jnp.ones(2))))
+
+
+@pytest.mark.parametrize(
+    "loss, hyper, params",
+    [
+        # A leaf that the outer loss does not look at is large and solved.
+        (
+            lambda p, h, b: (p["a"] - 1e4) ** 2 + 1e-3 * (p["b"] - h) ** 2,
+            2.0,
+            {"a": jnp.array(0.0), "b": jnp.array(0.0)},
+        ),
+        # A start far away.
+        (
+            lambda p, h, b: 0.05 * (p["b"] - h) ** 2,
+            1.0,
+            {"a": jnp.array(0.0), "b": jnp.array(1e4)},
+        ),
+    ],
+    ids=["large leaf", "far start"],
+)
+def test_what_the_outer_loss_looks_at_must_be_solved(loss, hyper, params):
+    problem = mo.BilevelProblem(loss, lambda p, h, b: p["b"] ** 2)
+    inner = mo.Descent(optax.sgd(0.4), num_steps=150)
+    _, report = call(problem, hyper, params, inner=inner, throw=False)
+    assert code(report) == "inner_not_converged"
+    assert report.inner_error is not None and report.inner_error > 0.1
+
+
+@pytest.mark.parametrize(
+    "linear_solver", [mo.CG(), mo.Dense(), mo.Neumann(50)], ids=lambda x: type(x).__name__
+)
+def test_saddle_beside_the_outer_gradient(linear_solver):
+    def loss(p, h, b):
+        return (
+            0.5 * (p[0] - h) ** 2 + p[1] ** 4 / 4 - 0.5 * p[1] ** 2 + 0.7 * p[1] * (h - 1)
+        )
+
+    problem = mo.BilevelProblem(loss, lambda p, h, b: p[0] + 0.5 * p[1])
+    adjoint = mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf)
+    _, report = call(problem, 1.0, jnp.zeros(2), adjoint=adjoint, throw=False)
+    assert code(report) in ("linear_indefinite", "linear_diverged")
+
+
+def test_preconditioner_of_arrays_that_are_traced():
+    # It was a constant of the rule before, which neither `jit` nor `vmap` could lift.
+    def value(hyper, curvatures):
+        problem = mo.InnerProblem(lambda p, h, b: jnp.sum(curvatures * (p - h) ** 2))
+        for preconditioner in (
+            lambda v: v / curvatures,
+            lx.DiagonalLinearOperator(1 / curvatures),
+        ):
+            solution = mo.solve_inner(
+                problem,
+                hyper,
+                jnp.zeros(3),
+                solver=mo.Descent(optax.sgd(0.02), num_steps=2000),
+                adjoint=mo.ImplicitAdjoint(mo.CG(preconditioner=preconditioner)),
+            )
+            hyper = solution.value
+        return jnp.sum(hyper**2)
+
+    curvatures = jnp.array([1.0, 5.0, 20.0])
+    for transform in (jax.grad, jax.jacfwd):
+        gradient = jax.jit(transform(value))(HYPER, curvatures)
+        np.testing.assert_allclose(gradient, 2.0, rtol=1e-6)
+    batch = jnp.stack([curvatures, curvatures / 2])
+    gradients = jax.vmap(jax.grad(value), (None, 0))(HYPER, batch)
+    np.testing.assert_allclose(gradients, 2.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1.0, 1e170])

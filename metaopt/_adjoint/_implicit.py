@@ -1,5 +1,6 @@
 """Implicit differentiation at the inner solution."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from .._operators import cross_pullback, jacobian_operator, newton_length
 from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Outcome
 from .._tree import (
+    divided,
     split_trainable,
     tree_dot,
     tree_norm,
@@ -24,6 +26,9 @@ from .._tree import (
 from .._types import FloatScalar, Hyper, Vector
 from .._validate import check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
+
+
+_OF_THE_WAY = 1e-3
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -81,12 +86,17 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
         self.linear_solver.check(operator)
         point = _Point.at(params, trainable, residual, operator)
+        # What a function in it (a preconditioner) closes over must be seen by JAX.
+        hoisted = jax.tree.map(
+            lambda x: eqx.filter_closure_convert(x, trainable) if callable(x) else x, self
+        )
+        adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
         solution = _with_implicit_derivative(
             eqx.filter_closure_convert(condition.fn, trainable, outer_variables),
             trainable,
             outer_variables,
-            stop_gradient((outcome.result, point)),
-            adjoint=self,
+            stop_gradient((outcome.result, point, adjoint)),
+            static_adjoint=static_adjoint,
             tags=condition.tags,
             throw=throw,
         )
@@ -201,14 +211,14 @@ class _Point(eqx.Module):
 
     residual: Vector
     distance: FloatScalar  # to the solution, by one product
-    size: FloatScalar  # what the distance is compared with
+    params: Vector
+    way: Vector  # from the start, times how much of it is allowed for
 
     @classmethod
     def at(cls, start, params: Vector, residual: Vector, operator) -> "_Point":
-        # A solution near zero is as good as the way to it was long.
         way = tree_sub(params, split_trainable(start)[0])
-        size = jnp.maximum(tree_norm(params), tree_norm(way))
-        return cls(residual, newton_length(residual, operator), size)
+        way = jax.tree.map(lambda leaf: leaf * jnp.asarray(_OF_THE_WAY, leaf.dtype), way)
+        return cls(residual, newton_length(residual, operator), params, way)
 
     def error(self, solution: Vector, vector: Vector) -> FloatScalar:
         """An estimate of the relative error of the params, from below.
@@ -216,26 +226,44 @@ class _Point(eqx.Module):
         With $A w = b$ solved for the derivative, $w . r = b . A^{-1} r$ is the step that
         is still to come, $A^{-1} r$, projected on $b$: for a hypergradient, on the
         direction in which the outer loss changes. It sees slow directions, which the
-        residual hides.
+        residual hides. It is compared with the params as $b$ weighs them, because large
+        params that the outer loss does not look at excuse nothing.
         """
-        size = tree_norm(vector)
-        along = jnp.abs(tree_dot(solution, self.residual))
-        along = jnp.where(size > 0, along / jnp.where(size > 0, size, 1), 0.0)
-        distance = jnp.maximum(self.distance, along)
-        return jnp.where(distance == 0, 0.0, distance / self.size)
+        size = tree_scaled_norm(vector)
+        weights = divided(vector, _or_one(size))
+        along = jnp.abs(tree_dot(solution, divided(self.residual, _or_one(size))))
+        weighed = lambda x: tree_scaled_norm(jax.tree.map(jnp.multiply, weights, x))
+        return jnp.maximum(
+            self._relative(self.distance, tree_scaled_norm),
+            jnp.where(size > 0, self._relative(along, weighed), 0.0),
+        )
+
+    def _relative(self, length: FloatScalar, norm: Callable) -> FloatScalar:
+        # A solution near zero is good if it is near in comparison with the way to it.
+        size = jnp.maximum(norm(self.params), norm(self.way))
+        return jnp.where(length == 0, 0.0, length / size)
+
+
+def _or_one(size: FloatScalar) -> FloatScalar:
+    return jnp.where(size > 0, size, 1)
 
 
 @eqx.filter_custom_jvp
-def _with_implicit_derivative(optimality, params, hyper, reached, *, adjoint, tags, throw):
+def _with_implicit_derivative(
+    optimality, params, hyper, fixed, *, static_adjoint, tags, throw
+):
     return params
 
 
 @_with_implicit_derivative.def_jvp
-def _(primals, tangents, *, adjoint, tags, throw):
-    optimality, params, hyper, (inner_result, point) = primals
+def _(primals, tangents, *, static_adjoint, tags, throw):
+    optimality, params, hyper, (inner_result, point, adjoint) = primals
+    adjoint = eqx.combine(adjoint, static_adjoint)
     moving_optimality, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
-    params = _with_implicit_derivative(*primals, adjoint=adjoint, tags=tags, throw=throw)
+    params = _with_implicit_derivative(
+        *primals, static_adjoint=static_adjoint, tags=tags, throw=throw
+    )
     _, pushed = eqx.filter_jvp(
         lambda optimality, hyper: optimality(params, hyper),
         (optimality, hyper),

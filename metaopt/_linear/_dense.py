@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._results import mask_result, RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     divided,
     tree_all_finite,
@@ -33,9 +33,11 @@ from ._promotion import cast_up, promoted
 class Dense(AbstractLinearSolver):
     r"""An LU factorisation of the operator's matrix, for small systems.
 
-    Exact to rounding, whatever the conditioning, for any nonsingular operator. Use it
-    to check other methods, and for up to some hundred unknowns. It makes the matrix
-    from as many products as there are unknowns, all at once.
+    Exact to rounding, whatever the conditioning, for any nonsingular operator. Where the
+    operator promises to be positive semidefinite its eigenvalues are looked at, and a
+    negative one is the result `linear_indefinite`. Use it to check other methods, and
+    for up to some hundred unknowns. It makes the matrix from as many products as there
+    are unknowns, all at once.
 
     **Arguments:**
 
@@ -74,7 +76,8 @@ class Dense(AbstractLinearSolver):
         b = divided(vector, scale)
         size = tree_norm(b)
         method = lx.LU()
-        state = method.init(promoted(operator, vector), {})
+        full = promoted(operator, vector)
+        state = method.init(full, {})
         x, _, _ = method.compute(state, cast_up(b), {})
         x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
         finite = tree_all_finite(x) & jnp.isfinite(size)
@@ -82,10 +85,21 @@ class Dense(AbstractLinearSolver):
         residual = relative(tree_norm(tree_sub(b, operator.mv(x))), size)
         # LU is backward stable: it leaves rounding only, unless there is no solution.
         regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
+        smallest = jnp.full((), jnp.inf, size.dtype)
+        indefinite = jnp.asarray(False)
+        if lx.is_positive_semidefinite(operator):
+            eigenvalues = jnp.linalg.eigvalsh(full.as_matrix())
+            smallest = eigenvalues[0].astype(size.dtype)
+            rounding = 10 * coarsest_eps(vector) * jnp.abs(eigenvalues[-1])
+            indefinite = smallest < -tree_size(vector) * rounding
         return reported(
             tree_scale(scale, x),
-            mask_result(~regular, RESULTS.linear_nonfinite),
+            first_failure(
+                mask_result(~regular, RESULTS.linear_nonfinite),
+                mask_result(indefinite, RESULTS.linear_indefinite),
+            ),
             residual,
             1,
             tree_size(vector) + 1,
+            smallest,
         )
