@@ -117,9 +117,7 @@ def tune(inner, hyper, train, valid, test, steps, key):
         valid,
         solver=mo.NestedSolver(
             inner=inner_solver(),
-            # Decays near zero leave directions in which the inner solver is slow. A
-            # hundredth is accurate enough to walk by.
-            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3, max_steps=5000), inner_rtol=1e-2),
+            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3, max_steps=5000)),
             outer=optax.adam(0.1),
             start=mo.WarmStart(),
         ),
