@@ -238,13 +238,8 @@ class _Method:
         return state.running & (state.num_products < 2 * self.solver.max_steps + 3)
 
     def round(self, state: _State) -> _State:
-        before = state.series.num_steps
-        end = self.system.end_of_series(
-            before, state.num_products, _CHECK_EVERY, self.solver.max_steps
-        )
-        series = eqx.tree_at(lambda s: s.goes_on, state.series, before < end)
-        series = lax.while_loop(
-            lambda series: series.goes_on & (series.num_steps < end), self.step, series
+        series = self.system.run_series(
+            self.step, state.series, state.num_products, _CHECK_EVERY, self.solver.max_steps
         )
         return self.check(state, series)
 

@@ -1,8 +1,13 @@
 """A linear system as iterative solvers see it: scaled, with a tolerance and a start."""
 
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
 
 from .._tree import (
     divided,
@@ -65,12 +70,21 @@ class System:
         converged = self.size == 0
         return tree_where(finite & ~converged, self.start, zeros), converged, finite
 
-    def end_of_series(
-        self, num_steps: IntScalar, num_products: IntScalar, every: int, max_steps: int
-    ) -> IntScalar:
-        """The number of steps after which the residual is computed again: at once for a
-        start, of which nothing is known yet."""
+    def run_series(
+        self,
+        step: Callable[[Any], Any],
+        series: Any,
+        num_products: IntScalar,
+        every: int,
+        max_steps: int,
+    ) -> Any:
+        """Steps in a row, until `series.goes_on` is false or it is time for a check: at
+        once for a start, of which nothing is known yet."""
         length = jnp.asarray(every)
         if self.start is not None:
             length = jnp.where(num_products == 0, 0, length)
-        return jnp.minimum(num_steps + length, max_steps)
+        end = jnp.minimum(series.num_steps + length, max_steps)
+        series = eqx.tree_at(lambda s: s.goes_on, series, series.num_steps < end)
+        return lax.while_loop(
+            lambda series: series.goes_on & (series.num_steps < end), step, series
+        )
