@@ -57,7 +57,7 @@ def hypergradient(
         inner=mo.Descent(optax.sgd(0.1), num_steps=100),
         adjoint=mo.ImplicitAdjoint(),
     )
-    print(gradient)  # 6.0
+    print(gradient.round(3))  # 6.0
     print(report)
     ```
 

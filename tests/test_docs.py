@@ -6,7 +6,9 @@ A block that cannot run says why in a comment of its own just before it:
 """
 
 import ast
+import contextlib
 import dataclasses
+import io
 import re
 import sys
 import textwrap
@@ -64,8 +66,15 @@ def python_blocks(text: str) -> list[Block]:
     return blocks
 
 
-def run(blocks: list[Block], filename: str) -> None:
-    """Runs blocks in one namespace; a traceback shows the lines of the page."""
+_PRINTS = re.compile(r"^print\(.*\)  # (?P<says>[-\[\]\d., ]*\d[-\[\]\d., ]*)$", re.M)
+
+
+def run(blocks: list[Block], filename: str) -> tuple[list[str], str]:
+    """Runs blocks in one namespace; a traceback shows the lines of the page.
+
+    Returns what comments beside `print` say is printed, and all that was printed.
+    """
+    says, printed = [], io.StringIO()
     module = types.ModuleType("docs_page")
     # Classes look their module up when they are made.
     sys.modules["docs_page"] = module
@@ -73,9 +82,12 @@ def run(blocks: list[Block], filename: str) -> None:
         for block in blocks:
             if block.no_test is None:
                 code = "\n" * (block.line - 1) + block.code
-                exec(compile(code, filename, "exec"), vars(module))
+                with contextlib.redirect_stdout(printed):
+                    exec(compile(code, filename, "exec"), vars(module))
+                says += [match["says"].strip() for match in _PRINTS.finditer(code)]
     finally:
         del sys.modules["docs_page"]
+    return says, printed.getvalue()
 
 
 @pytest.fixture
@@ -131,7 +143,8 @@ DOCSTRINGS = docstrings()
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page, as_a_reader):
-    run(python_blocks(PAGES[page]), str(REPOSITORY / page))
+    says, printed = run(python_blocks(PAGES[page]), str(REPOSITORY / page))
+    assert [text for text in says if text not in printed] == []
 
 
 @pytest.mark.parametrize("name", DOCSTRINGS)
@@ -141,7 +154,8 @@ def test_docstring(name, as_a_reader):
         dataclasses.replace(block, line=block.line + line - 1)
         for block in python_blocks(doc)
     ]
-    run(shifted, str(path))
+    says, printed = run(shifted, str(path))
+    assert [text for text in says if text not in printed] == []
 
 
 def test_blocks_left_out_say_why():
