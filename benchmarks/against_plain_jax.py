@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _network import cross_entropy, make_params
 
 import metaopt as mo
 
@@ -30,34 +31,13 @@ def make_data(key, rows: int):
     return x, jax.random.randint(y_key, (rows,), 0, WIDTHS[-1])
 
 
-def make_params(key):
-    keys = jax.random.split(key, len(WIDTHS) - 1)
-    return [
-        jax.random.normal(k, (fan_in, fan_out)) / jnp.sqrt(fan_in)
-        for k, fan_in, fan_out in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
-    ]
-
-
-def cross_entropy(params, hyper, batch):
-    x, y = batch
-    for weight in params[:-1]:
-        x = jnp.tanh(x @ weight)
-    logits = x @ params[-1]
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
-    return jnp.mean(losses)
-
-
 def decayed(params, hyper, batch):
     decay = sum(jnp.exp(h) * jnp.sum(w**2) for h, w in zip(hyper["decay"], params))
     return cross_entropy(params, hyper, batch) + decay
 
 
-def unrolled(num_steps: int, transform: Callable[[Any], Any], memory):
-    """The rates and decays of a network trained for a number of steps."""
-    train, valid = make_data(jax.random.key(0), BATCH), make_data(jax.random.key(1), BATCH)
-    params = make_params(jax.random.key(2))
-    hyper = {"rate": jnp.log(0.05), "decay": jnp.full(len(params), -6.0)}
-    problem = mo.BilevelProblem(decayed, cross_entropy)
+def hypergradient_of(problem, inner, adjoint):
+    """The gradient as metaopt computes it, a function of arrays alone."""
 
     def ours(hyper, params, train, valid):
         return mo.hypergradient(
@@ -66,10 +46,24 @@ def unrolled(num_steps: int, transform: Callable[[Any], Any], memory):
             params,
             train,
             valid,
-            inner=mo.Descent(transform, num_steps),
-            adjoint=mo.UnrolledAdjoint(memory),
+            inner=inner,
+            adjoint=adjoint,
             throw=False,
         )[0]
+
+    return ours
+
+
+def unrolled(num_steps: int, transform: Callable[[Any], Any], memory):
+    """The rates and decays of a network trained for a number of steps."""
+    train, valid = make_data(jax.random.key(0), BATCH), make_data(jax.random.key(1), BATCH)
+    params = make_params(jax.random.key(2), WIDTHS)
+    hyper = {"rate": jnp.log(0.05), "decay": jnp.full(len(params), -6.0)}
+    problem = mo.BilevelProblem(decayed, cross_entropy)
+
+    ours = hypergradient_of(
+        problem, mo.Descent(transform, num_steps), mo.UnrolledAdjoint(memory)
+    )
 
     def plain(hyper, params, train, valid):
         def outer(hyper):
@@ -107,17 +101,9 @@ def implicit(num_linear_steps: int):
     transform, num_steps = optax.sgd(1.0, momentum=0.9, nesterov=True), 300
     linear_solver = mo.CG(rtol=None, max_steps=num_linear_steps)
 
-    def ours(hyper, params, train, valid):
-        return mo.hypergradient(
-            problem,
-            hyper,
-            params,
-            train,
-            valid,
-            inner=mo.Descent(transform, num_steps),
-            adjoint=mo.ImplicitAdjoint(linear_solver),
-            throw=False,
-        )[0]
+    ours = hypergradient_of(
+        problem, mo.Descent(transform, num_steps), mo.ImplicitAdjoint(linear_solver)
+    )
 
     def plain(hyper, params, train, valid):
         def step(carry, _):

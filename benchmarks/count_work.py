@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _network import cross_entropy, make_params
 
 import metaopt as mo
 
@@ -125,22 +126,6 @@ def check_counter() -> None:
             raise AssertionError(f"counted {counted} multiplications for {expected}")
 
 
-def make_params(key):
-    keys = jax.random.split(key, len(WIDTHS) - 1)
-    return [
-        jax.random.normal(k, (fan_in, fan_out)) / jnp.sqrt(fan_in)
-        for k, fan_in, fan_out in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
-    ]
-
-
-def cross_entropy(params, hyper, batch):
-    x, y = batch
-    for weight in params[:-1]:
-        x = jnp.tanh(x @ weight)
-    logits = x @ params[-1]
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
-
-
 def decayed(params, hyper, batch):
     return cross_entropy(params, hyper, batch) + jnp.exp(hyper["decay"]) * sum(
         jnp.sum(weight**2) for weight in params
@@ -167,7 +152,7 @@ def main():
     check_counter()
     x = jax.random.normal(jax.random.key(0), (BATCH, WIDTHS[0]))
     y = jax.random.randint(jax.random.key(1), (BATCH,), 0, WIDTHS[-1])
-    params, batch = make_params(jax.random.key(2)), (x, y)
+    params, batch = make_params(jax.random.key(2), WIDTHS), (x, y)
     decay, rate = jnp.asarray(-6.0), jnp.log(0.05)
     problem = mo.BilevelProblem(decayed, cross_entropy)
 
