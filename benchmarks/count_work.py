@@ -138,8 +138,10 @@ def sgd(hyper):
 
 ADJOINTS = {
     "UnrolledAdjoint()": mo.UnrolledAdjoint(),
+    "UnrolledAdjoint(StoreUpdates())": mo.UnrolledAdjoint(mo.StoreUpdates()),
     "UnrolledAdjoint(RecomputeSteps())": mo.UnrolledAdjoint(mo.RecomputeSteps()),
-    "UnrolledAdjoint(SqrtBlocks())": mo.UnrolledAdjoint(mo.SqrtBlocks()),
+    "UnrolledAdjoint(Blocks())": mo.UnrolledAdjoint(mo.Blocks()),
+    "UnrolledAdjoint(Blocks(2))": mo.UnrolledAdjoint(mo.Blocks(2)),
     "ForwardAdjoint(), 2 numbers": mo.ForwardAdjoint(),
     "TruncatedAdjoint(10)": mo.TruncatedAdjoint(10),
     "TruncatedAdjoint(20)": mo.TruncatedAdjoint(20),

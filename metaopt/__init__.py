@@ -3,16 +3,22 @@
 from . import datasets as datasets
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
+    AbstractErrorEstimate as AbstractErrorEstimate,
     AbstractMemoryPlan as AbstractMemoryPlan,
     AbstractPathAdjoint as AbstractPathAdjoint,
     AdjointInfo as AdjointInfo,
+    Blocks as Blocks,
+    DualWeighted as DualWeighted,
     ForwardAdjoint as ForwardAdjoint,
     HypergradientOutput as HypergradientOutput,
     ImplicitAdjoint as ImplicitAdjoint,
     OneStepAdjoint as OneStepAdjoint,
+    OnlineCheckpoints as OnlineCheckpoints,
     RecomputeSteps as RecomputeSteps,
-    SqrtBlocks as SqrtBlocks,
+    ReversibleAdjoint as ReversibleAdjoint,
     StoreAll as StoreAll,
+    StoreUpdates as StoreUpdates,
+    StrongConvexity as StrongConvexity,
     TruncatedAdjoint as TruncatedAdjoint,
     UnrolledAdjoint as UnrolledAdjoint,
 )
@@ -43,7 +49,13 @@ from ._linear import (
     Dense as Dense,
     GMRES as GMRES,
     LinearSolution as LinearSolution,
+    MINRES as MINRES,
     Neumann as Neumann,
+    NormalCG as NormalCG,
+)
+from ._memory_report import (
+    memory_report as memory_report,
+    MemoryReport as MemoryReport,
 )
 from ._model_state import (
     AbstractStatePolicy as AbstractStatePolicy,
@@ -84,6 +96,7 @@ from ._solver import (
     OptimistixSolver as OptimistixSolver,
     Outcome as Outcome,
     Picard as Picard,
+    ReversibleSGD as ReversibleSGD,
     StepOutput as StepOutput,
 )
 

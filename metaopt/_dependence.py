@@ -12,15 +12,14 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr
 
+from ._rewrite import propagate
 from ._types import PyTree
 
 
 HELD_CONSTANT = "metaopt.held_constant"
 """The name scope of what metaopt itself holds constant for derivatives."""
-
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
@@ -29,71 +28,14 @@ def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     What users hold constant with `jax.lax.stop_gradient` is no dependence: they do not
     ask for its derivative. What metaopt itself holds constant is one.
     """
-    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
-
-    def is_marked(atom) -> bool:
-        return not isinstance(atom, Literal) and atom in marked
-
-    for eqn in jaxpr.eqns:
-        marks = [is_marked(atom) for atom in eqn.invars]
-        if any(marks):
-            outs = _equation(eqn, marks)
-            marked.update(var for var, out in zip(eqn.outvars, outs) if out)
-    return [is_marked(atom) for atom in jaxpr.outvars]
+    return propagate(jaxpr, inputs, _depends)
 
 
-def _equation(eqn, marks: list[bool]) -> list[bool]:
-    params, name = eqn.params, eqn.primitive.name
-    if name == "stop_gradient" and HELD_CONSTANT not in str(eqn.source_info.name_stack):
-        return [False]
-    if name == "scan":
-        body = params["jaxpr"].jaxpr
-        consts, carry = _scan_counts(eqn, body)
-        state = marks[consts : consts + carry]
-        while True:
-            outs = dependence(body, marks[:consts] + state + marks[consts + carry :])
-            grown = [a or b for a, b in zip(state, outs[:carry])]
-            if grown == state:
-                return state + outs[carry:]
-            state = grown
-    if name == "while":
-        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        cond, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-        state = marks[n_cond + n_body :]
-        while True:
-            outs = dependence(body, marks[n_cond : n_cond + n_body] + state)
-            # A marked condition decides how often the body runs.
-            stops = dependence(cond, marks[:n_cond] + state)[0]
-            grown = [a or b or stops for a, b in zip(state, outs)]
-            if grown == state:
-                return state
-            state = grown
-    if name == "cond":
-        branches = [dependence(b.jaxpr, marks[1:]) for b in params["branches"]]
-        return [marks[0] or any(outs) for outs in zip(*branches)]
-    for key in _CALLS:
-        inner = params.get(key)
-        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-        if isinstance(inner, Jaxpr) and len(inner.invars) == len(marks):
-            outs = dependence(inner, marks)
-            if len(outs) == len(eqn.outvars):
-                return outs
-    return [True] * len(eqn.outvars)
-
-
-def _scan_counts(eqn, body: Jaxpr) -> tuple[int, int]:
-    """How many constants and carries a `scan` has.
-
-    Told by shapes, because the names of its parameters differ between versions of JAX:
-    what is scanned over has one axis more outside than inside.
-    """
-
-    def count_scanned(outer, inner) -> int:
-        return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
-
-    carry = len(eqn.outvars) - count_scanned(eqn.outvars, body.outvars)
-    scanned = count_scanned(eqn.invars, body.invars)
-    return len(eqn.invars) - carry - scanned, carry
+def _depends(eqn, marks: list[bool]) -> list[bool]:
+    if eqn.primitive.name == "stop_gradient":
+        if HELD_CONSTANT not in str(eqn.source_info.name_stack):
+            return [False]
+    return [any(marks)] * len(eqn.outvars)
 
 
 def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:

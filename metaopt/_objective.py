@@ -1,19 +1,20 @@
 """The outer loss as a function of `hyper`, and its derivative with a report."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._adjoint import AbstractAdjoint, HypergradientOutput
+from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
 from ._data import AbstractData, BatchSequence
 from ._dependence import depends, evaluate_tracing_scale
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
-from ._solver import AbstractSolver, InnerSolve, Outcome
+from ._solver import AbstractSolver, InnerSolve, LoopState, Outcome
 from ._tree import split_trainable, tree_add, tree_all_finite, tree_scaled_norm
 from ._types import (
     Aux,
@@ -107,6 +108,16 @@ class Objective(eqx.Module):
         """
         adjoint.check(self.solve.solver, self.solve.data)
         self._check_inner_loss(hyper)
+        name = type(adjoint).__name__
+        resolved = chosen(
+            adjoint,
+            self.solve.solver,
+            lambda: self._loop_start(hyper),
+            lambda candidate: self.program(candidate, carry),
+            hyper,
+        )
+        if resolved is not adjoint:
+            adjoint, name = resolved, repr(resolved)
         static_output: Any = None
 
         def scaled(scale):
@@ -128,7 +139,22 @@ class Objective(eqx.Module):
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
         gradient = _nan_where(_is_void(result), gradient)
-        return output, gradient, _report(adjoint, output, gradient, result, idle)
+        return output, gradient, _report(name, output, gradient, result, idle)
+
+    def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
+        """The hypergradient as a function of `hyper`, without any checks."""
+
+        def gradient(hyper):
+            output = adjoint.hypergradient(
+                self.solve, self.outer, self.start, hyper, carry, jnp.ones((), jnp.float32)
+            )
+            return eqx.filter(output, eqx.is_array)
+
+        return gradient
+
+    def _loop_start(self, hyper: Hyper) -> LoopState:
+        params, model_state = self.start(hyper)
+        return self.solve.loop(params).start(params, hyper, model_state)
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
@@ -189,6 +215,9 @@ def _is_void(result: Any) -> BoolScalar:
     codes = (
         RESULTS.inner_nonfinite,
         RESULTS.inner_diverged,
+        RESULTS.inner_out_of_range,
+        RESULTS.inner_momentum,
+        RESULTS.inner_not_reversed,
         RESULTS.outer_nonfinite,
         RESULTS.linear_nonfinite,
         RESULTS.linear_indefinite,
@@ -221,7 +250,7 @@ def _judge(output: HypergradientOutput, gradient: Vector) -> Any:
 
 
 def _report(
-    adjoint: AbstractAdjoint,
+    adjoint: str,
     output: HypergradientOutput,
     gradient: Vector,
     result: Any,
@@ -243,7 +272,11 @@ def _report(
         linear_residual=info.linear_residual,
         num_linear_steps=info.num_linear_steps,
         min_curvature=info.min_curvature,
-        adjoint=type(adjoint).__name__,
+        returned_to_start=info.returned_to_start,
+        stored_bits=info.stored_bits,
+        error=info.error,
+        error_is_bound=info.error_is_bound,
+        adjoint=adjoint,
         left_out=info.left_out,
         unreached=idle,
     )

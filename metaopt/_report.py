@@ -10,7 +10,7 @@ import jax.core
 import numpy as np
 
 from ._results import RESULTS
-from ._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params
+from ._types import Aux, BoolScalar, FloatScalar, Hyper, IntScalar, ModelState, Params
 
 
 class Solution(eqx.Module):
@@ -66,6 +66,13 @@ class Report(eqx.Module):
     - `linear_residual`: the relative residual of the implicit linear system, or `None`.
     - `num_linear_steps`: the steps of the linear solver, or `None`.
     - `min_curvature`: the smallest curvature that the linear solver met, or `None`.
+    - `returned_to_start`: whether steps that were undone ended where they had begun, bit
+        for bit; `None` where none were.
+    - `stored_bits`: what undoing them took, in bits for each step and parameter, or
+        `None`.
+    - `error`: the Euclidean norm of the error of the hypergradient, or `None` where the
+        adjoint was not asked for it.
+    - `error_is_bound`: whether the error cannot be larger; otherwise it is an estimate.
     - `adjoint`: the name of the adjoint.
     - `left_out`: what the derivative leaves out by construction, in words: it is
         biased unless this is empty.
@@ -85,6 +92,10 @@ class Report(eqx.Module):
     linear_residual: FloatScalar | None
     num_linear_steps: IntScalar | None
     min_curvature: FloatScalar | None
+    returned_to_start: BoolScalar | None
+    stored_bits: FloatScalar | None
+    error: FloatScalar | None
+    error_is_bound: bool = eqx.field(static=True)
     adjoint: str = eqx.field(static=True)
     left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
@@ -102,6 +113,9 @@ class Report(eqx.Module):
         ]
         if _is_known(self.num_zeros) and np.any(np.asarray(self.num_zeros) > 0):
             rows.insert(3, ("entries exactly zero", _number(self.num_zeros)))
+        if self.error is not None:
+            kind = "at most" if self.error_is_bound else "about"
+            rows.insert(3, ("its error", f"{kind} {_number(self.error)}"))
         if self.inner_error is not None:
             rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
         if self.linear_residual is not None:
@@ -110,6 +124,9 @@ class Report(eqx.Module):
             # Infinite where the linear solver did not look.
             if not np.any(np.isinf(_values(self.min_curvature))):
                 rows.append(("smallest curvature", _number(self.min_curvature)))
+        if self.returned_to_start is not None:
+            rows.append(("returned to start", _yes_or_no(self.returned_to_start)))
+            rows.append(("bits per step and parameter", _number(self.stored_bits)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", _number(self.failed_step)))
         if self.left_out:
@@ -245,6 +262,15 @@ def _number(x: Any) -> str:
     if np.issubdtype(x.dtype, np.integer):
         return f"{int(x):,}"
     return f"{float(x):.4g}"
+
+
+def _yes_or_no(x: Any) -> str:
+    if not _is_known(x):
+        return "(traced)"
+    x = np.asarray(x)
+    if x.ndim:
+        return f"{int(x.sum())} of {x.size}"
+    return "yes, bit for bit" if x else "NO"
 
 
 def verdict(result: Any) -> str:

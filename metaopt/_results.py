@@ -36,6 +36,30 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "use `UnrolledAdjoint`, which is right at any point, or "
         "accept a larger error by name with `ImplicitAdjoint(inner_rtol=...)`."
     )
+    inner_out_of_range = (
+        "A parameter, a velocity or a gradient of `ReversibleSGD` left the range of its "
+        "fixed-point numbers (256 in float32, by default; the report says at which "
+        "step). Most often the run diverges: lower `learning_rate` or `momentum`. If the "
+        "numbers are meant to be that large, scale the loss or the params down, or give "
+        "`fraction_bits` below 22, each of which doubles the range."
+    )
+    inner_momentum = (
+        "A momentum of `ReversibleSGD` left `[min_momentum, 1)`, for which memory was set "
+        "aside. Lower `min_momentum`, or keep the momentum in its range, for instance as "
+        "`0.5 + 0.49 * jax.nn.sigmoid(hyper)`."
+    )
+    inner_not_reversed = (
+        "The steps of `ReversibleSGD` were undone and did not end where they began, so "
+        "the hypergradient is wrong. The gradient of the inner loss was not the same to "
+        "the last bit in both directions: remove what is random outside of `key` or "
+        "depends on the order of operations, such as sums by atomic operations on a GPU "
+        "(`XLA_FLAGS=--xla_gpu_deterministic_ops=true`), or use `UnrolledAdjoint`."
+    )
+    curvature_contradicted = (
+        "The linear solver met a curvature smaller than the `curvature` that "
+        "`StrongConvexity` was given, so its bound does not hold. Give a smaller "
+        "`curvature`, or use `DualWeighted()`, which estimates the error without it."
+    )
     # -- the linear system of implicit differentiation
     linear_max_steps = (
         "The linear solver reached its step limit before its tolerance was met, so the "
@@ -46,7 +70,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The linear solver met a direction of zero or negative curvature: the inner "
         "Hessian is not positive definite where the inner solver stopped (a saddle, a "
         "flat direction, or a point short of the minimum). Solve the inner problem "
-        "further, add regularisation or `damping`, or use `UnrolledAdjoint`."
+        "further, add regularisation or `damping`, or use `UnrolledAdjoint`. For the "
+        "derivative of a stationary point that is no minimum, ask by name: "
+        "`ImplicitAdjoint(MINRES())`."
     )
     linear_preconditioner = (
         "The `preconditioner` of the linear solver is not positive definite. Make it an "

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ._adjoint import AbstractAdjoint
+from ._adjoint import AbstractAdjoint, chosen
 from ._data import AbstractData, as_data
 from ._detach import forbid_derivative
 from ._problem import AbstractProblem, initialise
@@ -13,6 +13,7 @@ from ._raise import raise_on_failure
 from ._reach import guarded, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, InnerSolve
+from ._tree import split_trainable
 from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
     ADJOINT_EXAMPLE,
@@ -125,12 +126,37 @@ def _solve(
             message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
             params = forbid_derivative(params, message)
 
+    def start(hyper):
+        if params is not None:
+            return params, model_state
+        initial, state = initialise(problem, hyper, init_key)
+        check_params(initial)
+        return initial, state
+
+    def loop_start():
+        initial, state = start(hyper)
+        return inner.loop(initial).start(initial, hyper, state)
+
+    def program(adjoint):
+        def gradient(hyper):
+            trainable, static = split_trainable(hyper)
+
+            def solution(trainable):
+                full = eqx.combine(trainable, static)
+                initial, state = start(full)
+                outcome = adjoint.solve(inner, initial, full, state, throw)
+                return split_trainable(outcome.params)[0]
+
+            value, pullback = jax.vjp(solution, trainable)
+            return value, pullback(value)
+
+        return gradient
+
+    adjoint = chosen(adjoint, solver, loop_start, program, hyper)
+
     def run(hyper):
-        start = params, model_state
-        if params is None:
-            start = initialise(problem, hyper, init_key)
-            check_params(start[0])
-        return adjoint.solve(inner, start[0], hyper, start[1], throw)
+        initial, state = start(hyper)
+        return adjoint.solve(inner, initial, hyper, state, throw)
 
     outcome = guarded(adjoint, run, hyper, throw)
     return Solution(

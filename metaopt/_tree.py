@@ -109,6 +109,12 @@ def tree_size(x: PyTree) -> int:
     return sum(int(np.prod(a.shape)) for a in leaves)
 
 
+def tree_num_bytes(x: PyTree) -> int:
+    """The size in memory of the floating-point entries of `x`."""
+    leaves = jax.tree.leaves(eqx.filter(x, _is_inexact))
+    return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in leaves)
+
+
 def tree_structs(x: PyTree) -> PyTree:
     """`x` with every array replaced by its `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x)

@@ -45,8 +45,10 @@ def _member(make: Callable[[Case], Any], *serves: str, **kwargs: Any) -> Member:
 
 LINEAR_SOLVERS = {
     "CG": _member(lambda case: mo.CG(rtol=case.rtol), LOSS),
+    "MINRES": _member(lambda case: mo.MINRES(rtol=case.rtol), LOSS),
     "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
     "BiCGStab": _member(lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
+    "NormalCG": _member(lambda case: mo.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
     "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT),
     "Neumann": _member(
         lambda case: mo.Neumann(num_terms=case.num_steps, scale=case.rate),
@@ -60,9 +62,14 @@ _ALONG_THE_PATH = {
     "unrolled, steps made again": _member(
         lambda case: mo.UnrolledAdjoint(mo.RecomputeSteps()), LOSS, FIXED_POINT
     ),
-    # A block size that leaves a rest.
+    "unrolled, updates kept": _member(
+        lambda case: mo.UnrolledAdjoint(mo.StoreUpdates()), LOSS, FIXED_POINT
+    ),
     "unrolled, blocks made again": _member(
-        lambda case: mo.UnrolledAdjoint(mo.SqrtBlocks(11)), LOSS, FIXED_POINT
+        lambda case: mo.UnrolledAdjoint(mo.Blocks(2)), LOSS, FIXED_POINT
+    ),
+    "unrolled, checkpoints on the way": _member(
+        lambda case: mo.UnrolledAdjoint(mo.OnlineCheckpoints(5)), LOSS, FIXED_POINT
     ),
     "forward": _member(lambda case: mo.ForwardAdjoint(), LOSS, FIXED_POINT),
     "truncated, whole length": _member(
@@ -88,6 +95,9 @@ SOLVERS = {
     "descent": _member(lambda case: mo.Descent(optax.sgd(case.rate), case.num_steps), LOSS),
     "momentum": _member(
         lambda case: mo.Descent(optax.sgd(case.rate, 0.25), case.num_steps), LOSS
+    ),
+    "reversible": _member(
+        lambda case: mo.ReversibleSGD(case.rate, 0.25, case.num_steps), LOSS
     ),
     "picard": _member(
         lambda case: mo.Picard(num_steps=case.num_steps, rtol=None), FIXED_POINT

@@ -412,7 +412,7 @@ def _loop_with_state(policy: str, hyper: float, rows: np.ndarray, num_steps: int
         ("carried", mo.CarriedState(), mo.ForwardAdjoint()),
         ("frozen", mo.FrozenState(), mo.UnrolledAdjoint()),
         ("frozen", mo.FrozenState(), mo.ImplicitAdjoint(mo.CG(rtol=1e-12))),
-        ("each step", mo.PerStepState(), mo.UnrolledAdjoint(mo.SqrtBlocks())),
+        ("each step", mo.PerStepState(), mo.UnrolledAdjoint(mo.Blocks())),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )

@@ -301,8 +301,7 @@ VALUE_ERRORS = {
         lambda: mo.ImplicitAdjoint(optx.BFGS(1, 1)),
         "`linear_solver` must be",
     ),
-    "memory": (lambda: mo.UnrolledAdjoint("2GiB"), "`memory` must be a memory plan"),
-    "block size": (lambda: mo.SqrtBlocks(0), "`block_size` must be at least 1"),
+    "memory": (lambda: mo.UnrolledAdjoint("2 gigs"), "`memory` must be a memory plan"),
     "truncated 0": (lambda: mo.TruncatedAdjoint(0), "at least 1; got 0"),
     "truncated negative": (lambda: mo.TruncatedAdjoint(-3), "at least 1; got -3"),
     "optimistix solver": (

@@ -6,14 +6,29 @@ from ._base import (
     AdjointInfo as AdjointInfo,
     HypergradientOutput as HypergradientOutput,
 )
+from ._choose import (
+    chosen as chosen,
+    exact_adjoints as exact_adjoints,
+    temporary_bytes as temporary_bytes,
+)
+from ._error import (
+    AbstractErrorEstimate as AbstractErrorEstimate,
+    DualWeighted as DualWeighted,
+    StrongConvexity as StrongConvexity,
+)
 from ._forward import ForwardAdjoint as ForwardAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._memory import (
     AbstractMemoryPlan as AbstractMemoryPlan,
+    Blocks as Blocks,
+    format_bytes as format_bytes,
+    MemoryBudget as MemoryBudget,
+    OnlineCheckpoints as OnlineCheckpoints,
     RecomputeSteps as RecomputeSteps,
-    SqrtBlocks as SqrtBlocks,
     StoreAll as StoreAll,
+    StoreUpdates as StoreUpdates,
 )
 from ._one_step import OneStepAdjoint as OneStepAdjoint
+from ._reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._truncated import TruncatedAdjoint as TruncatedAdjoint
 from ._unrolled import UnrolledAdjoint as UnrolledAdjoint

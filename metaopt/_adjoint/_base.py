@@ -12,7 +12,16 @@ from .._data import AbstractData
 from .._results import first_failure, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
 from .._tree import split_trainable
-from .._types import Aux, FloatScalar, Hyper, IntScalar, ModelState, Params, Vector
+from .._types import (
+    Aux,
+    BoolScalar,
+    FloatScalar,
+    Hyper,
+    IntScalar,
+    ModelState,
+    Params,
+    Vector,
+)
 
 
 if TYPE_CHECKING:
@@ -40,6 +49,12 @@ class AdjointInfo(eqx.Module):
     - `linear_residual`: the relative residual of the implicit linear system.
     - `num_linear_steps`: the steps of the linear solver.
     - `min_curvature`: the smallest curvature that the linear solver met.
+    - `returned_to_start`: whether steps that were undone ended where they had begun, bit
+        for bit.
+    - `stored_bits`: what undoing them took, in bits for each step and parameter.
+    - `error`: a bound on the error of the hypergradient, or an estimate of it, as a
+        Euclidean norm.
+    - `error_is_bound`: which of the two.
     - `left_out`: what the derivative leaves out by construction, in words.
     """
 
@@ -49,6 +64,10 @@ class AdjointInfo(eqx.Module):
     linear_residual: FloatScalar | None = None
     num_linear_steps: IntScalar | None = None
     min_curvature: FloatScalar | None = None
+    returned_to_start: BoolScalar | None = None
+    stored_bits: FloatScalar | None = None
+    error: FloatScalar | None = None
+    error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
 
 
@@ -189,7 +208,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
             arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
             return value, arrays
 
-        with _reverse_mode_explained():
+        with reverse_mode_explained():
             value, pullback, arrays = jax.vjp(objective, trainable, trainable, has_aux=True)
             through_solution, direct = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
@@ -201,7 +220,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
 
 
 @contextlib.contextmanager
-def _reverse_mode_explained():
+def reverse_mode_explained():
     """Names the remedy where a step holds a loop that reverse mode cannot pass."""
     try:
         yield

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from ._base import AbstractPathAdjoint, check_iterative
-from ._memory import AbstractMemoryPlan, StoreAll
+from ._memory import AbstractMemoryPlan, MemoryBudget, StoreAll
 
 
 class UnrolledAdjoint(AbstractPathAdjoint):
@@ -17,20 +17,36 @@ class UnrolledAdjoint(AbstractPathAdjoint):
     **Arguments:**
 
     - `memory`: what is kept for the reverse pass: [`metaopt.StoreAll`][],
-        [`metaopt.RecomputeSteps`][] or [`metaopt.SqrtBlocks`][].
+        [`metaopt.StoreUpdates`][], [`metaopt.RecomputeSteps`][], [`metaopt.Blocks`][] or
+        [`metaopt.OnlineCheckpoints`][]. Or a budget, as a number of bytes or a text such
+        as `"2GiB"`: the plan of the fewest operations is taken whose hypergradient XLA
+        plans to run within this much temporary memory, which takes some compilations.
+        A budget is for one device, and under `jax.vmap` for one of the elements.
+        [`metaopt.memory_report`][] shows what each plan takes.
+
+    **Raises:**
+
+    `ValueError` if `memory` is none of these and, where the hypergradient is asked for,
+    if no plan keeps to the budget.
 
     The method is that of Maclaurin, Duvenaud and Adams (2015), and Franceschi, Donini,
     Frasconi and Pontil (2017).
     """
 
-    memory: AbstractMemoryPlan = StoreAll()
+    memory: AbstractMemoryPlan | MemoryBudget
     sees_path: ClassVar[bool] = True
 
+    def __init__(self, memory: AbstractMemoryPlan | int | str = StoreAll()):
+        if isinstance(memory, (int, str)):
+            self.memory = MemoryBudget.of(memory)
+        else:
+            self.memory = memory
+
     def __check_init__(self):
-        if not isinstance(self.memory, AbstractMemoryPlan):
+        if not isinstance(self.memory, (AbstractMemoryPlan, MemoryBudget)):
             raise ValueError(
-                "`memory` must be a memory plan such as `metaopt.SqrtBlocks()`; got "
-                f"{self.memory!r}."
+                "`memory` must be a memory plan such as `metaopt.Blocks()`, or a budget "
+                f'such as `"2GiB"`; got {self.memory!r}.'
             )
 
     @property
@@ -41,5 +57,7 @@ class UnrolledAdjoint(AbstractPathAdjoint):
         check_iterative(self, solver)
 
     def solve(self, inner, params, hyper, model_state, throw):
-        loop = inner.loop(params)
+        # A budget becomes a plan before there is anything to solve.
+        assert isinstance(self.memory, AbstractMemoryPlan)
+        loop = self.memory.prepare(inner.loop(params))
         return loop.run(params, hyper, model_state, self.memory.scan)

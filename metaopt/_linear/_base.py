@@ -2,6 +2,7 @@
 
 import abc
 import warnings
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -13,6 +14,13 @@ from .._results import mask_result, RESULTS
 from .._tree import tree_structs
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
+
+
+if TYPE_CHECKING:
+    # As Equinox advises: pyright knows `ClassVar` by this name only.
+    from typing import ClassVar as AbstractClassVar
+else:
+    from equinox import AbstractClassVar
 
 
 class LinearSolution(eqx.Module):
@@ -44,6 +52,10 @@ class AbstractLinearSolver(eqx.Module):
 
     Its settings are plain Python numbers.
     """
+
+    accepts_indefinite: AbstractClassVar[bool]
+    """Whether it is meant to solve at a saddle: whoever chooses it asks for the
+    derivative of a stationary point, be it a minimum or not."""
 
     @property
     @abc.abstractmethod

@@ -1,5 +1,7 @@
 """Stabilised biconjugate gradients."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +40,8 @@ class BiCGStab(AbstractLinearSolver):
     Needs seven vectors of memory however many steps it takes, and two products in each
     of them. Use it where [`metaopt.GMRES`][] would need a longer cycle than fits in
     memory. Its residual goes up and down, and it can break down where GMRES does not;
-    it then starts again from where it is.
+    it then starts again from where it is. Where that leads nowhere, try
+    [`metaopt.NormalCG`][].
 
     The solve is successful once the true residual meets
     $\|b - A x\| \le rtol \|b\| + atol$, the norms being Euclidean.
@@ -60,6 +63,7 @@ class BiCGStab(AbstractLinearSolver):
     rtol: float | None = eqx.field(default=1e-5, static=True)
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=500, static=True)
+    accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)

@@ -1,6 +1,7 @@
 """Conjugate gradients."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ class CG(AbstractLinearSolver):
 
     The curvature $p^T A p$ is looked at in every step. Where it is not positive the
     solve stops with the result `linear_indefinite`: a solution found on the other side
-    of negative curvature would not be the response of a minimum. A solve is successful
+    of negative curvature would not be the response of a minimum. Whoever wants that of
+    another stationary point asks for it with [`metaopt.MINRES`][]. A solve is successful
     once the *true* residual $b - A x$ meets $\|b - A x\| \le rtol \|b\| + atol$, the
     norms being Euclidean; it is looked at every 50 steps and before it is believed.
 
@@ -76,6 +78,7 @@ class CG(AbstractLinearSolver):
     max_steps: int = eqx.field(default=1000, static=True)
     damping: float = eqx.field(default=0.0, static=True)
     preconditioner: Callable[[Vector], Vector] | lx.AbstractLinearOperator | None = None
+    accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
@@ -101,8 +104,9 @@ class CG(AbstractLinearSolver):
             promise = "symmetry only" if lx.is_symmetric(operator) else "nothing"
             raise ValueError(
                 "`CG` needs a symmetric positive (semi)definite operator, and this one "
-                f"promises {promise}. For fixed points, roots and saddles use "
-                "`metaopt.GMRES()`, `metaopt.BiCGStab()`, `metaopt.Neumann(20)` or "
+                f"promises {promise}. For saddles use `metaopt.MINRES()`, which needs "
+                "symmetry only; for fixed points and roots `metaopt.GMRES()`, "
+                "`metaopt.BiCGStab()`, `metaopt.NormalCG()`, `metaopt.Neumann(20)` or "
                 "`metaopt.Dense()`; if you know that it is definite, give it the tag "
                 "`lineax.positive_semidefinite_tag`."
             )

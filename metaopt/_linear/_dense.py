@@ -1,5 +1,7 @@
 """Factorising the whole matrix."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,7 @@ class Dense(AbstractLinearSolver):
     """
 
     max_size: int = eqx.field(default=4096, static=True)
+    accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.max_size, "max_size")

@@ -1,6 +1,7 @@
 """Generalised minimal residuals."""
 
 import math
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -39,9 +40,11 @@ from ._system import System
 class GMRES(AbstractLinearSolver):
     r"""Generalised minimal residuals with restarts, for any square operator.
 
-    Use it for fixed points, roots and saddles, whose operator is not symmetric and
-    definite. The residual never grows. It keeps `restart` vectors in memory; for the
-    Hessian of a loss at a minimum [`metaopt.CG`][] needs five, and fewer products.
+    Use it for fixed points and roots, whose operator is not symmetric. The residual
+    never grows, but it can stop falling, which a longer cycle cures, or else
+    [`metaopt.NormalCG`][]. It keeps `restart` vectors in memory; for the Hessian of a
+    loss at a minimum [`metaopt.CG`][] needs five, and fewer products, and for one that
+    is not definite [`metaopt.MINRES`][] needs seven.
 
     Each cycle of `restart` steps is one of `lineax.GMRES`, followed by a product that
     computes the true residual; the solve is successful once
@@ -66,6 +69,7 @@ class GMRES(AbstractLinearSolver):
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=1000, static=True)
     restart: int = eqx.field(default=20, static=True)
+    accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)

@@ -1,5 +1,7 @@
 """The Neumann series."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,7 @@ class Neumann(AbstractLinearSolver):
 
     num_terms: int = eqx.field(static=True)
     scale: float | None = eqx.field(default=None, static=True)
+    accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.num_terms, "num_terms", 0)

@@ -60,6 +60,10 @@ class System:
         """`operator @ x`, each leaf in the dtype of `x`."""
         return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.mv(x), x)
 
+    def transposed_product(self, x: Vector) -> Vector:
+        """`operator.T @ x`, each leaf in the dtype of `x`."""
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.T.mv(x), x)
+
     def first_guess(self) -> tuple[Vector, BoolScalar, BoolScalar]:
         """Where to begin, whether that is the solution, and whether `b` is finite."""
         finite = jnp.isfinite(self.size)

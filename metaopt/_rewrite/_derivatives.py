@@ -1,6 +1,7 @@
 """Operations whose partial derivatives are zero where they would not be finite."""
 
 import functools as ft
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from ._interpreter import CALLS, Rewriting, rewritten
+from ._marks import propagate
 
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
@@ -27,11 +29,15 @@ def finite_derivatives(fn: _Fn) -> _Fn:
     for. Do not use it on a loss: there a derivative that is not finite is news.
 
     It concerns `sqrt`, `rsqrt`, `cbrt`, `div`, `pow`, negative integer powers, `log`
-    and `log1p` of real numbers, and products with something that is not finite (as in
-    the branch that `jnp.where` does not take), everywhere but in functions with custom
-    derivatives, which keep their own. The values of `fn` do not change, and neither do
-    its derivatives where the partial derivatives of these operations are finite. Second
-    derivatives follow the same rule.
+    and `log1p` of real numbers, and products with something that may not be finite (as
+    in the branch that `jnp.where` does not take), everywhere but in functions with custom
+    derivatives, which keep their own. Arguments that are not scalars, and arrays that
+    `fn` closes over, are taken to be finite, so that a product with them costs nothing.
+
+    The values of `fn` do not change, and neither do its derivatives where the partial
+    derivatives of these operations are finite. Second derivatives follow the same rule.
+    Where there are such operations, what `fn` computes entry by entry is computed again
+    in a reverse pass rather than kept.
 
     **Arguments:**
 
@@ -42,19 +48,66 @@ def finite_derivatives(fn: _Fn) -> _Fn:
 
     A function with the arguments and the results of `fn`.
     """
-    return rewritten(fn, Rewriting(_has_unbounded_derivative, _mask, CALLS))
+
+    def rewriting_of(jaxpr):
+        unbounded = _with_unbounded_derivatives(jaxpr.jaxpr)
+        applies = lambda eqn: id(eqn) in unbounded
+        return Rewriting(applies, _mask, CALLS, _remade if unbounded else lambda fn: fn)
+
+    return rewritten(fn, rewriting_of)
 
 
-def _has_unbounded_derivative(eqn) -> bool:
-    if eqn.primitive not in _SLOPES:
+def _remade(evaluation):
+    """What is computed entry by entry is computed again for the derivative: kept, it
+    would take more memory, and more time where memory is slow."""
+    policy = jax.checkpoint_policies.dots_saveable
+    return jax.checkpoint(evaluation, prevent_cse=False, policy=policy)
+
+
+def _with_unbounded_derivatives(jaxpr) -> set[int]:
+    """The operations in a program of which a derivative need not be finite, by their id.
+
+    Products are among them where a factor may be infinite or not a number, which is
+    followed through the program. Scalars that come in may be: the best loss so far, for
+    example, before there is any.
+    """
+    found = set()
+
+    def may_be_infinite(eqn, marks: list[bool]) -> list[bool]:
+        if _has_unbounded_derivative(eqn, marks):
+            found.add(id(eqn))
+        inside = eqn.primitive in _FINITE and not any(map(_is_infinite, eqn.invars))
+        if eqn.primitive is prims.integer_pow_p:
+            inside = eqn.params["y"] >= 0
+        return [
+            (any(marks) or not inside) and _is_floating(atom.aval) for atom in eqn.outvars
+        ]
+
+    is_scalar = [_is_floating(atom.aval) and not atom.aval.shape for atom in jaxpr.invars]
+    propagate(jaxpr, is_scalar, may_be_infinite)
+    return found
+
+
+def _is_infinite(atom) -> bool:
+    if not isinstance(atom, jex.core.Literal) or not _is_floating(atom.aval):
         return False
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    return not math.isfinite(atom.val)
+
+
+def _is_floating(aval) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _has_unbounded_derivative(eqn, marks: list[bool]) -> bool:
+    if eqn.primitive not in _SLOPES or not _is_floating(eqn.outvars[0].aval):
         return False
     is_literal = [isinstance(atom, jex.core.Literal) for atom in eqn.invars]
     if eqn.primitive is prims.integer_pow_p:
         return eqn.params["y"] < 0
     if eqn.primitive is prims.mul_p:
-        return not any(is_literal)
+        # A factor that is a literal has no derivative, and one that is finite is the
+        # derivative of the other.
+        return any(marks) and not any(is_literal)
     if eqn.primitive is prims.div_p:
         return not is_literal[1]
     return True
@@ -179,3 +232,49 @@ _SLOPES: dict[jex.core.Primitive, Callable[..., tuple[Callable[[], Array], ...]]
     prims.rsqrt_p: _rsqrt_slopes,
     prims.sqrt_p: _sqrt_slopes,
 }
+
+# What is finite where all that goes in is, but for overflow.
+_FINITE = frozenset(
+    {
+        prims.abs_p,
+        prims.add_p,
+        prims.broadcast_in_dim_p,
+        prims.cbrt_p,
+        prims.ceil_p,
+        prims.clamp_p,
+        prims.concatenate_p,
+        prims.convert_element_type_p,
+        prims.copy_p,
+        prims.cos_p,
+        prims.cumsum_p,
+        prims.dot_general_p,
+        prims.dynamic_slice_p,
+        prims.dynamic_update_slice_p,
+        prims.floor_p,
+        prims.gather_p,
+        prims.iota_p,
+        prims.logistic_p,
+        prims.max_p,
+        prims.min_p,
+        prims.mul_p,
+        prims.neg_p,
+        prims.pad_p,
+        prims.reduce_max_p,
+        prims.reduce_min_p,
+        prims.reduce_sum_p,
+        prims.reshape_p,
+        prims.rev_p,
+        prims.round_p,
+        prims.select_n_p,
+        prims.sign_p,
+        prims.sin_p,
+        prims.slice_p,
+        prims.sort_p,
+        prims.square_p,
+        prims.squeeze_p,
+        prims.stop_gradient_p,
+        prims.sub_p,
+        prims.tanh_p,
+        prims.transpose_p,
+    }
+)

@@ -15,12 +15,17 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 _Jaxpr = (jex.core.Jaxpr, jex.core.ClosedJaxpr)  # one class since JAX 0.11
 
 
+_Evaluation = Callable[[list[Any]], list[Any]]
+
+
 class Rewriting(NamedTuple):
-    """Which operations are replaced, by what, and where they are looked for."""
+    """Which operations are replaced, by what, and where they are looked for; and what is
+    done to the evaluation of the whole."""
 
     applies: Callable[[jex.core.JaxprEqn], bool]
     replace: Callable[[jex.core.JaxprEqn, list[Any], "Rewriting"], Sequence[Any]]
     enters: frozenset[jex.core.Primitive]
+    around: Callable[[_Evaluation], _Evaluation] = lambda evaluation: evaluation
 
 
 # What a rewriting can look into. Functions with custom derivatives stand apart: a rewriting
@@ -39,8 +44,14 @@ CALLS = frozenset(
 )
 
 
-def rewritten(fn: _Fn, rewriting: Rewriting) -> _Fn:
-    """`fn`, whose operations are replaced as `rewriting` says each time it is called."""
+def rewritten(fn: _Fn, rewriting_of: Callable[[jex.core.ClosedJaxpr], Rewriting]) -> _Fn:
+    """`fn`, some of whose operations are replaced each time it is called.
+
+    **Arguments:**
+
+    - `rewriting_of`: what to replace in a program whose inputs are the arrays among the
+        arguments of `fn`. What `fn` closes over is constants of the program.
+    """
 
     @ft.wraps(fn)
     def wrapper(*args, **kwargs):
@@ -53,7 +64,9 @@ def rewritten(fn: _Fn, rewriting: Rewriting) -> _Fn:
         # What `fn` closes over, tracers included, becomes a constant of the jaxpr, and
         # keeps its derivatives because the jaxpr is evaluated in the same trace.
         jaxpr, struct, rest = eqx.filter_make_jaxpr(from_arrays)(dynamic)
-        out = evaluate(jaxpr, jax.tree.leaves(dynamic), rewriting)
+        rewriting = rewriting_of(jaxpr)
+        run = rewriting.around(lambda args: evaluate(jaxpr, args, rewriting))
+        out = run(jax.tree.leaves(dynamic))
         out = jax.tree.unflatten(jax.tree.structure(struct), map(jnp.asarray, out))
         return eqx.combine(out, rest)
 

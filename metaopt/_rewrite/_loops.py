@@ -42,7 +42,8 @@ def carry_conditions(fn: _Fn) -> _Fn:
 
         The hang and this remedy: https://github.com/jax-ml/jax/issues/20628.
     """
-    return rewritten(fn, Rewriting(_has_float_condition, _carry, CALLS | CUSTOM))
+    rewriting = Rewriting(_has_float_condition, _carry, CALLS | CUSTOM)
+    return rewritten(fn, lambda jaxpr: rewriting)
 
 
 def _has_float_condition(eqn) -> bool:

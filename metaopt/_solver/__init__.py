@@ -11,6 +11,7 @@ from ._base import (
 from ._descent import Descent as Descent
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
-from ._loop import Loop as Loop
+from ._loop import BATCH as BATCH, Loop as Loop, LoopState as LoopState
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
+from ._reversible_sgd import ReversibleSGD as ReversibleSGD

@@ -75,12 +75,15 @@ class StepOutput(eqx.Module):
     - `converged`: whether the tolerance is met, or `None` if none was asked for.
     - `model_state`: the model state after the step, or `None`.
     - `aux`: the auxiliary output of the problem, or `None`.
+    - `result`: a failure that `monitor` does not show, or `None` where a solver knows of
+        none.
     """
 
     monitor: FloatScalar
     converged: BoolScalar | None
     model_state: ModelState
     aux: Aux
+    result: Any = None
 
 
 class AbstractSolver(eqx.Module):

@@ -7,10 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from .._data import AbstractData
 from .._problem import AbstractProblem
-from .._results import mask_result, RESULTS, where_result
+from .._results import first_failure, mask_result, RESULTS, where_result
 from .._tree import split_trainable, tree_all_finite
 from .._types import (
     Aux,
@@ -26,6 +27,9 @@ from .._types import (
 )
 from ._base import AbstractIterativeSolver, Outcome
 
+
+BATCH = "metaopt.batch"
+"""The name of the batches in a loop, for policies of `jax.checkpoint`."""
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
 """`scan(body, carry, xs, length) -> (carry, ys)`, as `jax.lax.scan`."""
@@ -44,6 +48,7 @@ class LoopState(eqx.Module):
     failed_step: IntScalar
     first_monitor: FloatScalar
     last_monitor: FloatScalar
+    result: Any  # `None` where the solver knows of no failures of its own
 
 
 class Loop(eqx.Module):
@@ -112,6 +117,7 @@ class Loop(eqx.Module):
             failed_step=jnp.full((), -1),
             first_monitor=nan,
             last_monitor=nan,
+            result=None if output.result is None else RESULTS.successful,
         )
 
     def step(
@@ -172,7 +178,11 @@ class Loop(eqx.Module):
 
     def last_draw(self) -> tuple[Batch, Key]:
         """The batch and the key of the last step."""
-        index, draw = jax.tree.map(lambda leaf: leaf[-1], self.draws)
+        return self.drawn(jax.tree.map(lambda leaf: leaf[-1], self.draws))
+
+    def drawn(self, draw: Any) -> tuple[Batch, Key]:
+        """The batch and the key of one step; `draw` is one row of `draws`."""
+        index, draw = draw
         return self.data.batch(draw), jax.random.fold_in(self.key, index)
 
     def finish(self, state: LoopState, losses: jax.Array) -> Outcome:
@@ -186,6 +196,8 @@ class Loop(eqx.Module):
             failed,
             where_result(grew, RESULTS.inner_diverged, RESULTS.inner_nonfinite),
         )
+        if state.result is not None:
+            result = first_failure(state.result, result)
         if self.solver.stops_early:
             stopped_short = jnp.logical_not(state.converged | failed)
             result = where_result(stopped_short, RESULTS.inner_max_steps, result)
@@ -214,7 +226,7 @@ class Loop(eqx.Module):
             eqx.combine(trainable, self.static_params),
             solver_state,
             hyper,
-            self.data.batch(draw),
+            checkpoint_name(self.data.batch(draw), BATCH),
             jax.random.fold_in(self.key, index),
             model_state,
         )
@@ -232,7 +244,11 @@ class Loop(eqx.Module):
         converged = state.converged
         if output.converged is not None:
             converged = output.converged & finite
-        first_failure = jnp.logical_not(finite) & (state.failed_step < 0)
+        failed, result = jnp.logical_not(finite), state.result
+        if result is not None:
+            failed = failed | (output.result != RESULTS.successful)
+            result = first_failure(result, output.result)
+        fails_first = failed & (state.failed_step < 0)
         new = LoopState(
             params=_cast_like(params, state.params),
             solver_state=_cast_like(solver_state, state.solver_state),
@@ -241,9 +257,10 @@ class Loop(eqx.Module):
             num_steps=state.num_steps + 1,
             done=converged | jnp.logical_not(finite),
             converged=converged,
-            failed_step=jnp.where(first_failure, index, state.failed_step),
+            failed_step=jnp.where(fails_first, index, state.failed_step),
             first_monitor=jnp.where(index == 0, monitor, state.first_monitor),
             last_monitor=jnp.where(finite, monitor, state.last_monitor),
+            result=result,
         )
         return new, output.monitor
 

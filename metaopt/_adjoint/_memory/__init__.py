@@ -1,0 +1,11 @@
+"""The axis of memory plans."""
+
+from ._base import AbstractMemoryPlan as AbstractMemoryPlan
+from ._blocks import Blocks as Blocks
+from ._budget import format_bytes as format_bytes, MemoryBudget as MemoryBudget
+from ._online import OnlineCheckpoints as OnlineCheckpoints
+from ._steps import (
+    RecomputeSteps as RecomputeSteps,
+    StoreAll as StoreAll,
+    StoreUpdates as StoreUpdates,
+)

@@ -1,0 +1,63 @@
+"""Plans that treat every step alike."""
+
+import jax
+
+from ..._solver import BATCH
+from ._base import AbstractMemoryPlan, in_mixed_mode, remade
+
+
+class StoreAll(AbstractMemoryPlan):
+    """Keeps what every step computed: the fewest operations, and memory that grows with
+    `num_steps` times the activations of a step. Not for long runs of large models.
+
+    The only plan whose hypergradient can be differentiated again.
+    """
+
+    def prepare(self, loop):
+        return loop
+
+    def scan(self, body, state, draws, length):
+        return jax.lax.scan(body, state, draws, length)
+
+    def num_stored(self, length):
+        return length
+
+
+class StoreUpdates(AbstractMemoryPlan):
+    """Keeps the params before every step and what the optimizer computed, and nothing
+    of the loss: memory grows with `num_steps` times two or three times the params.
+
+    Each gradient is differentiated in mixed mode, forward over reverse, which costs
+    about half a gradient more in each step than [`metaopt.StoreAll`][] (Kemaev et al.,
+    2025). Use it where activations take more room than params.
+    """
+
+    def prepare(self, loop):
+        return in_mixed_mode(loop)
+
+    def scan(self, body, state, draws, length):
+        # A batch is a part of data that are there anyway.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(BATCH)
+        return jax.lax.scan(remade(body, policy=policy), state, draws, length)
+
+    def num_stored(self, length):
+        return length
+
+
+class RecomputeSteps(AbstractMemoryPlan):
+    """Keeps the state before every step and makes the inside of each step again: memory
+    grows with `num_steps` times the params and solver state.
+
+    Like [`metaopt.StoreUpdates`][] in mixed mode. It saves memory in addition where the
+    state is smaller than what the optimizer computes from it: half of it for plain
+    gradient descent and nothing with momentum.
+    """
+
+    def prepare(self, loop):
+        return in_mixed_mode(loop)
+
+    def scan(self, body, state, draws, length):
+        return jax.lax.scan(remade(body), state, draws, length)
+
+    def num_stored(self, length):
+        return length
