@@ -3,13 +3,16 @@
 from . import datasets as datasets
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
+    AbstractCurvature as AbstractCurvature,
     AbstractErrorEstimate as AbstractErrorEstimate,
     AbstractMemoryPlan as AbstractMemoryPlan,
     AbstractPathAdjoint as AbstractPathAdjoint,
     AdjointInfo as AdjointInfo,
     Blocks as Blocks,
     DualWeighted as DualWeighted,
+    ExactCurvature as ExactCurvature,
     ForwardAdjoint as ForwardAdjoint,
+    GaussNewton as GaussNewton,
     HypergradientOutput as HypergradientOutput,
     ImplicitAdjoint as ImplicitAdjoint,
     OneStepAdjoint as OneStepAdjoint,
@@ -20,6 +23,7 @@ from ._adjoint import (
     StoreUpdates as StoreUpdates,
     StrongConvexity as StrongConvexity,
     TruncatedAdjoint as TruncatedAdjoint,
+    TruncationBound as TruncationBound,
     UnrolledAdjoint as UnrolledAdjoint,
 )
 from ._bilevel import (
@@ -35,6 +39,11 @@ from ._check import (
     check_hypergradient as check_hypergradient,
     HypergradientCheck as HypergradientCheck,
 )
+from ._compare import (
+    compare_hypergradients as compare_hypergradients,
+    ComparedAdjoint as ComparedAdjoint,
+    Comparison as Comparison,
+)
 from ._data import (
     AbstractData as AbstractData,
     BatchSequence as BatchSequence,
@@ -44,14 +53,19 @@ from ._data import (
 from ._hypergradient import hypergradient as hypergradient
 from ._linear import (
     AbstractLinearSolver as AbstractLinearSolver,
+    AbstractPreconditionedSolver as AbstractPreconditionedSolver,
+    AbstractPreconditioner as AbstractPreconditioner,
     BiCGStab as BiCGStab,
     CG as CG,
     Dense as Dense,
+    DiagonalEstimate as DiagonalEstimate,
     GMRES as GMRES,
     LinearSolution as LinearSolution,
+    LowRank as LowRank,
     MINRES as MINRES,
     Neumann as Neumann,
     NormalCG as NormalCG,
+    SecondMoment as SecondMoment,
 )
 from ._memory_report import (
     memory_report as memory_report,
@@ -66,12 +80,14 @@ from ._model_state import (
 from ._problem import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,
     AbstractInnerProblem as AbstractInnerProblem,
+    AbstractPredictionProblem as AbstractPredictionProblem,
     AbstractProblem as AbstractProblem,
     AbstractRootProblem as AbstractRootProblem,
     BilevelProblem as BilevelProblem,
     Evaluation as Evaluation,
     FixedPointProblem as FixedPointProblem,
     InnerProblem as InnerProblem,
+    PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )
 from ._report import (
@@ -88,6 +104,7 @@ from ._solver import (
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
     AbstractSolver as AbstractSolver,
+    Composition as Composition,
     Descent as Descent,
     InnerSolve as InnerSolve,
     JaxoptSolver as JaxoptSolver,

@@ -7,13 +7,16 @@ import jax
 import jax.extend.core.primitives as prims
 import jax.numpy as jnp
 
+from ._data import AbstractData
 from ._detach import forbid_derivative
 from ._problem import AbstractInnerProblem, AbstractProblem
 from ._rewrite import inner_jaxprs
 from ._tree import split_trainable, tree_dot
 
 
-def mixed_mode_problem(problem: AbstractProblem) -> AbstractProblem:
+def in_mixed_mode(
+    problem: AbstractProblem, data: AbstractData
+) -> tuple[AbstractProblem, AbstractData]:
     r"""The same problem, the gradient of whose loss is differentiated in mixed mode.
 
     The derivative of a step of gradient descent holds the second derivatives of the
@@ -21,13 +24,22 @@ def mixed_mode_problem(problem: AbstractProblem) -> AbstractProblem:
     layer computed, in the forward pass and in the backward pass. In mixed mode it keeps
     `params` alone: the second derivatives of $L(params, hyper)$ are symmetric, so one
     derivative of its whole gradient in the direction of the cotangent, a forward
-    derivative, is what the transposed derivative of the gradient would be.
+    derivative, is what the transposed derivative of the gradient would be. Nor are
+    batches kept, which are a part of the data: the problem gathers them itself.
 
     Derivatives of the gradient may be taken in reverse or in forward mode and batched,
     and once only: a second one is an error. Problems that do not minimise a loss stay as
     they are. A loss that holds a function with a custom reverse rule need not have
     symmetric second derivatives, nor forward ones: its gradient is made again in the
-    reverse pass instead.
+    reverse pass instead. Custom forward rules are taken to be derivatives.
+
+    **Arguments:**
+
+    - `problem`, `data`: an inner problem and where its batches come from.
+
+    **Returns:**
+
+    A problem and a source, for a loop that computes the same.
 
     ??? cite "Source"
 
@@ -35,17 +47,47 @@ def mixed_mode_problem(problem: AbstractProblem) -> AbstractProblem:
         mixed-mode differentiation*, 2025.
     """
     if not isinstance(problem, AbstractInnerProblem):
-        return problem
-    return _MixedMode(problem)
+        return problem, data
+    return _MixedMode(problem, data), _Draws(data)
+
+
+class _Draw(eqx.Module):
+    """A draw in the place of the batch that it stands for."""
+
+    draw: Any
+
+
+class _Draws(AbstractData):
+    """A source of draws, of which the problem makes batches."""
+
+    data: AbstractData
+
+    @property
+    def varies(self):
+        return self.data.varies
+
+    def check(self, num_steps):
+        self.data.check(num_steps)
+
+    def plan(self, key, num_steps):
+        return self.data.plan(key, num_steps)
+
+    def batch(self, draw):
+        return _Draw(draw)
+
+    def full(self):
+        return self.data.full()
 
 
 class _MixedMode(AbstractInnerProblem):
     problem: AbstractInnerProblem
+    data: AbstractData
     has_aux: bool = eqx.field(static=True)
     has_state: bool = eqx.field(static=True)
 
-    def __init__(self, problem: AbstractInnerProblem):
+    def __init__(self, problem: AbstractInnerProblem, data: AbstractData):
         self.problem = problem
+        self.data = data
         self.has_aux = problem.has_aux
         self.has_state = problem.has_state
 
@@ -59,7 +101,8 @@ class _MixedMode(AbstractInnerProblem):
         def evaluate(trainable):
             nonlocal static_extras
             full = eqx.combine(trainable, static)
-            out = self.problem.evaluate(full, hyper, batch, key, state)
+            rows = self.data.batch(batch.draw)
+            out = self.problem.evaluate(full, hyper, rows, key, state)
             extras, static_extras = eqx.partition((out.state, out.aux), eqx.is_array)
             return out.value, extras
 

@@ -15,7 +15,7 @@ from ._reach import split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, LoopState, Outcome
-from ._tree import split_trainable, tree_add, tree_all_finite, tree_scaled_norm
+from ._tree import split_trainable, tree_add, tree_scaled_norm
 from ._types import (
     Aux,
     BoolScalar,
@@ -135,11 +135,12 @@ class Objective(eqx.Module):
         self._check_outer_loss(output.outcome, hyper)
         idle = self._check_reached(adjoint, hyper, *reached)
         gradient = tree_add(*parts)
-        result = _judge(output, gradient)
+        norm = tree_scaled_norm(gradient)
+        result = _judge(output, norm)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
         gradient = _nan_where(_is_void(result), gradient)
-        return output, gradient, _report(name, output, gradient, result, idle)
+        return output, gradient, _report(name, output, gradient, norm, result, idle)
 
     def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
         """The hypergradient as a function of `hyper`, without any checks."""
@@ -237,10 +238,10 @@ def _solution_of(outcome: Outcome) -> Any:
     return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
 
 
-def _judge(output: HypergradientOutput, gradient: Vector) -> Any:
+def _judge(output: HypergradientOutput, norm: FloatScalar) -> Any:
     """The first failure on the way of the data."""
     outer_failed = jnp.logical_not(jnp.isfinite(output.value))
-    gradient_failed = jnp.logical_not(tree_all_finite(gradient))
+    gradient_failed = jnp.logical_not(jnp.isfinite(norm))
     return first_failure(
         output.outcome.result,
         mask_result(outer_failed, RESULTS.outer_nonfinite),
@@ -253,6 +254,7 @@ def _report(
     adjoint: str,
     output: HypergradientOutput,
     gradient: Vector,
+    norm: FloatScalar,
     result: Any,
     idle: tuple[str, ...],
 ) -> Report:
@@ -261,7 +263,7 @@ def _report(
         result=result,
         outer_loss=output.value,
         aux=output.aux,
-        hypergradient_norm=tree_scaled_norm(gradient),
+        hypergradient_norm=jnp.where(_is_void(result), jnp.nan, norm),
         num_zeros=jnp.sum(
             jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
         ),
@@ -271,6 +273,7 @@ def _report(
         failed_step=outcome.failed_step,
         linear_residual=info.linear_residual,
         num_linear_steps=info.num_linear_steps,
+        num_products=info.num_products,
         min_curvature=info.min_curvature,
         returned_to_start=info.returned_to_start,
         stored_bits=info.stored_bits,

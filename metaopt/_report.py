@@ -65,6 +65,9 @@ class Report(eqx.Module):
     - `failed_step`: the first inner step at which something was not finite, or -1.
     - `linear_residual`: the relative residual of the implicit linear system, or `None`.
     - `num_linear_steps`: the steps of the linear solver, or `None`.
+    - `num_products`: the products with the Hessian (or what stands for it) that solving
+        the linear system took, those of checks and of a preconditioner included, or
+        `None`.
     - `min_curvature`: the smallest curvature that the linear solver met, or `None`.
     - `returned_to_start`: whether steps that were undone ended where they had begun, bit
         for bit; `None` where none were.
@@ -91,6 +94,7 @@ class Report(eqx.Module):
     failed_step: IntScalar
     linear_residual: FloatScalar | None
     num_linear_steps: IntScalar | None
+    num_products: IntScalar | None
     min_curvature: FloatScalar | None
     returned_to_start: BoolScalar | None
     stored_bits: FloatScalar | None
@@ -120,6 +124,7 @@ class Report(eqx.Module):
             rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
         if self.linear_residual is not None:
             rows.append(("linear steps", _number(self.num_linear_steps)))
+            rows.append(("linear products", _number(self.num_products)))
             rows.append(("linear residual", _number(self.linear_residual)))
             # Infinite where the linear solver did not look.
             if not np.any(np.isinf(_values(self.min_curvature))):
@@ -143,7 +148,8 @@ class History(eqx.Module):
 
     - `outer_loss`, `hypergradient_norm`, `inner_residual`, `inner_error`,
         `linear_residual`: floats; NaN where a quantity does not apply.
-    - `num_inner_steps`, `num_linear_steps`: ints; 0 where they do not apply.
+    - `num_inner_steps`, `num_linear_steps`, `num_products`: ints; 0 where they do not
+        apply.
     - `seconds`: the wall time of each outer step. The first holds the compilation.
     """
 
@@ -154,6 +160,7 @@ class History(eqx.Module):
     linear_residual: np.ndarray
     num_inner_steps: np.ndarray
     num_linear_steps: np.ndarray
+    num_products: np.ndarray
     seconds: np.ndarray
 
     def __len__(self) -> int:

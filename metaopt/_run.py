@@ -37,6 +37,7 @@ _COLUMNS = (
     "linear_residual",
     "num_inner_steps",
     "num_linear_steps",
+    "num_products",
 )
 
 

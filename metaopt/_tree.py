@@ -65,20 +65,38 @@ def tree_where(condition: BoolScalar, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
-def unit_scale(vector: Vector) -> FloatScalar:
-    """A power of two to divide `vector` by; 1 unless its square would not be a number.
+def scale_and_norm(vector: Vector) -> tuple[FloatScalar, FloatScalar]:
+    """A power of two to divide `vector` by, and its Euclidean norm once it is divided.
 
-    The squares of a very small vector are all zero, and a zero right-hand side has the
-    solution zero: an error that nothing would report.
+    The power is 1 unless the square of the vector would not be a number. The squares of
+    a very small vector are all zero, and a zero right-hand side has the solution zero: an
+    error that nothing would report.
     """
+    norm = tree_norm(vector)
+    low = _least_norm(norm.dtype)
+
+    def rescaled():
+        scale = _power_of_two(vector)
+        return scale, tree_norm(divided(vector, scale))
+
+    # One pass over the vector in place of two, as a rule.
+    inside = (norm >= low) & (norm <= 1 / low)
+    return jax.lax.cond(inside, lambda: (jnp.ones_like(norm), norm), rescaled)
+
+
+def _least_norm(dtype) -> float:
+    # Residuals are smaller than the vector by a factor of eps, at most, and this is
+    # squared; in the other direction, sums of squares must not overflow.
+    info = jnp.finfo(dtype)
+    return float(info.tiny) ** 0.5 / float(info.eps)
+
+
+def _power_of_two(vector: Vector) -> FloatScalar:
     dtype = tree_dtype(vector)
     leaves = jax.tree.leaves(vector)
     sizes = [jnp.max(jnp.abs(a)).astype(dtype) for a in leaves if a.size > 0]
     size = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), dtype)
-    info = jnp.finfo(dtype)
-    # Residuals are smaller than the vector by a factor of eps, at most, and this is
-    # squared; in the other direction, sums of squares must not overflow.
-    low = float(info.tiny) ** 0.5 / float(info.eps)
+    info, low = jnp.finfo(dtype), _least_norm(dtype)
     inside = (size >= low) & (size <= 1 / low)
     exponent = jnp.clip(jnp.frexp(size)[1] - 1, info.minexp, info.maxexp - 1)
     power = jnp.ldexp(jnp.ones((), dtype), exponent)
@@ -92,8 +110,8 @@ def divided(vector: Vector, scale: FloatScalar) -> Vector:
 
 def tree_scaled_norm(x: Vector) -> FloatScalar:
     """The Euclidean norm of a vector whose square may overflow or vanish."""
-    scale = unit_scale(x)
-    return scale * tree_norm(divided(x, scale))
+    scale, norm = scale_and_norm(x)
+    return scale * norm
 
 
 def tree_all_finite(x: PyTree) -> BoolScalar:

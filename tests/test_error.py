@@ -230,6 +230,40 @@ def test_wrong_curvature_is_contradicted():
 
 
 #
+# Truncation
+#
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 20])
+def test_bias_of_truncation_is_bounded(num_steps):
+    # Gradient descent from anywhere on ridge regression, where the constants are known.
+    problem = draw("ridge", jax.random.key(4))
+    hyper, start, (x, _), _ = problem
+    curvature = spectral(x)[0] + jnp.exp(jnp.min(hyper))
+    rate, largest = 0.2, 2 * jnp.max(jnp.abs(start))
+    bound = mo.TruncationBound(
+        lambda hyper: 1 - rate * curvature,
+        # The mixed derivative is diag(exp(hyper) params).
+        lambda hyper: rate * jnp.exp(jnp.max(hyper)) * largest,
+    )
+    inner = mo.Descent(optax.sgd(rate), 100)
+    adjoint = mo.TruncatedAdjoint(num_steps, mo.RecomputeSteps(), bound)
+    gradient, report = differentiate("ridge", problem, inner, adjoint)
+    exact, _ = differentiate("ridge", problem, inner, mo.UnrolledAdjoint())
+    bias = jnp.linalg.norm(gradient - exact)
+    assert report.error is not None and report.error_is_bound
+    assert bias <= report.error < 1e3 * bias
+    assert "at most" in str(report) and "(biased)" in str(report)
+
+
+def test_steps_that_do_not_contract_have_no_bound():
+    problem = draw("ridge", jax.random.key(4))
+    adjoint = mo.TruncatedAdjoint(5, bound=mo.TruncationBound(lambda hyper: 1.5, 1.0))
+    _, report = differentiate("ridge", problem, solver("ridge", 10), adjoint)
+    assert report.error == jnp.inf
+
+
+#
 # Newton steps
 #
 
@@ -339,6 +373,7 @@ def test_report_says_how_wrong(error, says):
     adjoint = mo.ImplicitAdjoint(error=error)
     gradient, report = differentiate("ridge", problem, EXACT, adjoint)
     exact, _ = differentiate("ridge", problem, EXACT, DIRECT)
+    assert report.error is not None
     assert report.error >= 0.5 * jnp.linalg.norm(gradient - exact)
     assert report.error < 1e-3 * report.hypergradient_norm
     row = next(line for line in str(report).splitlines() if "its error" in line)
@@ -367,7 +402,7 @@ def test_estimate_for_a_fixed_point():
     gradient, report = run(10, rough)
     exact, _ = run(200, mo.ImplicitAdjoint(linear_solver))
     true = jnp.linalg.norm(gradient - exact)
-    assert true > 1e-5
+    assert true > 1e-5 and report.error is not None
     np.testing.assert_allclose(report.error, true, rtol=0.1)
 
 
@@ -379,6 +414,10 @@ def _any(x: Any) -> Any:
     "make, match",
     [
         (lambda: mo.ImplicitAdjoint(error=_any(0.1)), "`error` must be"),
+        (lambda: mo.TruncationBound(1.0, 1.0), "`contraction` must be below 1"),
+        (lambda: mo.TruncationBound(0.5, -1.0), "`sensitivity` must be a non-negative"),
+        (lambda: mo.TruncatedAdjoint(5, bound=_any(0.5)), "`bound` must be a"),
+        (lambda: mo.TruncatedAdjoint(5, _any("1GB")), "`memory` must be a memory plan"),
         (lambda: mo.ImplicitAdjoint(newton_steps=-1), "`newton_steps` must be at least 0"),
         (
             lambda: mo.StrongConvexity(

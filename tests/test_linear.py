@@ -1060,21 +1060,34 @@ def test_small_eigenvalues_are_not_taken_for_zero(solver):
 def test_operator_that_is_not_as_symmetric_as_it_promises():
     # The residual of the recurrence falls to zero, and is not that of the iterate.
     matrix, vector = nonsymmetric(40, 0.5), vector_of(40)
-    solution = MINRES().solve(matrix_operator(matrix, SYMMETRIC), vector)
-    assert_result(solution, "linear_stagnation")
+    solution = MINRES(max_steps=200).solve(matrix_operator(matrix, SYMMETRIC), vector)
+    assert not bool(solution.result == RESULTS.successful)
     residual = true_residual(matrix, solution, vector)
     np.testing.assert_allclose(solution.residual, residual, rtol=1e-9)
     assert 1e-3 < residual < 1
 
 
 def test_minres_begins_anew_where_rounding_has_led_it_astray():
-    # Without that it ends with a residual of 1.7e-5, for its iterate is a sum of vectors
-    # that may be much longer than the solution.
-    matrix = indefinite(100, 300.0, dtype=jnp.float32)
-    vector = vector_of(100, dtype=jnp.float32)
-    solution = jax.jit(MINRES().solve)(matrix_operator(matrix, SYMMETRIC), vector)
+    # Without that it ends with a residual of 1.6e-3, for its iterate is a sum of vectors
+    # that are much longer than the solution.
+    matrix = symmetric(200, 1e4, dtype=jnp.float32)
+    vector = vector_of(200, dtype=jnp.float32)
+    operator = matrix_operator(matrix, SYMMETRIC)
+    solution = jax.jit(MINRES(rtol=3e-4).solve)(operator, vector)
     assert_result(solution, "successful")
-    assert true_residual(matrix, solution, vector) <= 1.1e-5
+    assert true_residual(matrix, solution, vector) <= 3.1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_claim_that_is_not_true_is_made_up_for(seed):
+    # The true residual is above the tolerance by some percent where that of the
+    # recurrence meets it. A few steps more are enough, but they gain so little that a
+    # test for stagnation by, say, half of the residual would take them for the end.
+    matrix, vector = indefinite(100, 200.0, seed, jnp.float32), vector_of(100, seed)
+    operator = matrix_operator(matrix, SYMMETRIC)
+    solution = jax.jit(MINRES().solve)(operator, vector.astype(jnp.float32))
+    assert_result(solution, "successful")
+    assert true_residual(matrix, solution, vector) <= 1.05e-5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,11 @@ from ._choose import (
     exact_adjoints as exact_adjoints,
     temporary_bytes as temporary_bytes,
 )
+from ._curvature import (
+    AbstractCurvature as AbstractCurvature,
+    ExactCurvature as ExactCurvature,
+    GaussNewton as GaussNewton,
+)
 from ._error import (
     AbstractErrorEstimate as AbstractErrorEstimate,
     DualWeighted as DualWeighted,
@@ -30,5 +35,8 @@ from ._memory import (
 )
 from ._one_step import OneStepAdjoint as OneStepAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
-from ._truncated import TruncatedAdjoint as TruncatedAdjoint
+from ._truncated import (
+    TruncatedAdjoint as TruncatedAdjoint,
+    TruncationBound as TruncationBound,
+)
 from ._unrolled import UnrolledAdjoint as UnrolledAdjoint

@@ -11,7 +11,7 @@ import jax
 from .._data import AbstractData
 from .._results import first_failure, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
-from .._tree import split_trainable
+from .._tree import split_trainable, tree_norm
 from .._types import (
     Aux,
     BoolScalar,
@@ -48,6 +48,8 @@ class AdjointInfo(eqx.Module):
     - `inner_error`: an estimate of the relative error of the inner solution.
     - `linear_residual`: the relative residual of the implicit linear system.
     - `num_linear_steps`: the steps of the linear solver.
+    - `num_products`: the products with the operator that it took, those of its checks
+        and its preconditioner included.
     - `min_curvature`: the smallest curvature that the linear solver met.
     - `returned_to_start`: whether steps that were undone ended where they had begun, bit
         for bit.
@@ -63,6 +65,7 @@ class AdjointInfo(eqx.Module):
     inner_error: FloatScalar | None = None
     linear_residual: FloatScalar | None = None
     num_linear_steps: IntScalar | None = None
+    num_products: IntScalar | None = None
     min_curvature: FloatScalar | None = None
     returned_to_start: BoolScalar | None = None
     stored_bits: FloatScalar | None = None
@@ -191,6 +194,18 @@ class AbstractPathAdjoint(AbstractAdjoint):
     def left_out(self) -> tuple[str, ...]:
         """What the derivative leaves out by construction, in words."""
 
+    @abc.abstractmethod
+    def error_bound(
+        self, hyper: Hyper, outer_slope: Callable[[], FloatScalar]
+    ) -> FloatScalar | None:
+        """A bound on the error that this leaves, or `None` where none is known.
+
+        **Arguments:**
+
+        - `hyper`: the outer variables.
+        - `outer_slope`: gives the norm of the derivative of the outer loss in the params.
+        """
+
     def init(self, params):
         return None
 
@@ -213,7 +228,22 @@ class AbstractPathAdjoint(AbstractAdjoint):
             through_solution, direct = pullback(scale.astype(value.dtype))
         outcome, aux = eqx.combine(arrays, static_outcome)
         residual = inner.last_residual(outcome, hyper)
-        info = AdjointInfo(first_failure(), residual, left_out=self.left_out)
+        reached, rest = split_trainable(outcome.params)
+
+        def outer_slope():
+            def of_params(params):
+                return outer(eqx.combine(params, rest), hyper, outcome.model_state)[0]
+
+            return tree_norm(jax.grad(of_params)(reached))
+
+        bound = self.error_bound(hyper, outer_slope)
+        info = AdjointInfo(
+            first_failure(),
+            residual,
+            error=bound,
+            error_is_bound=bound is not None,
+            left_out=self.left_out,
+        )
         return HypergradientOutput(
             value, aux, direct, through_solution, outcome, info, None
         )

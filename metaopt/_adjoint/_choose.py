@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from .._model_state import FrozenState
 from .._solver import AbstractIterativeSolver, AbstractSolver, LoopState, ReversibleSGD
 from .._tree import tree_num_bytes
 from ._base import AbstractAdjoint
@@ -39,7 +40,9 @@ def exact_adjoints(solver: AbstractSolver) -> list[AbstractAdjoint]:
     adjoints: list[AbstractAdjoint] = [
         UnrolledAdjoint(plan) for plan in (StoreAll(), StoreUpdates(), RecomputeSteps())
     ]
-    if isinstance(solver, ReversibleSGD):
+    if isinstance(solver, ReversibleSGD) and isinstance(
+        solver.state_policy, FrozenState | None
+    ):
         adjoints.append(ReversibleAdjoint())
     if isinstance(solver, AbstractIterativeSolver) and solver.stops_early:
         adjoints.append(UnrolledAdjoint(OnlineCheckpoints()))

@@ -12,12 +12,21 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from .._linear import LinearSolution
-from .._operators import cross_pullback, jacobian_operator
+from .._operators import cross_pullback
 from .._results import mask_result, RESULTS
 from .._solver import Optimality
-from .._tree import tree_add, tree_norm, tree_scaled_norm, tree_size, tree_sub
+from .._tree import (
+    divided,
+    tree_add,
+    tree_dot,
+    tree_norm,
+    tree_scaled_norm,
+    tree_size,
+    tree_sub,
+)
 from .._types import Aux, FloatScalar, Hyper, Vector
 from .._validate import check_tolerance
+from ._curvature import AbstractCurvature
 
 
 if TYPE_CHECKING:
@@ -35,7 +44,8 @@ class Linearisation:
     - `params`, `hyper`: the point, trainable parts.
     - `value`, `aux`: the outer loss.
     - `in_params`, `direct`: its derivatives, times a scale.
-    - `residual`, `operator`: the optimality and its Jacobian in `params`.
+    - `residual`, `jacobian`: the optimality and its Jacobian in `params`, both exact.
+    - `operator`: what the linear system is solved with, which may leave curvature out.
     """
 
     value: FloatScalar
@@ -43,6 +53,7 @@ class Linearisation:
 
     def __init__(
         self,
+        curvature: AbstractCurvature,
         condition: Optimality,
         outer_loss: Callable[[Vector, Vector], Any],
         params: Vector,
@@ -53,8 +64,9 @@ class Linearisation:
         self.params, self.hyper = params, hyper
         self.value, pullback, self.aux = jax.vjp(outer_loss, params, hyper, has_aux=True)
         self.in_params, self.direct = pullback(scale.astype(self.value.dtype))
-        self.residual, self.operator = jacobian_operator(
-            lambda p: condition(p, hyper), params, condition.tags
+        self.curvature = curvature
+        self.residual, self.operator, self.jacobian = curvature.linearise(
+            condition, params, hyper
         )
 
     def through_solution(self, linear_solution: Vector) -> Vector:
@@ -68,11 +80,33 @@ class Linearisation:
         return tree_add(self.through_solution(linear_solution), self.direct)
 
     def linear_residual(self, linear_solution: Vector) -> Vector:
-        """What is left of the right-hand side of the linear system."""
-        operator = self.operator
+        """What is left of the right-hand side of the exact linear system.
+
+        The error of a hypergradient is that of its linear solution in the system with
+        the exact Jacobian, whatever operator it came from. In a system that leaves
+        curvature out the residual is small however much that was.
+        """
+        jacobian = self.jacobian
         if lx.symmetric_tag not in self.condition.tags:
-            operator = operator.transpose()
-        return tree_sub(self.in_params, operator.mv(linear_solution))
+            jacobian = jacobian.transpose()
+        return tree_sub(self.in_params, jacobian.mv(linear_solution))
+
+    def smallest_curvature(self, linear: LinearSolution, left: Vector) -> FloatScalar:
+        """The smallest curvature of the exact Jacobian that was met.
+
+        **Arguments:**
+
+        - `linear`: the solution $w$ of the linear system.
+        - `left`: what it leaves of the right-hand side $b$, so that $w . A w$ is
+            $w . (b - left)$.
+        """
+        size = tree_norm(linear.value)
+        unit = divided(linear.value, jnp.where(size > 0, size, 1))
+        along = tree_dot(unit, tree_sub(self.in_params, left))
+        quotient = jnp.where(size > 0, along / jnp.where(size > 0, size, 1), jnp.inf)
+        if not self.curvature.is_exact:
+            return quotient
+        return jnp.minimum(quotient, linear.min_curvature)
 
 
 class Solve(Protocol):
@@ -125,6 +159,11 @@ class DualWeighted(AbstractErrorEstimate):
     linear system give a hypergradient that is much better than the one in question, and
     the difference estimates the error of the latter: to about ten percent, unless both
     are far off. It costs two more linear solves and a second linearisation. Not a bound.
+
+    What a [`metaopt.GaussNewton`][] operator leaves out is part of the estimate: what is
+    left of the linear system is computed with the exact Jacobian, and that operator is
+    only used to solve for what to add. Where it is a rough approximation so is the
+    estimate, by as much.
 
     ??? cite "Source"
 
@@ -224,20 +263,21 @@ class StrongConvexity(AbstractErrorEstimate):
                 "`StrongConvexity` bounds the error for an inner loss that is minimised. "
                 "For fixed points and roots use `metaopt.DualWeighted()`."
             )
-        curvature = _constant(self.curvature, hyper)
+        curvature = constant(self.curvature, hyper)
         solution = tree_norm(linear.value)
+        left = here.linear_residual(linear.value)
         if self.cross_norm is None:
             cross_norm = _cross_norm(here)
         else:
-            cross_norm = _constant(self.cross_norm, hyper)
+            cross_norm = constant(self.cross_norm, hyper)
         distance = tree_scaled_norm(here.residual) / curvature
-        moved = _constant(self.cross_lipschitz, hyper) * distance
-        system = tree_norm(here.linear_residual(linear.value)) + distance * (
-            _constant(self.hessian_lipschitz, hyper) * solution
-            + _constant(self.outer_lipschitz, hyper)
+        moved = constant(self.cross_lipschitz, hyper) * distance
+        system = tree_norm(left) + distance * (
+            constant(self.hessian_lipschitz, hyper) * solution
+            + constant(self.outer_lipschitz, hyper)
         )
         bound = (
-            _constant(self.direct_lipschitz, hyper) * distance
+            constant(self.direct_lipschitz, hyper) * distance
             + moved * solution
             + (cross_norm + moved) * system / curvature
         )
@@ -245,12 +285,14 @@ class StrongConvexity(AbstractErrorEstimate):
         eps = jnp.finfo(solution.dtype).eps
         rounding = 10 * eps * (tree_norm(here.direct) + cross_norm * solution)
         # Products are rounded too, and a Rayleigh quotient with them.
-        contradicted = linear.min_curvature < curvature * (1 - 100 * eps**0.5)
+        smallest = here.smallest_curvature(linear, left)
+        contradicted = smallest < curvature * (1 - 100 * eps**0.5)
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)
         return jnp.where(contradicted, jnp.inf, bound + rounding), doubt
 
 
-def _constant(value: Constant, hyper: Hyper) -> Any:
+def constant(value: Constant, hyper: Hyper) -> Any:
+    """The number, at this `hyper`."""
     return value(hyper) if callable(value) else value
 
 

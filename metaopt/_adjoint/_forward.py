@@ -29,6 +29,9 @@ class ForwardAdjoint(AbstractPathAdjoint):
     def left_out(self):
         return ()
 
+    def error_bound(self, hyper, outer_slope):
+        return None
+
     def check(self, solver, data):
         check_iterative(self, solver)
 

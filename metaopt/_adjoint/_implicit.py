@@ -12,8 +12,8 @@ import lineax as lx
 
 from .._dependence import depends
 from .._detach import detached, stop_gradient
-from .._linear import AbstractLinearSolver, CG, LinearSolution
-from .._operators import jacobian_operator, newton_length
+from .._linear import AbstractLinearSolver, CG, initial_state, LinearSolution, prepare
+from .._operators import newton_length
 from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Outcome
 from .._tree import (
@@ -26,13 +26,15 @@ from .._tree import (
     tree_sub,
     tree_where,
 )
-from .._types import FloatScalar, Hyper, Vector
+from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
+from ._curvature import AbstractCurvature, ExactCurvature
 from ._error import AbstractErrorEstimate, Linearisation
 
 
 _OF_THE_WAY = 1e-3
+_PRECONDITIONER = 1  # folded into the key of the solve
 
 
 class ImplicitAdjoint(AbstractAdjoint):
@@ -64,6 +66,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         does not make the residual smaller is not taken.
     - `error`: how the report comes to say how wrong the hypergradient is:
         [`metaopt.DualWeighted`][] estimates it, [`metaopt.StrongConvexity`][] bounds it.
+    - `curvature`: which operator stands for the Jacobian of the optimality in the linear
+        system: that itself, [`metaopt.ExactCurvature`][], or [`metaopt.GaussNewton`][],
+        which is cheaper and never indefinite, and leaves something out.
 
     The method goes back to Larsen et al. (1996) and Bengio (2000); with conjugate
     gradients on Hessian-vector products it is that of Pedregosa (2016). With a Newton
@@ -74,6 +79,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     inner_rtol: float = eqx.field(default=1e-3, static=True)
     newton_steps: int = eqx.field(default=0, static=True)
     error: AbstractErrorEstimate | None = None
+    curvature: AbstractCurvature = ExactCurvature()
     sees_path: ClassVar[bool] = False
 
     def __check_init__(self):
@@ -89,39 +95,48 @@ class ImplicitAdjoint(AbstractAdjoint):
                 "`error` must be `metaopt.DualWeighted()`, `metaopt.StrongConvexity(...)` "
                 f"or `None`; got {self.error!r}."
             )
+        if not isinstance(self.curvature, AbstractCurvature):
+            raise ValueError(
+                "`curvature` must be `metaopt.ExactCurvature()` or `metaopt.GaussNewton()`"
+                f"; got {self.curvature!r}."
+            )
 
     def check(self, solver, data):
         data.full()
 
     def init(self, params):
         trainable = split_trainable(params)[0]
-        return jax.tree.map(jnp.zeros_like, trainable)
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
+        return _Carry(zeros, initial_state(self.linear_solver, trainable))
 
     def solve(self, inner, params, hyper, model_state, throw):
+        outcome = self._solve(inner, params, hyper, model_state, throw)
+        return dataclasses.replace(outcome, solver_state=None)
+
+    def _solve(self, inner, params, hyper, model_state, throw) -> Outcome:
         outcome = inner.primal(params, hyper, model_state)
         outer_variables = split_trainable(hyper)[0]
         for _ in range(self.newton_steps):
             outcome = detached(ft.partial(self._newton_step, inner), outcome, hyper)
         trainable, static = split_trainable(outcome.params)
         condition = inner.optimality(outcome, hyper)
-        residual, operator = jacobian_operator(
-            lambda p: condition(p, outer_variables), trainable, condition.tags
+        residual, operator, jacobian = self.curvature.linearise(
+            condition, trainable, outer_variables
         )
         self.linear_solver.check(operator)
-        point = _Point.at(params, trainable, residual, operator)
+        point = _Point.at(params, trainable, residual, jacobian)
         # What a function in it (a preconditioner) closes over must be seen by JAX.
         hoisted = jax.tree.map(
             lambda x: eqx.filter_closure_convert(x, trainable) if callable(x) else x,
-            dataclasses.replace(self, error=None),
+            self._prepared(operator, inner, outcome, None)[0],
         )
         adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
         solution = _with_implicit_derivative(
-            eqx.filter_closure_convert(condition.fn, trainable, outer_variables),
+            condition.converted(trainable, outer_variables),
             trainable,
             outer_variables,
             stop_gradient((outcome.result, point, adjoint)),
             static_adjoint=static_adjoint,
-            tags=condition.tags,
             throw=throw,
         )
         return eqx.tree_at(lambda o: o.params, outcome, eqx.combine(solution, static))
@@ -129,7 +144,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
         outer_variables, static_hyper = split_trainable(hyper)
         params, model_state = start(hyper)
-        outcome = self.solve(inner, params, hyper, model_state, False)
+        outcome = self._solve(inner, params, hyper, model_state, False)
         trainable, static = split_trainable(outcome.params)
         condition = inner.optimality(outcome, hyper)
 
@@ -139,18 +154,25 @@ class ImplicitAdjoint(AbstractAdjoint):
             return outer(full_params, full_hyper, outcome.model_state)
 
         def at(trainable):
-            return Linearisation(condition, outer_loss, trainable, outer_variables, scale)
+            return Linearisation(
+                self.curvature, condition, outer_loss, trainable, outer_variables, scale
+            )
 
         here = at(trainable)
-        point = _Point.at(params, trainable, here.residual, here.operator)
-        linear = self._solve_transposed(
-            here.operator, condition.tags, here.in_params, carry
+        point = _Point.at(params, trainable, here.residual, here.jacobian)
+        if carry is None:
+            carry = _Carry(None, None)
+        ready, known, num_products = self._prepared(
+            here.operator, inner, outcome, carry.preconditioner
+        )
+        linear = ready._solve_transposed(
+            here.operator, condition.tags, here.in_params, carry.solution
         )
         inner_error = point.error(linear.value, here.in_params)
         result = first_failure(self._judge(inner_error), linear.result)
         error = None
         if self.error is not None:
-            error, doubt = self.error(here, linear, at, self._solve_anew, hyper)
+            error, doubt = self.error(here, linear, at, ready._solve_anew, hyper)
             result = first_failure(result, doubt)
         info = AdjointInfo(
             result=result,
@@ -158,10 +180,12 @@ class ImplicitAdjoint(AbstractAdjoint):
             inner_error=inner_error,
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
+            num_products=linear.num_products + num_products,
             min_curvature=linear.min_curvature,
             error=error,
             error_is_bound=self.error is not None and self.error.is_bound,
             left_out=(
+                *self.curvature.left_out,
                 *self.linear_solver.left_out,
                 *_unseen_model_state(inner, outer, start, hyper, outcome),
             ),
@@ -173,21 +197,43 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.through_solution(linear.value),
             outcome,
             info,
-            linear.value,
+            _Carry(linear.value, known),
         )
+
+    def _prepared(
+        self,
+        operator: lx.AbstractLinearOperator,
+        inner: InnerSolve,
+        outcome: Outcome,
+        state: Any,
+    ) -> tuple["ImplicitAdjoint", Any, IntScalar]:
+        """The same with its preconditioner ready for an operator, what that knows now,
+        and the products that it took."""
+        solver, state, num_products = prepare(
+            self.linear_solver,
+            operator,
+            state,
+            jax.random.fold_in(inner.key, _PRECONDITIONER),
+            outcome.solver_state,
+        )
+        ready = dataclasses.replace(self, linear_solver=solver, error=None)
+        return ready, stop_gradient(state), num_products
 
     def _newton_step(self, inner: InnerSolve, outcome: Outcome, hyper: Hyper) -> Outcome:
         """One Newton step towards the inner solution, unless it leads away from it."""
         trainable, static = split_trainable(outcome.params)
         outer_variables = split_trainable(hyper)[0]
         condition = inner.optimality(outcome, hyper)
-        of_params = lambda p: condition(p, outer_variables)
-        residual, operator = jacobian_operator(of_params, trainable, condition.tags)
+        residual, operator, _ = self.curvature.linearise(
+            condition, trainable, outer_variables
+        )
         self.linear_solver.check(operator)
-        step = self._linear_solution(operator, residual)
+        ready, _, _ = self._prepared(operator, inner, outcome, None)
+        step = ready._linear_solution(operator, residual)
         corrected = tree_sub(trainable, step.value)
         # Comparing with NaN is false, and so is a step to where nothing is known.
-        closer = tree_scaled_norm(of_params(corrected)) < tree_scaled_norm(residual)
+        left = condition(corrected, outer_variables)
+        closer = tree_scaled_norm(left) < tree_scaled_norm(residual)
         params = eqx.combine(tree_where(closer, corrected, trainable), static)
         return eqx.tree_at(lambda o: o.params, outcome, params)
 
@@ -267,6 +313,13 @@ class ImplicitAdjoint(AbstractAdjoint):
         return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)
 
 
+class _Carry(eqx.Module):
+    """What one hypergradient leaves for the next."""
+
+    solution: Vector | None
+    preconditioner: Any  # what it knows; `None` where there is none
+
+
 class _Point(eqx.Module):
     """Where an implicit derivative is taken, and how far that may be from a solution."""
 
@@ -276,10 +329,10 @@ class _Point(eqx.Module):
     way: Vector  # from the start, times how much of it is allowed for
 
     @classmethod
-    def at(cls, start, params: Vector, residual: Vector, operator) -> "_Point":
+    def at(cls, start, params: Vector, residual: Vector, jacobian) -> "_Point":
         way = tree_sub(params, split_trainable(start)[0])
         way = jax.tree.map(lambda leaf: leaf * jnp.asarray(_OF_THE_WAY, leaf.dtype), way)
-        return cls(residual, newton_length(residual, operator), params, way)
+        return cls(residual, newton_length(residual, jacobian), params, way)
 
     def error(self, solution: Vector, vector: Vector) -> FloatScalar:
         """An estimate of the relative error of the params, from below.
@@ -310,35 +363,31 @@ def _or_one(size: FloatScalar) -> FloatScalar:
 
 
 @eqx.filter_custom_jvp
-def _with_implicit_derivative(
-    optimality, params, hyper, fixed, *, static_adjoint, tags, throw
-):
+def _with_implicit_derivative(condition, params, hyper, fixed, *, static_adjoint, throw):
     return params
 
 
 @_with_implicit_derivative.def_jvp
-def _(primals, tangents, *, static_adjoint, tags, throw):
-    optimality, params, hyper, (inner_result, point, adjoint) = primals
+def _(primals, tangents, *, static_adjoint, throw):
+    condition, params, hyper, (inner_result, point, adjoint) = primals
     adjoint = eqx.combine(adjoint, static_adjoint)
-    moving_optimality, _, moving_hyper, _ = tangents
+    moving_condition, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
-    params = _with_implicit_derivative(
-        *primals, static_adjoint=static_adjoint, tags=tags, throw=throw
-    )
+    params = _with_implicit_derivative(*primals, static_adjoint=static_adjoint, throw=throw)
     _, pushed = eqx.filter_jvp(
-        lambda optimality, hyper: optimality(params, hyper),
-        (optimality, hyper),
-        (moving_optimality, moving_hyper),
+        lambda fn, hyper: fn(params, hyper),
+        (condition.fn, hyper),
+        (moving_condition.fn, moving_hyper),
     )
     # `None` stands for a derivative that is zero by construction.
     right_hand_side = jax.tree.map(
         lambda p, t: jnp.zeros_like(p) if t is None else -t, params, pushed
     )
-    _, product = jax.linearize(lambda p: optimality(p, hyper), params)
+    _, operator, _ = adjoint.curvature.linearise(condition, params, hyper)
 
     def solve(product, vector):
         structure = tree_structs(vector)
-        operator = lx.FunctionLinearOperator(product, structure, tags)
+        operator = lx.FunctionLinearOperator(product, structure, condition.tags)
         solution = adjoint._linear_solution(operator, vector)
         error = point.error(solution.value, vector)
         result = first_failure(inner_result, adjoint._judge(error), solution.result)
@@ -348,11 +397,11 @@ def _(primals, tangents, *, static_adjoint, tags, throw):
         return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), solution.value)
 
     tangent = jax.lax.custom_linear_solve(
-        product,
+        operator.mv,
         right_hand_side,
         solve,
         transpose_solve=solve,
-        symmetric=lx.symmetric_tag in tags,
+        symmetric=lx.symmetric_tag in condition.tags,
     )
     return params, tangent
 

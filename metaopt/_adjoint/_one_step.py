@@ -25,6 +25,9 @@ class OneStepAdjoint(AbstractPathAdjoint):
     def left_out(self):
         return ("all steps but the last",)
 
+    def error_bound(self, hyper, outer_slope):
+        return None
+
     def check(self, solver, data):
         check_iterative(self, solver)
 

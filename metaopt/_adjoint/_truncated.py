@@ -8,8 +8,56 @@ import jax.numpy as jnp
 
 from .._detach import detached
 from .._solver import AbstractIterativeSolver
-from .._validate import check_count
+from .._types import FloatScalar, Hyper
+from .._validate import check_count, check_tolerance
 from ._base import AbstractPathAdjoint, check_iterative
+from ._error import Constant, constant
+from ._memory import AbstractMemoryPlan, StoreAll
+
+
+class TruncationBound(eqx.Module):
+    r"""Bounds the bias of a truncated hypergradient, from how fast the solver converges.
+
+    If each step brings any two params nearer by a factor $\rho < 1$, and the derivative
+    of a step in `hyper` is at most $J$, then leaving out all steps but the last $K$ changes
+    the hypergradient by at most $\rho^K J \|\partial_p F\| / (1 - \rho)$. For gradient
+    descent at rate $\alpha$ on a loss of curvature $\mu$ to $1 / \alpha$,
+    $\rho = 1 - \alpha \mu$ and $J = \alpha \|\partial_h \nabla_p L\|$ (Shaban et al.,
+    2019). As right as these numbers are, along the whole path.
+
+    **Arguments:** each is a number, or a function of `hyper`.
+
+    - `contraction`: $\rho$.
+    - `sensitivity`: $J$, a bound on the norm of the derivative of one step in `hyper`.
+    """
+
+    contraction: Constant
+    sensitivity: Constant
+
+    def __check_init__(self):
+        for name, value in vars(self).items():
+            if not (callable(value) or eqx.is_array(value)):
+                check_tolerance(value, name, optional=False)
+        if isinstance(self.contraction, (int, float)) and self.contraction >= 1:
+            raise ValueError(
+                f"`contraction` must be below 1; got {self.contraction}. Where steps do "
+                "not contract there is no bound."
+            )
+
+    def __call__(
+        self, hyper: Hyper, num_steps: int, outer_slope: FloatScalar
+    ) -> FloatScalar:
+        r"""The bound.
+
+        **Arguments:**
+
+        - `hyper`: the outer variables.
+        - `num_steps`: $K$.
+        - `outer_slope`: $\|\partial_p F\|$.
+        """
+        rho = jnp.asarray(constant(self.contraction, hyper), outer_slope.dtype)
+        bound = rho**num_steps / (1 - rho) * constant(self.sensitivity, hyper)
+        return jnp.where(rho < 1, bound * outer_slope, jnp.inf)
 
 
 class TruncatedAdjoint(AbstractPathAdjoint):
@@ -23,17 +71,37 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     **Arguments:**
 
     - `num_steps`: how many steps are differentiated; at most those of the solver.
+    - `memory`: what is kept of them, a plan as for [`metaopt.UnrolledAdjoint`][].
+    - `bound`: numbers from which the report bounds the bias, a
+        [`metaopt.TruncationBound`][], where they are known.
     """
 
     num_steps: int = eqx.field(static=True)
+    memory: AbstractMemoryPlan = StoreAll()
+    bound: TruncationBound | None = None
     sees_path: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
+        if not isinstance(self.memory, AbstractMemoryPlan):
+            raise ValueError(
+                "`memory` must be a memory plan such as `metaopt.RecomputeSteps()`; got "
+                f"{self.memory!r}."
+            )
+        if not isinstance(self.bound, TruncationBound | None):
+            raise ValueError(
+                "`bound` must be a `metaopt.TruncationBound` or `None`; got "
+                f"{self.bound!r}."
+            )
 
     @property
     def left_out(self):
         return (f"all steps but the last {self.num_steps}",)
+
+    def error_bound(self, hyper, outer_slope):
+        if self.bound is None:
+            return None
+        return self.bound(hyper, self.num_steps, outer_slope())
 
     def check(self, solver, data):
         check_iterative(self, solver)
@@ -50,7 +118,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
             )
 
     def solve(self, inner, params, hyper, model_state, throw):
-        loop = inner.loop(params)
+        loop = self.memory.prepare(inner.loop(params))
         cut = loop.num_steps - self.num_steps
 
         def head(params, hyper, model_state):
@@ -60,5 +128,5 @@ class TruncatedAdjoint(AbstractPathAdjoint):
         state, early = detached(head, params, hyper, model_state)
         draws = jax.tree.map(lambda leaf: leaf[cut:], loop.draws)
         body = lambda state, draw: loop.step(hyper, state, draw)
-        state, late = jax.lax.scan(body, state, draws, self.num_steps)
+        state, late = self.memory.scan(body, state, draws, self.num_steps)
         return loop.finish(state, jnp.concatenate([early, late]))

@@ -53,6 +53,9 @@ class UnrolledAdjoint(AbstractPathAdjoint):
     def left_out(self):
         return ()
 
+    def error_bound(self, hyper, outer_slope):
+        return None
+
     def check(self, solver, data):
         check_iterative(self, solver)
 

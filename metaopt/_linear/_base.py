@@ -2,7 +2,7 @@
 
 import abc
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -96,6 +96,25 @@ class AbstractLinearSolver(eqx.Module):
         **Raises:**
 
         `ValueError` if `check` does, or if the structures do not match.
+        """
+
+
+class AbstractPreconditionedSolver(AbstractLinearSolver):
+    """A linear solver that takes a preconditioner."""
+
+    preconditioner: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def damped(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
+        """What is solved with for an operator: what a preconditioner is to approximate.
+
+        **Arguments:**
+
+        - `operator`: a square operator.
+
+        **Returns:**
+
+        The operator, and the damping of the solver if it has any.
         """
 
 

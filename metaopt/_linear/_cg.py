@@ -12,6 +12,7 @@ from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     tree_axpy,
     tree_dot,
+    tree_dtype,
     tree_norm,
     tree_scale,
     tree_structs,
@@ -22,7 +23,7 @@ from .._tree import (
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._base import (
-    AbstractLinearSolver,
+    AbstractPreconditionedSolver,
     check_square,
     check_structures,
     check_tolerances,
@@ -31,6 +32,8 @@ from ._base import (
     reported,
     steps_left_out,
 )
+from ._preconditioner import AbstractPreconditioner
+from ._prepare import prepare
 from ._system import System
 
 
@@ -38,7 +41,7 @@ _CHECK_EVERY = 50
 _MAX_FLAT = 4  # checks in a row without progress
 
 
-class CG(AbstractLinearSolver):
+class CG(AbstractPreconditionedSolver):
     r"""Conjugate gradients, for the Hessian of an inner loss at its minimum.
 
     Needs about $\sqrt{\kappa}$ steps, $\kappa$ being the condition number, and one
@@ -64,7 +67,10 @@ class CG(AbstractLinearSolver):
         definite and the answer wrong: damping of the size of the smallest eigenvalue
         can cost half of the hypergradient. The residual reported is that without it.
     - `preconditioner`: an approximation of the inverse of $A$, itself symmetric and
-        positive definite: a function from vectors to vectors, or a `lineax` operator.
+        positive definite: one that is made from products with $A$ or from what the inner
+        solver knows ([`metaopt.DiagonalEstimate`][], [`metaopt.LowRank`][],
+        [`metaopt.SecondMoment`][]), a function from vectors to vectors, or a `lineax`
+        operator.
 
     ??? cite "Source"
 
@@ -77,19 +83,25 @@ class CG(AbstractLinearSolver):
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=1000, static=True)
     damping: float = eqx.field(default=0.0, static=True)
-    preconditioner: Callable[[Vector], Vector] | lx.AbstractLinearOperator | None = None
+    preconditioner: (
+        AbstractPreconditioner
+        | Callable[[Vector], Vector]
+        | lx.AbstractLinearOperator
+        | None
+    ) = None
     accepts_indefinite: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
         check_tolerance(self.damping, "damping", optional=False)
-        if self.preconditioner is not None and not (
-            callable(self.preconditioner)
-            or isinstance(self.preconditioner, lx.AbstractLinearOperator)
-        ):
+        made = (AbstractPreconditioner, lx.AbstractLinearOperator)
+        if self.preconditioner is None or isinstance(self.preconditioner, made):
+            return
+        if not callable(self.preconditioner) or isinstance(self.preconditioner, type):
             raise ValueError(
-                "`preconditioner` must be a function from vectors to vectors or a "
+                "`preconditioner` must be one of metaopt, such as "
+                "`metaopt.DiagonalEstimate()`, a function from vectors to vectors or a "
                 f"`lineax` operator; got {self.preconditioner!r}."
             )
 
@@ -111,11 +123,23 @@ class CG(AbstractLinearSolver):
                 "`lineax.positive_semidefinite_tag`."
             )
 
+    def damped(self, operator):
+        if not self.damping:
+            return operator
+        damping = jnp.asarray(self.damping, tree_dtype(operator.in_structure()))
+        return lx.FunctionLinearOperator(
+            lambda x: tree_axpy(damping, x, operator.mv(x)),
+            operator.in_structure(),
+        )
+
     def solve(self, operator, vector, start=None):
         self.check(operator)
         check_structures(operator, vector, start)
         system = System("CG", operator, vector, start, self.rtol, self.atol)
-        method = _Method(self, system)
+        # Ready already, unless it is used without an adjoint.
+        ready, _, num_products = prepare(self, system.operator)
+        assert isinstance(ready, CG)
+        method = _Method(ready, system)
         state = lax.while_loop(method.goes_on, method.round, method.init())
         series = state.series
         return reported(
@@ -123,7 +147,7 @@ class CG(AbstractLinearSolver):
             method.result(state),
             relative(state.residual, system.size),
             series.num_steps,
-            state.num_products,
+            state.num_products + num_products,
             series.min_curvature,
         )
 
@@ -188,6 +212,7 @@ class _Method:
         preconditioner = self.solver.preconditioner
         if preconditioner is None:
             return r
+        assert not isinstance(preconditioner, AbstractPreconditioner)
         if isinstance(preconditioner, lx.AbstractLinearOperator):
             z = preconditioner.mv(r)
         else:

@@ -10,6 +10,7 @@ import lineax as lx
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     divided,
+    scale_and_norm,
     tree_all_finite,
     tree_dtype,
     tree_norm,
@@ -18,7 +19,6 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._validate import check_count
 from ._base import (
@@ -75,9 +75,8 @@ class Dense(AbstractLinearSolver):
         self.check(operator)
         check_structures(operator, vector, start)
         operator = lx.linearise(operator)
-        scale = unit_scale(vector)
+        scale, size = scale_and_norm(vector)
         b = divided(vector, scale)
-        size = tree_norm(b)
         method = lx.LU()
         full = promoted(operator, vector)
         state = method.init(full, {})

@@ -147,7 +147,6 @@ class _State(eqx.Module):
     residual: FloatScalar  # the norm of b - A x
     best: Vector  # the iterate of least residual
     best_residual: FloatScalar
-    begun_residual: FloatScalar  # where the recurrence last began
     num_products: IntScalar
     num_flat: IntScalar  # checks in a row without progress
     running: BoolScalar
@@ -188,7 +187,6 @@ class _Rounds:
             residual=size,
             best=tree_zeros_like(x),
             best_residual=size,
-            begun_residual=size,
             num_products=none,
             num_flat=none,
             running=finite & ~converged,
@@ -256,9 +254,11 @@ class _Rounds:
         lost = claimed | ~(size <= 2 * series.size)
 
         # Where rounding has the last word, neither the steps nor a new beginning lower
-        # the residual any more.
+        # the residual any more. Steps from a small slope get one try, because on a
+        # singular system they only lead away.
         lower = size < (1 - 100 * self.system.eps) * state.best_residual
         num_flat = jnp.where(lower | starts, 0, state.num_flat + 1)
+        astray = state.series.looked & (num_flat > 0)
         nonfinite = series.nonfinite | ~jnp.isfinite(size)
         broken = series.singular | nonfinite
         exhausted = series.num_steps >= self.solver.max_steps
@@ -267,8 +267,7 @@ class _Rounds:
             stops = within | broken | exhausted | claimed
         else:
             begins = starts | lost
-            again = lost & ~starts & ~(size < state.begun_residual / 2)
-            stagnated = again | (num_flat >= _MAX_FLAT)
+            stagnated = astray | (num_flat >= _MAX_FLAT)
             stops = within | broken | exhausted | stagnated
         falls_back = stops & ~within & ~better
         new = self.solver._begin(self.system, r, size)
@@ -291,7 +290,6 @@ class _Rounds:
             residual=jnp.where(falls_back, state.best_residual, size),
             best=tree_where(better, x, state.best),
             best_residual=jnp.where(better, size, state.best_residual),
-            begun_residual=jnp.where(begins, size, state.begun_residual),
             num_products=state.num_products + num_products,
             num_flat=num_flat,
             running=~stops,

@@ -11,7 +11,7 @@ from jax import lax
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     divided,
-    tree_all_finite,
+    scale_and_norm,
     tree_axpy,
     tree_dtype,
     tree_norm,
@@ -19,7 +19,6 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._types import FloatScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -94,9 +93,8 @@ class Neumann(AbstractLinearSolver):
         check_structures(operator, vector, start)
         operator = lx.linearise(operator)
         step_size, num_products = self._step_size(operator, vector)
-        scale = unit_scale(vector)
+        scale, size = scale_and_norm(vector)
         b = divided(vector, scale)
-        size = tree_norm(b)
 
         def remaining(x):
             return tree_sub(b, operator.mv(x))
@@ -110,14 +108,12 @@ class Neumann(AbstractLinearSolver):
             x, first = tree_axpy(step_size, left, start), tree_norm(left)
             num_products += 1
 
-        def step(_, carry):
-            x, _ = carry
-            left = remaining(x)
-            return tree_axpy(step_size, left, x), tree_norm(left)
-
         last = first
         if self.num_terms > 0:
-            x, last = lax.fori_loop(0, self.num_terms, step, (x, first))
+            add_term = lambda _, x: tree_axpy(step_size, remaining(x), x)
+            x = lax.fori_loop(0, self.num_terms - 1, add_term, x)
+            left = remaining(x)
+            x, last = tree_axpy(step_size, left, x), tree_norm(left)
         end = tree_norm(remaining(x))
         num_products += self.num_terms + 1
 
@@ -128,7 +124,8 @@ class Neumann(AbstractLinearSolver):
         before = last if lx.is_symmetric(operator) else first
         grown = (end > (1 + rounding) * before) & (end > rounding * size)
         diverged = (self.num_terms > 0) & (size > 0) & (grown | ~jnp.isfinite(end))
-        finite = tree_all_finite(x)
+        # A solution that is not finite leaves no residual that is.
+        finite = jnp.isfinite(end)
         x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
         healthy = jnp.isfinite(size) & jnp.isfinite(step_size) & (finite | diverged)
         result = first_failure(

@@ -11,11 +11,10 @@ from jax import lax
 
 from .._tree import (
     divided,
+    scale_and_norm,
     tree_dtype,
-    tree_norm,
     tree_where,
     tree_zeros_like,
-    unit_scale,
 )
 from .._types import BoolScalar, IntScalar, Vector
 from ._base import floored_rtol
@@ -45,10 +44,9 @@ class System:
         self.operator = lx.linearise(operator)
         self.dtype = tree_dtype(vector)
         self.eps = float(jnp.finfo(self.dtype).eps)
-        self.scale = unit_scale(vector)
+        self.scale, self.size = scale_and_norm(vector)
         self.b = divided(vector, self.scale)
         self.start = None if start is None else divided(start, self.scale)
-        self.size = tree_norm(self.b)
         if rtol is None:
             # Below the rounding of the right-hand side there is nothing left to do.
             self.tolerance = self.eps * self.size

@@ -6,6 +6,7 @@ from ._call import initialise as initialise
 from ._functions import (
     FixedPointProblem as FixedPointProblem,
     InnerProblem as InnerProblem,
+    PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )
 from ._kinds import (
@@ -13,3 +14,4 @@ from ._kinds import (
     AbstractInnerProblem as AbstractInnerProblem,
     AbstractRootProblem as AbstractRootProblem,
 )
+from ._prediction import AbstractPredictionProblem as AbstractPredictionProblem

@@ -24,8 +24,9 @@ class Evaluation(eqx.Module):
 
 
 class AbstractProblem(eqx.Module):
-    """What all kinds of inner problem share; subclass one of the three kinds instead:
-    [`metaopt.AbstractInnerProblem`][] (a loss to minimise),
+    """What all kinds of inner problem share; subclass one of the kinds instead:
+    [`metaopt.AbstractInnerProblem`][] (a loss to minimise; or, where it is that of a
+    model's output, [`metaopt.AbstractPredictionProblem`][]),
     [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][].
 
     A kind differs from another only in its *optimality*, the residual that is zero at

@@ -8,6 +8,7 @@ import equinox as eqx
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._call import declared
 from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
+from ._prediction import AbstractPredictionProblem
 
 
 class InnerProblem(AbstractInnerProblem):
@@ -40,6 +41,52 @@ class InnerProblem(AbstractInnerProblem):
 
     def loss(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.loss_fn, params, hyper, batch, key, state)
+
+
+class PredictionProblem(AbstractPredictionProblem):
+    """An inner problem made from a model and a criterion, as plain functions.
+
+    **Arguments:**
+
+    - `predict_fn`: `predict_fn(params, hyper, batch)`, a pytree with a floating-point
+        array in it. May declare arguments named `key` and (with `has_state`) `state`.
+    - `criterion_fn`: `criterion_fn(predictions, params, hyper, batch)`, a floating-point
+        scalar, convex in predictions and params. May declare an argument named `key`.
+    - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
+        initial params are handed over at each call.
+    - `has_aux`, `has_state`: as in [`metaopt.AbstractPredictionProblem`][]: the former
+        is about the criterion, the latter about the model.
+
+    **Example:**
+
+    ```python
+    import jax.numpy as jnp
+    import metaopt as mo
+
+    problem = mo.PredictionProblem(
+        lambda params, hyper, batch: jnp.tanh(batch["x"] @ params),
+        lambda predictions, params, hyper, batch: (
+            jnp.mean((predictions - batch["y"]) ** 2) + jnp.exp(hyper) * params @ params
+        ),
+    )
+    ```
+    """
+
+    predict_fn: LossFn
+    criterion_fn: LossFn
+    init_fn: Callable[..., Any] | None = None
+    has_aux: bool = eqx.field(default=False, static=True, kw_only=True)
+    has_state: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def init(self, hyper, key):
+        return _init(self.init_fn, hyper, key)
+
+    def predict(self, params, hyper, batch, *, key=None, **state):
+        return _forward(self.predict_fn, params, hyper, batch, key, state)
+
+    def criterion(self, predictions, params, hyper, batch, *, key=None):
+        optional = {} if key is None else declared(self.criterion_fn, {"key": key})
+        return self.criterion_fn(predictions, params, hyper, batch, **optional)
 
 
 class FixedPointProblem(AbstractFixedPointProblem):

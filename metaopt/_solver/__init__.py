@@ -4,6 +4,7 @@ from ._base import (
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
     AbstractSolver as AbstractSolver,
+    Composition as Composition,
     Optimality as Optimality,
     Outcome as Outcome,
     StepOutput as StepOutput,
@@ -11,7 +12,7 @@ from ._base import (
 from ._descent import Descent as Descent
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
-from ._loop import BATCH as BATCH, Loop as Loop, LoopState as LoopState
+from ._loop import Loop as Loop, LoopState as LoopState
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD

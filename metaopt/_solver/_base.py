@@ -23,6 +23,19 @@ from .._types import (
 )
 
 
+class Composition(eqx.Module):
+    """A loss as a criterion of a model's output, for one problem, batch and key.
+
+    **Attributes:**
+
+    - `predict`: `predict(params, hyper)` on the *trainable* parts of both; a pytree.
+    - `criterion`: `criterion(predictions, params, hyper)`, likewise; a scalar.
+    """
+
+    predict: Any
+    criterion: Any
+
+
 class Optimality(eqx.Module):
     """The condition that a solver's answer satisfies, for one problem, batch and key.
 
@@ -31,14 +44,40 @@ class Optimality(eqx.Module):
     - `fn`: `fn(params, hyper)` on the *trainable* parts of both; a vector like
         `params` that is zero at the solution.
     - `tags`: the `lineax` tags promised by its Jacobian in `params`.
+    - `composition`: where `fn` is the gradient of a criterion of a model's output, that
+        loss in its two parts; else `None`.
     """
 
     fn: Any
     tags: frozenset[object] = eqx.field(static=True)
+    composition: Composition | None = None
 
     def __call__(self, params: Vector, hyper: Vector) -> Vector:
         """The residual at `params`, `hyper`; a vector like `params`."""
         return self.fn(params, hyper)
+
+    def converted(self, params: Vector, hyper: Vector) -> "Optimality":
+        """The same, with all arrays that its functions close over as leaves.
+
+        **Arguments:**
+
+        - `params`, `hyper`: an example of what it will be called with.
+
+        **Returns:**
+
+        An optimality.
+        """
+        composition = self.composition
+        if composition is not None:
+            predictions = eqx.filter_eval_shape(composition.predict, params, hyper)
+            composition = Composition(
+                eqx.filter_closure_convert(composition.predict, params, hyper),
+                eqx.filter_closure_convert(
+                    composition.criterion, predictions, params, hyper
+                ),
+            )
+        fn = eqx.filter_closure_convert(self.fn, params, hyper)
+        return Optimality(fn, self.tags, composition)
 
 
 class Outcome(eqx.Module):
@@ -54,6 +93,8 @@ class Outcome(eqx.Module):
     - `losses`: the inner loss at the start of each step, `(num_steps,)`, padded with
         NaN after an early stop; `None` where the solver does not see losses.
     - `failed_step`: the first step at which something was not finite, or -1.
+    - `solver_state`: the solver's own state after the last step (momenta and the like),
+        where the solve was run by steps and without derivative; else `None`.
     """
 
     params: Params
@@ -63,6 +104,7 @@ class Outcome(eqx.Module):
     num_steps: IntScalar
     losses: Any
     failed_step: IntScalar
+    solver_state: Any = None
 
 
 class StepOutput(eqx.Module):

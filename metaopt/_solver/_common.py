@@ -4,13 +4,14 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from .._data import AbstractData
-from .._problem import AbstractProblem
+from .._problem import AbstractPredictionProblem, AbstractProblem
 from .._results import RESULTS, where_result
 from .._tree import split_trainable
 from .._types import Batch, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
     AbstractIterativeSolver,
+    Composition,
     Optimality,
     Outcome,
 )
@@ -25,15 +26,24 @@ def problem_optimality(
     state: ModelState,
 ) -> Optimality:
     """The optimality that the problem itself states."""
-    static_params = split_trainable(params)[1]
-    static_hyper = split_trainable(hyper)[1]
+    static = split_trainable((params, hyper))[1]
 
     def residual(params, hyper):
-        params = eqx.combine(params, static_params)
-        hyper = eqx.combine(hyper, static_hyper)
+        params, hyper = eqx.combine((params, hyper), static)
         return problem.optimality(params, hyper, batch, key, state)
 
-    return Optimality(residual, problem.tags)
+    if not isinstance(problem, AbstractPredictionProblem):
+        return Optimality(residual, problem.tags)
+
+    def predict(params, hyper):
+        params, hyper = eqx.combine((params, hyper), static)
+        return problem.evaluate_predictions(params, hyper, batch, key, state)[0]
+
+    def criterion(predictions, params, hyper):
+        params, hyper = eqx.combine((params, hyper), static)
+        return problem.evaluate_criterion(predictions, params, hyper, batch, key)[0]
+
+    return Optimality(residual, problem.tags, Composition(predict, criterion))
 
 
 def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem) -> None:

@@ -1,5 +1,7 @@
 """One inner solve as a value: everything but `hyper` and the start is fixed."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 
@@ -52,7 +54,9 @@ class InnerSolve(eqx.Module):
                 )
             loop = self.loop(params)
             state = loop.start(params, hyper, model_state)
-            return loop.finish(*loop.run_primal(hyper, state, 0, loop.num_steps))
+            state, losses = loop.run_primal(hyper, state, 0, loop.num_steps)
+            outcome = loop.finish(state, losses)
+            return dataclasses.replace(outcome, solver_state=state.solver_state)
 
         return detached(solve, params, hyper, model_state)
 

@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from .._data import AbstractData
 from .._problem import AbstractProblem
@@ -27,9 +26,6 @@ from .._types import (
 )
 from ._base import AbstractIterativeSolver, Outcome
 
-
-BATCH = "metaopt.batch"
-"""The name of the batches in a loop, for policies of `jax.checkpoint`."""
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
 """`scan(body, carry, xs, length) -> (carry, ys)`, as `jax.lax.scan`."""
@@ -226,7 +222,7 @@ class Loop(eqx.Module):
             eqx.combine(trainable, self.static_params),
             solver_state,
             hyper,
-            checkpoint_name(self.data.batch(draw), BATCH),
+            self.data.batch(draw),
             jax.random.fold_in(self.key, index),
             model_state,
         )

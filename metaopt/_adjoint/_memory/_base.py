@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ..._mixed_mode import mixed_mode_problem
+from ..._mixed_mode import in_mixed_mode
 from ..._solver import Loop, LoopState
 
 
@@ -63,13 +63,13 @@ class AbstractMemoryPlan(eqx.Module):
         """
 
 
-def remade(fn: Callable, **kwargs: Any) -> Callable:
+def remade(fn: Callable) -> Callable:
     """`fn`, which is computed again when it is differentiated."""
     # Inside a scan XLA cannot merge the two computations, so no barrier is needed.
-    return jax.checkpoint(fn, prevent_cse=False, **kwargs)
+    return jax.checkpoint(fn, prevent_cse=False)
 
 
-def in_mixed_mode(loop: Loop) -> Loop:
+def with_mixed_mode(loop: Loop) -> Loop:
     """The loop, each gradient of which is differentiated in mixed mode."""
-    problem = mixed_mode_problem(loop.problem)
-    return eqx.tree_at(lambda x: x.problem, loop, problem)
+    new = in_mixed_mode(loop.problem, loop.data)
+    return eqx.tree_at(lambda x: (x.problem, x.data), loop, new)

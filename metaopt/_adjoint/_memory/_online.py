@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._validate import check_count
-from ._base import AbstractMemoryPlan, in_mixed_mode
+from ._base import AbstractMemoryPlan, with_mixed_mode
 
 
 class OnlineCheckpoints(AbstractMemoryPlan):
@@ -38,7 +38,7 @@ class OnlineCheckpoints(AbstractMemoryPlan):
             check_count(self.num_checkpoints, "num_checkpoints")
 
     def prepare(self, loop):
-        return in_mixed_mode(loop)
+        return with_mixed_mode(loop)
 
     def scan(self, body, state, draws, length):
         def goes_on(carry):

@@ -2,8 +2,7 @@
 
 import jax
 
-from ..._solver import BATCH
-from ._base import AbstractMemoryPlan, in_mixed_mode, remade
+from ._base import AbstractMemoryPlan, remade, with_mixed_mode
 
 
 class StoreAll(AbstractMemoryPlan):
@@ -33,12 +32,10 @@ class StoreUpdates(AbstractMemoryPlan):
     """
 
     def prepare(self, loop):
-        return in_mixed_mode(loop)
+        return with_mixed_mode(loop)
 
     def scan(self, body, state, draws, length):
-        # A batch is a part of data that are there anyway.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(BATCH)
-        return jax.lax.scan(remade(body, policy=policy), state, draws, length)
+        return jax.lax.scan(body, state, draws, length)
 
     def num_stored(self, length):
         return length
@@ -54,7 +51,7 @@ class RecomputeSteps(AbstractMemoryPlan):
     """
 
     def prepare(self, loop):
-        return in_mixed_mode(loop)
+        return with_mixed_mode(loop)
 
     def scan(self, body, state, draws, length):
         return jax.lax.scan(remade(body), state, draws, length)

@@ -1,0 +1,162 @@
+"""Every optimizer of optax as an inner solver, at gradients that are exactly zero: its
+hypergradient is finite and right, or is refused because it says nothing."""
+
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+
+
+# Plain optax gives NaN for adam, adamw, nadam, radam, amsgrad, lamb and muon where a
+# gradient entry is zero, and for a clipped norm where all are.
+SMOOTH: dict[str, Any] = {
+    "adabelief": optax.adabelief(0.1),
+    "adadelta": optax.adadelta(0.5),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "adagrad": optax.adagrad(0.1),
+    "adam": optax.adam(0.1),
+    "adam, nesterov": optax.adam(0.1, nesterov=True),
+    "adamax": optax.adamax(0.1),
+    "adamaxw": optax.adamaxw(0.1, weight_decay=0.01),
+    "adamw": optax.adamw(0.1, weight_decay=0.01),
+    "adan": optax.adan(0.1),
+    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "amsgrad": optax.amsgrad(0.1),
+    "centralize": optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "clip": optax.chain(optax.clip(0.3), optax.sgd(0.1)),
+    "clip_by_block_rms": optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)),
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(0.1)),
+    "fromage": optax.fromage(0.1),
+    "lamb": optax.lamb(0.1),
+    "lars": optax.lars(0.1),
+    "muon": optax.contrib.muon(0.1),
+    "nadam": optax.nadam(0.1),
+    "nadamw": optax.nadamw(0.1, weight_decay=0.01),
+    "novograd": optax.novograd(0.1),
+    "optimistic_gradient_descent": optax.optimistic_gradient_descent(0.1),
+    "radam": optax.radam(0.1),
+    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.5),
+    "schedule": optax.adam(optax.schedules.cosine_decay_schedule(0.1, 10)),
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "sm3": optax.sm3(0.1),
+    "yogi": optax.yogi(0.1),
+}
+# Younger than the oldest version that is supported.
+if "optimistic_adam_v2" in vars(optax):
+    SMOOTH["optimistic_adam_v2"] = optax.optimistic_adam_v2(0.1)
+BY_SIGN: dict[str, Any] = {
+    "lion": optax.lion(0.1),
+    "rprop": optax.rprop(0.1),
+    "sign_sgd": optax.sign_sgd(0.1),
+    "signum": optax.signum(0.1),
+}
+# Which entries of the gradient are not zero. A dead unit, a dead feature, or all of them.
+ALIVE = {
+    "entries": jnp.array([[1.0, 0.0, 0.5], [0.0, 0.0, 0.25], [0.75, 0.0, 1.0]]),
+    "all": jnp.zeros((3, 3)),
+}
+START = jnp.array([[0.9, -0.4, 0.3], [0.5, 1.2, -0.7], [-0.3, 0.8, 0.6]])
+QUICK = {"adam", "lamb", "muon", "clip_by_global_norm", "adafactor", "nadam", "schedule"}
+
+
+def inner_loss(params, hyper, batch):
+    # Not quadratic, so that second derivatives differ along the path.
+    return jnp.sum(batch * jnp.log(jnp.cosh(params - hyper)))
+
+
+def solution(hyper, alive, *, optimizer, adjoint):
+    # The start depends on `hyper` as well, so that there is something to see where no
+    # gradient is.
+    return mo.solve_inner(
+        mo.InnerProblem(inner_loss),
+        hyper,
+        START * (1 + hyper),
+        alive,
+        solver=mo.Descent(optimizer, 5),
+        adjoint=adjoint,
+    ).value
+
+
+def value(hyper, alive, **kwargs):
+    return jnp.sum(jnp.sin(solution(hyper, alive, **kwargs) + START))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMOOTH],
+)
+def test_hypergradient_is_finite_and_right(name):
+    fn = ft.partial(value, optimizer=SMOOTH[name], adjoint=mo.UnrolledAdjoint())
+
+    @jax.jit
+    def both(hyper, alive):
+        step = 1e-5
+        ends = jax.vmap(lambda h: fn(h, alive))(hyper + jnp.array([-step, step]))
+        return jax.grad(fn)(hyper, alive), (ends[1] - ends[0]) / (2 * step)
+
+    for alive in ALIVE.values():
+        gradient, difference = both(jnp.array(0.2), alive)
+        # The truncation and the rounding of central differences.
+        np.testing.assert_allclose(gradient, difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in {"adam", "muon"} else pytest.param(n, marks=pytest.mark.slow)
+        for n in SMOOTH
+    ],
+)
+def test_steps_are_those_of_optax(name):
+    optimizer, alive = SMOOTH[name], ALIVE["entries"]
+
+    def step(carry, _):
+        params, state = carry
+        gradient = jax.grad(inner_loss)(params, jnp.array(0.2), alive)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = START * 1.2
+    carry = start, optimizer.init(start)
+    (want, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, 5))(carry)
+    adjoint = mo.UnrolledAdjoint()
+    got = solution(jnp.array(0.2), alive, optimizer=optimizer, adjoint=adjoint)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BY_SIGN)
+def test_updates_by_sign_are_refused(name):
+    problem = mo.BilevelProblem(inner_loss, lambda params, *_: jnp.sum(params**2))
+    with pytest.raises(ValueError, match="zero by construction.*updates by sign"):
+        mo.hypergradient(
+            problem,
+            0.2,
+            START,
+            ALIVE["entries"],
+            inner=mo.Descent(BY_SIGN[name], 5),
+            adjoint=mo.UnrolledAdjoint(),
+        )
+
+
+def test_every_optimizer_of_optax_is_in_a_table():
+    skipped = {
+        "dpsgd",  # needs gradients for each example
+        "lbfgs",  # searches along a line, in a loop that reverse mode cannot pass
+        "noisy_sgd",  # adds noise: sgd otherwise
+        "polyak_sgd",  # takes the value of the loss: tested with others of its kind
+        "optimistic_adam",  # deprecated
+    }
+    known = {name.split(",")[0] for name in (*SMOOTH, *BY_SIGN)} | skipped
+    optimizers = {
+        name
+        for name in vars(optax)
+        if name in vars(optax._src.alias) and not name.startswith("_")
+    }
+    optimizers = {n for n in optimizers if callable(vars(optax)[n]) and n.islower()}
+    assert optimizers - known == set()
