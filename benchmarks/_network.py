@@ -14,10 +14,15 @@ def make_params(key, widths):
     ]
 
 
-def cross_entropy(params, hyper, batch):
-    """The mean loss of a batch of rows and labels."""
-    x, y = batch
+def logits_of(params, hyper, batch):
+    """The logits of a batch of rows and labels."""
+    x, _ = batch
     for weight in params[:-1]:
         x = jnp.tanh(x @ weight)
-    logits = x @ params[-1]
+    return x @ params[-1]
+
+
+def cross_entropy(params, hyper, batch):
+    """The mean loss of a batch of rows and labels."""
+    logits, y = logits_of(params, hyper, batch), batch[1]
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))

@@ -71,6 +71,7 @@ from ._memory_report import (
     memory_report as memory_report,
     MemoryReport as MemoryReport,
 )
+from ._mixed_mode import InChunks as InChunks
 from ._model_state import (
     AbstractStatePolicy as AbstractStatePolicy,
     CarriedState as CarriedState,

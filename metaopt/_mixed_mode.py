@@ -1,17 +1,21 @@
 """Losses whose gradient is differentiated forward over reverse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.extend.core.primitives as prims
 import jax.numpy as jnp
+import numpy as np
 
 from ._data import AbstractData
 from ._detach import forbid_derivative
 from ._problem import AbstractInnerProblem, AbstractProblem
 from ._rewrite import inner_jaxprs
-from ._tree import split_trainable, tree_dot
+from ._tree import split_trainable, tree_dot, tree_zeros_like
+from ._types import FloatScalar, Vector
+from ._validate import check_count
 
 
 def in_mixed_mode(
@@ -46,9 +50,80 @@ def in_mixed_mode(
         Kemaev, Calian, Zintgraf, Farquhar, van Hasselt: *Scalable meta-learning via
         mixed-mode differentiation*, 2025.
     """
-    if not isinstance(problem, AbstractInnerProblem):
+    if not isinstance(problem, AbstractInnerProblem) or isinstance(problem, InChunks):
         return problem, data
     return _MixedMode(problem, data), _Draws(data)
+
+
+class InChunks(AbstractInnerProblem):
+    """An inner problem whose loss is the mean over the rows of a batch, evaluated on a
+    few rows at a time: for data that do not fit in memory with all their activations.
+
+    Gradients, products with the Hessian and mixed derivatives are added up over the
+    chunks, so that memory is that of one chunk, under every adjoint. Each product
+    computes the loss again, which costs about a third more than one at a point that is
+    kept. The loss must be a mean over rows, to which terms may be added that do not
+    depend on them (penalties); it is evaluated on each chunk, and the mean is taken.
+
+    **Arguments:**
+
+    - `problem`: the inner problem, without auxiliary output and model state.
+    - `chunk_size`: the number of rows in a chunk; a divisor of the number of rows.
+
+    **Raises:**
+
+    `ValueError` for other problems, and where the rows cannot be cut like that.
+    """
+
+    problem: AbstractInnerProblem
+    chunk_size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_count(self.chunk_size, "chunk_size")
+        if not isinstance(self.problem, AbstractInnerProblem):
+            raise ValueError(
+                "`InChunks` needs a problem with a loss, such as `metaopt.InnerProblem("
+                f"loss)`; got {self.problem!r}."
+            )
+        if self.problem.has_aux or self.problem.has_state:
+            raise ValueError(
+                "`InChunks` takes the mean over chunks, which auxiliary outputs and model "
+                "state do not have. Leave them out of the inner problem."
+            )
+
+    def init(self, hyper, key):
+        return self.problem.init(hyper, key)
+
+    def loss(self, params, hyper, batch, *, key):
+        trainable, static = split_trainable(params)
+        count = self._count(batch)
+
+        def evaluate(trainable, index):
+            # Every chunk takes rows from everywhere, so that each spans all devices where
+            # rows are spread over several.
+            rows = jax.tree.map(
+                lambda a: a.reshape(self.chunk_size, count, *a.shape[1:])[:, index], batch
+            )
+            full = eqx.combine(trainable, static)
+            chunk_key = jax.random.fold_in(key, index)
+            return self.problem.evaluate(full, hyper, rows, chunk_key, None).value, ()
+
+        return mixed_mode_value(evaluate, trainable, count)[0]
+
+    def _count(self, batch) -> int:
+        sizes = {a.shape[0] if a.ndim else 0 for a in jax.tree.leaves(batch)}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(
+                "`InChunks` cuts batches along their leading axis, which all arrays must "
+                f"share; their lengths are {sorted(sizes)}."
+            )
+        (rows,) = sizes
+        if rows % self.chunk_size:
+            raise ValueError(
+                f"`InChunks` cannot cut {rows} rows into chunks of {self.chunk_size}. "
+                "Choose a divisor, or drop some rows."
+            )
+        return rows // self.chunk_size
 
 
 class _Draw(eqx.Module):
@@ -98,7 +173,7 @@ class _MixedMode(AbstractInnerProblem):
         trainable, static = split_trainable(params)
         static_extras: Any = None
 
-        def evaluate(trainable):
+        def evaluate(trainable, _):
             nonlocal static_extras
             full = eqx.combine(trainable, static)
             rows = self.data.batch(batch.draw)
@@ -106,13 +181,7 @@ class _MixedMode(AbstractInnerProblem):
             extras, static_extras = eqx.partition((out.state, out.aux), eqx.is_array)
             return out.value, extras
 
-        # `hyper`, data and what the loss closes over become arrays of this function.
-        evaluate = eqx.filter_closure_convert(evaluate, trainable)
-        if _has_custom_reverse_rule(evaluate, trainable):
-            remade = jax.checkpoint(lambda p: evaluate(p), prevent_cse=False)
-            value, extras = remade(trainable)
-        else:
-            value, extras = _evaluate(evaluate, trainable)
+        value, extras = mixed_mode_value(evaluate, trainable)
         new_state, aux = eqx.combine(extras, static_extras)
         parts = [value]
         if self.has_state:
@@ -120,6 +189,52 @@ class _MixedMode(AbstractInnerProblem):
         if self.has_aux:
             parts.append(aux)
         return tuple(parts) if len(parts) > 1 else value
+
+
+_FIRST = np.zeros((), np.int32)
+
+
+class _Mean(eqx.Module):
+    """The mean of some functions of params, each of them given by an index."""
+
+    fn: Callable[[Vector, Any], tuple[FloatScalar, Any]]
+    count: int = eqx.field(static=True)
+
+    def __call__(self, params: Vector) -> tuple[FloatScalar, Any]:
+        return self.over_all(lambda index: self.fn(params, index))
+
+    def over_all(self, fn: Callable[[Any], Any]) -> Any:
+        """The mean of `fn(index)`, one at a time."""
+        if self.count == 1:
+            return fn(_FIRST)
+
+        def add(total, index):
+            return jax.tree.map(jnp.add, total, fn(index)), None
+
+        indices = jnp.arange(self.count, dtype=_FIRST.dtype)
+        zeros = tree_zeros_like(jax.eval_shape(fn, _FIRST))
+        total, _ = jax.lax.scan(add, zeros, indices)
+        return jax.tree.map(lambda leaf: leaf / self.count, total)
+
+
+def mixed_mode_value(
+    fn: Callable[[Vector, Any], tuple[FloatScalar, Any]], params: Vector, count: int = 1
+) -> tuple[FloatScalar, Any]:
+    """The mean of `fn(params, index)` for `count` indices, a value and extras, with a
+    gradient in `params` that is differentiated in mixed mode, one index at a time.
+
+    **Arguments:**
+
+    - `fn`: a loss and arrays that come with it; with more than one index, no arrays.
+    - `params`: the point.
+    - `count`: the number of indices.
+    """
+    # `hyper`, data and what the loss closes over become arrays of this function.
+    mean = _Mean(eqx.filter_closure_convert(fn, params, _FIRST), count)
+    if _has_custom_reverse_rule(mean, params):
+        remade = jax.checkpoint(mean.fn.__call__, prevent_cse=False)
+        return mean.over_all(lambda index: remade(params, index))
+    return _evaluate(mean, params)
 
 
 def _has_custom_reverse_rule(fn, params) -> bool:
@@ -133,40 +248,43 @@ def _has_custom_reverse_rule(fn, params) -> bool:
 
 
 @eqx.filter_custom_jvp
-def _evaluate(fn, params):
-    return fn(params)
+def _evaluate(mean, params):
+    return mean(params)
 
 
 @_evaluate.def_jvp
 def _(primals, tangents):
-    (fn, params), (moving_fn, moving_params) = primals, tangents
-    if jax.tree.leaves(moving_fn):
-        return eqx.filter_jvp(lambda fn, params: fn(params), primals, tangents)
+    (mean, params), (moving_mean, moving_params) = primals, tangents
+    if jax.tree.leaves(moving_mean):
+        return eqx.filter_jvp(lambda mean, params: mean(params), primals, tangents)
     direction = _with_zeros(moving_params, params, moving_params)
-    (value, extras), gradient = _gradient(fn, params)
-    extra_tangents = eqx.filter_jvp(lambda p: fn(p)[1], (params,), (direction,))[1]
+    (value, extras), gradient = _gradient(mean, params)
+    extra_tangents = eqx.filter_jvp(lambda p: mean(p)[1], (params,), (direction,))[1]
     tangent = tree_dot(gradient, direction).astype(value.dtype)
     return (value, extras), (tangent, extra_tangents)
 
 
 @eqx.filter_custom_jvp
-def _gradient(fn, params):
-    return jax.value_and_grad(fn, has_aux=True)(params)
+def _gradient(mean, params):
+    differentiate = jax.value_and_grad(mean.fn, has_aux=True)
+    return mean.over_all(lambda index: differentiate(params, index))
 
 
 @_gradient.def_jvp
 def _(primals, tangents):
     out = _gradient(*primals)
     arrays, static = eqx.partition(primals, eqx.is_inexact_array)
-    fn, params = eqx.combine(forbid_derivative(arrays, _ONCE), static)
-    moving_fn, moving_params = tangents
-    direction = moving_fn, _with_zeros(moving_params, params, tangents)
-    moving, fixed = eqx.partition(fn, _like(moving_fn, fn))
+    mean, params = eqx.combine(forbid_derivative(arrays, _ONCE), static)
+    moving_mean, moving_params = tangents
+    direction = moving_mean, _with_zeros(moving_params, params, tangents)
+    moving, fixed = eqx.partition(mean, _like(moving_mean, mean))
 
-    def evaluate(moving, params):
-        return eqx.combine(moving, fixed)(params)
+    def gradients(moving, params):
+        def value(moving, params, index):
+            return eqx.combine(moving, fixed).fn(params, index)[0]
 
-    gradients = jax.grad(lambda *args: evaluate(*args)[0], (0, 1))
+        differentiate = jax.grad(value, (0, 1))
+        return mean.over_all(lambda index: differentiate(moving, params, index))
 
     def along_direction(_, direction):
         return jax.jvp(gradients, (moving, params), direction)[1]
@@ -181,7 +299,9 @@ def _(primals, tangents):
     _, tangent = jax.lax.custom_linear_solve(
         lambda x: x, direction, along_direction, along_cotangent
     )
-    remade = jax.checkpoint(evaluate, prevent_cse=False)
+    remade = jax.checkpoint(
+        lambda moving, params: eqx.combine(moving, fixed)(params), prevent_cse=False
+    )
     of_outputs = eqx.filter_jvp(remade, (moving, params), direction)[1]
     return out, (of_outputs, tangent)
 

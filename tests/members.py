@@ -45,6 +45,12 @@ def _member(make: Callable[[Case], Any], *serves: str, **kwargs: Any) -> Member:
 
 LINEAR_SOLVERS = {
     "CG": _member(lambda case: mo.CG(rtol=case.rtol), LOSS),
+    "CG, diagonal": _member(
+        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.DiagonalEstimate(4)), LOSS
+    ),
+    "CG, low rank": _member(
+        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.LowRank(2)), LOSS
+    ),
     "MINRES": _member(lambda case: mo.MINRES(rtol=case.rtol), LOSS),
     "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
     "BiCGStab": _member(lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),

@@ -1,5 +1,7 @@
 """Adjoints beside each other: against closed forms, and where some cannot serve."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -92,7 +94,7 @@ def test_reference_of_a_solver_that_runs_as_a_whole():
 
 
 def test_reference_that_fails_and_bad_arguments():
-    call = dict(params=jnp.zeros(2), inner=mo.Descent(optax.sgd(RATE), NUM_STEPS))
+    call: Any = dict(params=jnp.zeros(2), inner=mo.Descent(optax.sgd(RATE), NUM_STEPS))
     with pytest.raises(ValueError, match="The reference .* failed"):
         mo.compare_hypergradients(
             PROBLEM, HYPER, adjoints=ADJOINTS, reference=mo.ImplicitAdjoint(), **call
@@ -101,5 +103,6 @@ def test_reference_that_fails_and_bad_arguments():
         mo.compare_hypergradients(PROBLEM, HYPER, adjoints={}, **call)
     with pytest.raises(ValueError, match="`repeats` must be at least 1"):
         mo.compare_hypergradients(PROBLEM, HYPER, adjoints=ADJOINTS, repeats=0, **call)
+    not_adjoints: Any = {"last": "one step"}
     with pytest.raises((ValueError, TypeError), match="last"):
-        mo.compare_hypergradients(PROBLEM, HYPER, adjoints={"last": "one step"}, **call)
+        mo.compare_hypergradients(PROBLEM, HYPER, adjoints=not_adjoints, **call)

@@ -137,6 +137,7 @@ def test_operator_is_the_hessian_of_a_linear_model():
 def multiplications(fn, *args):
     """Those of the matrix products in a function that runs once."""
     total = 0
+    eqn: Any
     for eqn in operations(fn, *args):
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
@@ -223,7 +224,7 @@ def solved(noise):
 
 
 @eqx.filter_jit
-def differentiate(hyper, problem, adjoint):
+def differentiate(hyper, problem, adjoint) -> Any:
     params, train, valid = problem
     return mo.hypergradient(
         PROBLEM, hyper, params, train, valid, inner=STAYS, adjoint=adjoint, throw=False
@@ -302,7 +303,7 @@ def test_bound_holds_for_what_was_left_out():
         mo.PredictionProblem(predict, criterion), lambda p, h, b: 0.5 * p**2
     )
 
-    def run(curvature, error):
+    def run(curvature, error) -> Any:
         return mo.hypergradient(
             problem,
             0.0,
@@ -333,7 +334,7 @@ def test_definite_where_the_hessian_is_not():
     params = jax.tree.map(lambda leaf: 0.1 * leaf, params)
     inner = mo.Descent(optax.sgd(1e-6), 1)
 
-    def run(curvature):
+    def run(curvature) -> Any:
         adjoint = implicit(curvature, inner_rtol=jnp.inf)
         return mo.hypergradient(
             PROBLEM,
@@ -362,6 +363,7 @@ def test_gauss_newton_steps_approach_the_solution():
 
 def test_float32():
     params, train, valid = jax.tree.map(lambda a: a.astype(jnp.float32), solved(0.3))
+    report: Any
     gradient, report = mo.hypergradient(
         PROBLEM,
         HYPER.astype(jnp.float32),
@@ -413,8 +415,8 @@ def test_keys_state_and_aux():
     np.testing.assert_allclose(out.value, 0.5)
     np.testing.assert_allclose(out.aux["predictions"], 2.5)
     assert out.state == 3
-    keys = [jax.random.key_data(seen[name]) for name in ("predict", "criterion")]
-    assert not np.array_equal(*keys)
+    first, second = (jax.random.key_data(seen[k]) for k in ("predict", "criterion"))
+    assert not np.array_equal(first, second)
 
     _, report = mo.hypergradient(
         mo.BilevelProblem(problem, lambda params, hyper, batch: jnp.sum(params**2)),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -27,7 +28,10 @@ def numbers(seed, *shape):
 #
 
 
-STRUCTURE = {"a": jax.ShapeDtypeStruct((3, 4), float), "b": jax.ShapeDtypeStruct((8,), float)}
+STRUCTURE = {
+    "a": jax.ShapeDtypeStruct((3, 4), float),
+    "b": jax.ShapeDtypeStruct((8,), float),
+}
 SIZE = 20
 
 
@@ -51,7 +55,7 @@ def as_matrix(preconditioner, operator):
     ready, _, num_products = prepare(mo.CG(preconditioner=preconditioner), operator)
     assert isinstance(ready, mo.CG) and callable(ready.preconditioner)
     made = lx.FunctionLinearOperator(ready.preconditioner, structure)
-    return np.asarray(jax.jit(made.as_matrix)()), int(num_products)
+    return np.asarray(jax.jit(lambda: made.as_matrix())()), int(num_products)
 
 
 def test_diagonal_estimate_tends_to_the_diagonal():
@@ -80,15 +84,15 @@ def test_diagonal_estimate_is_positive_where_samples_are_not():
     assert np.max(diagonal) / np.min(diagonal) < 200
 
 
-def test_low_rank_is_exact_for_a_matrix_of_that_rank():
-    eigenvalues = np.concatenate([[400.0, 100.0, 25.0], np.full(SIZE - 3, 1.0)])
+def test_low_rank_brings_down_what_stands_out():
+    eigenvalues = np.concatenate([[4e4, 1e3, 100.0], np.full(SIZE - 3, 1e-2)])
     matrix = definite(eigenvalues)
     inverse, taken = as_matrix(mo.LowRank(4), operator_of(matrix))
     assert taken == 4
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-12)
-    # Three large eigenvalues and one of the rest: all are brought down to that.
-    preconditioned = np.linalg.eigvals(inverse @ np.asarray(matrix))
-    np.testing.assert_allclose(preconditioned, 1.0, rtol=1e-6)
+    # Three large eigenvalues, of a condition number of 4e6.
+    values = np.real(np.linalg.eigvals(inverse @ np.asarray(matrix)))
+    assert np.max(values) < 4 * np.min(values)
 
 
 def test_low_rank_shrinks_the_condition_number():
@@ -169,7 +173,7 @@ class Logistic:
         penalty = 0.5 * jnp.sum(jnp.exp(hyper) * params**2)
         return Logistic.outer_loss(params, hyper, batch) + penalty
 
-    def differentiate(self, preconditioner, train=None, inner=None, **settings):
+    def differentiate(self, preconditioner, train=None, inner=None, **settings) -> Any:
         linear_solver = mo.CG(rtol=1e-6, preconditioner=preconditioner)
         adjoint = mo.ImplicitAdjoint(linear_solver, **settings)
         return mo.hypergradient(
@@ -208,8 +212,10 @@ def plain():
 def test_steps_saved_and_nothing_else_changed(preconditioner, share):
     expected, before = plain()
     gradient, report = logistic().differentiate(preconditioner)
-    print(f"{preconditioner}: {report.num_linear_steps} steps and {report.num_products} "
-          f"products, {before.num_linear_steps} and {before.num_products} without")
+    print(
+        f"{preconditioner}: {report.num_linear_steps} steps and {report.num_products} "
+        f"products, {before.num_linear_steps} and {before.num_products} without"
+    )
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-8)
     assert report.linear_residual <= 1e-6 and report.left_out == ()
     assert report.num_linear_steps < share * before.num_linear_steps
@@ -240,43 +246,36 @@ def test_second_moment_of_minibatches_costs_nothing_and_saves_half():
     assert report.num_products - report.num_linear_steps <= 2
 
 
-def outer_steps(case, preconditioner, num_steps=6):
-    """The products of each outer step, warm, to the accuracy that is worth it."""
+NEWTON = mo.OptimistixSolver(optx.Newton(rtol=1e-10, atol=1e-10))
 
-    def run(preconditioner):
-        linear_solver = mo.CG(rtol=1e-3, preconditioner=preconditioner)
-        solver = mo.NestedSolver(
-            inner=mo.Descent(optax.sgd(0.5), 1),
-            adjoint=mo.ImplicitAdjoint(linear_solver, newton_steps=0, inner_rtol=jnp.inf),
-            outer=optax.adam(0.03),
-            start=mo.WarmStart(),
-        )
-        return mo.solve_bilevel(
-            case.problem,
-            case.hyper,
-            case.train,
-            case.valid,
-            solver=solver,
-            num_steps=num_steps,
-            params=case.params,
-        ).history
 
-    return run(preconditioner)
+def outer_steps(preconditioner):
+    """The history of ten outer steps, each of them from the last one's solutions."""
+    case = logistic()
+    adjoint = mo.ImplicitAdjoint(mo.CG(rtol=1e-6, preconditioner=preconditioner))
+    solver = mo.NestedSolver(NEWTON, adjoint, optax.adam(0.03), mo.WarmStart())
+    return mo.solve_bilevel(
+        case.problem,
+        case.hyper,
+        case.train,
+        case.valid,
+        solver=solver,
+        num_steps=10,
+        params=case.params,
+    ).history
 
 
 def test_low_rank_is_used_again_over_outer_steps():
-    # A few eigenvalues stand out: 10 features of 120.
-    case = Logistic(np.where(np.arange(COUNT) < 10, 3.0, 0.03))
-    without = outer_steps(case, None)
-    reused = outer_steps(case, mo.LowRank(12, refresh_every=4))
+    without = outer_steps(None)
+    reused = outer_steps(mo.LowRank(40, refresh_every=8))
     print("without", without.num_products, "with", reused.num_products)
-    # Made at the first step and the fifth; in between there are steps and a check.
+    # Made at the first step and the ninth; in between there are steps and checks.
     extra = reused.num_products - reused.num_linear_steps
-    assert np.all(extra[[0, 4]] == extra[1] + 11) or np.all(extra[[0, 4]] >= 12)
-    assert np.all(extra[[1, 2, 3, 5]] <= 2)
-    assert reused.num_products[[1, 2, 3, 5]].sum() < (
-        0.7 * without.num_products[[1, 2, 3, 5]].sum()
-    )
+    made = np.isin(np.arange(10), [0, 8])
+    assert np.all(extra[made] > 40) and np.all(extra[~made] < 4)
+    assert reused.num_products[~made].sum() < 0.5 * without.num_products[~made].sum()
+    assert reused.num_products.sum() < 0.7 * without.num_products.sum()
+    np.testing.assert_allclose(reused.outer_loss, without.outer_loss, rtol=1e-6)
 
 
 #
@@ -302,41 +301,24 @@ ADAM = mo.Descent(optax.chain(optax.clip(1e3), optax.adam(0.1)), 1)
 EVERY = [mo.DiagonalEstimate(4), mo.LowRank(3), mo.SecondMoment()]
 
 
-@pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
-def test_plain_gradients_agree(preconditioner):
-    def adjoint(preconditioner, newton_steps):
-        linear_solver = mo.CG(rtol=1e-12, preconditioner=preconditioner)
-        return mo.ImplicitAdjoint(
-            linear_solver, inner_rtol=jnp.inf, newton_steps=newton_steps
-        )
+@ft.cache
+def plain_gradients(preconditioner):
+    """Through a Newton step and the solution, for two lanes."""
+    linear_solver = mo.CG(rtol=1e-12, preconditioner=preconditioner)
+    adjoint = mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf, newton_steps=1)
 
-    def outer(hyper, preconditioner):
-        solution = mo.solve_inner(
-            PROBLEM.inner,
-            hyper,
-            START,
-            solver=ADAM,
-            adjoint=adjoint(preconditioner, 1),
-        )
+    def outer(hyper):
+        solution = mo.solve_inner(PROBLEM.inner, hyper, START, solver=ADAM, adjoint=adjoint)
         return PROBLEM.outer_loss(solution.value, hyper, None)
 
     hypers = 0.1 * jnp.asarray(numbers(5, 2, 6))
-    gradient = ft.partial(jax.grad(outer), preconditioner=preconditioner)
-    both = jax.jit(jax.vmap(gradient))(hypers)
-    expected = jax.jit(jax.vmap(lambda h: jax.grad(outer)(h, None)))(hypers)
-    np.testing.assert_allclose(both, expected, rtol=1e-8, atol=1e-10)
-    forward = jax.jit(jax.jacfwd(outer), static_argnums=1)(hypers[0], preconditioner)
-    np.testing.assert_allclose(both[0], forward, rtol=1e-8, atol=1e-10)
+    return jax.jit(jax.vmap(jax.grad(outer)))(hypers)
 
-    @jax.jit
-    @jax.vmap
-    def with_report(hyper):
-        made = adjoint(preconditioner, 1)
-        return mo.hypergradient(PROBLEM, hyper, START, inner=ADAM, adjoint=made)
 
-    gradients, report = with_report(hypers)
-    np.testing.assert_allclose(gradients, both, rtol=1e-8, atol=1e-10)
-    assert report.num_products.shape == (2,)
+@pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
+def test_plain_gradients_agree(preconditioner):
+    expected = plain_gradients(None)
+    np.testing.assert_allclose(plain_gradients(preconditioner), expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
