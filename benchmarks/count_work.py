@@ -35,8 +35,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _FIRST_OPERAND = re.compile(r"%([\w.-]+)")
 _SUMMED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # Operations that could hide products from the counter.
-_UNKNOWN = ("conditional", "convolution", "custom-call")
+_UNKNOWN = ("convolution", "custom-call")
 
 
 class Work:
@@ -67,7 +68,10 @@ class Work:
         shapes = {name: shape for name, shape, _, _ in lines}
         total = 0
         for _, shape, operation, rest in lines:
-            if operation in _UNKNOWN:
+            branches = _BRANCHES.search(rest)
+            names = _FIRST_OPERAND.findall(branches[1]) if branches else []
+            # Which of the branches runs is not known; those without products are free.
+            if operation in _UNKNOWN or any(self._count(name) for name in names):
                 raise NotImplementedError(f"{operation}({rest}")
             if operation == "dot":
                 total += _multiplications(shape, rest, shapes)

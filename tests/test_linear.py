@@ -1356,7 +1356,7 @@ def test_settings_are_checked(solver, argument, value):
         (CG, {"damping": float("nan")}, "`damping` must be a non-negative"),
         (CG, {"damping": "no"}, "`damping` must be a non-negative"),
         (CG, {"damping": None}, "`damping` must be a non-negative"),
-        (CG, {"preconditioner": 3}, "`preconditioner` must be a function .* got 3"),
+        (CG, {"preconditioner": 3}, "`preconditioner` must be one of .* got 3"),
         (GMRES, {"restart": 0}, "`restart` must be at least 1; got 0"),
         (Dense, {"max_size": 0}, "`max_size` must be at least 1; got 0"),
         (Dense, {"max_size": 1e4}, "`max_size` must be an int; got 10000.0"),

@@ -19,7 +19,8 @@ class DiagonalEstimate(AbstractPreconditioner):
 
     An entry of a definite operator's diagonal is positive, and that of an estimate need
     not be. The size of each is taken, and at least its own standard error: what cannot
-    be told from zero is not taken for small. (With one sample there is none.)
+    be told from zero is not taken for small. (With one sample there is none.) In any case
+    it is at least the root of one unit of rounding times the largest entry.
 
     **Arguments:**
 
@@ -69,8 +70,9 @@ class DiagonalEstimate(AbstractPreconditioner):
 def divided_by_diagonal(diagonal, vector):
     """`vector / diagonal`, entry by entry, the diagonal relative to its largest entry.
 
-    That bounds what a preconditioner can do to the condition number, and makes one of
-    zeros no preconditioner at all.
+    What is below the root of one unit of rounding is taken for that, so that an entry
+    which came out as zero by chance, or underflowed, cannot take over. A diagonal of
+    zeros is none.
     """
     if tree_size(diagonal) == 0:
         return vector
@@ -79,7 +81,7 @@ def divided_by_diagonal(diagonal, vector):
     largest = jnp.max(jnp.stack([a.astype(dtype) for a in leaves]))
     known = largest > 0
     unit = jnp.where(known, largest, 1)
-    floor = jnp.finfo(dtype).eps
+    floor = float(jnp.finfo(dtype).eps) ** 0.5
 
     def divide(entry, weight):
         relative = weight.astype(dtype) / unit
