@@ -1,6 +1,8 @@
 """Set-up shared by all tests: CPU, float64 allowed, fixed seeds."""
 
+import gc
 import os
+import pathlib
 
 
 # Read by jax when it is first imported.
@@ -25,6 +27,19 @@ hypothesis.settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _fixed_numpy_seed():
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs():
+    """Every compiled program takes hundreds of memory mappings on CPUs, and Linux allows a
+    process 65,530 of them: beyond, the compiler crashes."""
+    yield
+    if _MAPPINGS.exists() and len(_MAPPINGS.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
+_MAPPINGS = pathlib.Path("/proc/self/maps")
 
 
 @pytest.fixture
