@@ -29,10 +29,13 @@ from ._adjoint import (
 from ._bilevel import (
     AbstractBilevelSolver as AbstractBilevelSolver,
     AbstractStart as AbstractStart,
+    AbstractTolerance as AbstractTolerance,
     BilevelStep as BilevelStep,
     ColdStart as ColdStart,
+    GeometricTolerance as GeometricTolerance,
     NestedSolver as NestedSolver,
     NestedState as NestedState,
+    PolynomialTolerance as PolynomialTolerance,
     WarmStart as WarmStart,
 )
 from ._check import (

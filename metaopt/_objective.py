@@ -55,6 +55,7 @@ class Objective(eqx.Module):
         params: Params | None,
         model_state: ModelState,
         key: Key,
+        tolerance: FloatScalar | None = None,
     ):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
         inner.check(problem.inner, train)
@@ -66,7 +67,7 @@ class Objective(eqx.Module):
                 "`solve_bilevel` an iterator."
             )
         self.problem = problem
-        self.solve = InnerSolve(problem.inner, inner, train, inner_key)
+        self.solve = InnerSolve(problem.inner, inner, train, inner_key, tolerance)
         self.valid = valid
         self.params = params
         self.model_state = model_state

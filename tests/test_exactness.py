@@ -30,7 +30,7 @@ class Identity(mo.AbstractLinearSolver):
     def check(self, operator):
         del operator
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         del operator, start
         successful: Any = mo.RESULTS.successful
         return mo.LinearSolution(

@@ -108,6 +108,9 @@ class AbstractAdjoint(eqx.Module):
     sees_path: AbstractClassVar[bool]
     """Whether initial params and settings of the solver are within reach."""
 
+    heeds_tolerance: AbstractClassVar[bool]
+    """Whether it does less where the inner solve says that less accuracy will do."""
+
     @abc.abstractmethod
     def check(self, solver: AbstractSolver, data: AbstractData) -> None:
         """Checks that this adjoint can serve the solver.

@@ -24,6 +24,7 @@ class ForwardAdjoint(AbstractPathAdjoint):
     """
 
     sees_path: ClassVar[bool] = True
+    heeds_tolerance: ClassVar[bool] = False
 
     @property
     def left_out(self):

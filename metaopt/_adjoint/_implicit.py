@@ -81,6 +81,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     error: AbstractErrorEstimate | None = None
     curvature: AbstractCurvature = ExactCurvature()
     sees_path: ClassVar[bool] = False
+    heeds_tolerance: ClassVar[bool] = True
 
     def __check_init__(self):
         if not isinstance(self.linear_solver, AbstractLinearSolver):
@@ -166,10 +167,10 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.operator, inner, outcome, carry.preconditioner
         )
         linear = ready._solve_transposed(
-            here.operator, condition.tags, here.in_params, carry.solution
+            here.operator, condition.tags, here.in_params, carry.solution, inner.tolerance
         )
         inner_error = point.error(linear.value, here.in_params)
-        result = first_failure(self._judge(inner_error), linear.result)
+        result = first_failure(self._judge(inner_error, inner.tolerance), linear.result)
         error = None
         if self.error is not None:
             error, doubt = self.error(here, linear, at, ready._solve_anew, hyper)
@@ -243,14 +244,17 @@ class ImplicitAdjoint(AbstractAdjoint):
         """A solve at a linearisation, without a start."""
         tags, operator = here.condition.tags, here.operator
         if transposed:
-            return self._solve_transposed(operator, tags, vector, None)
+            return self._solve_transposed(operator, tags, vector)
         return self._linear_solution(operator, vector)
 
-    def _judge(self, error: FloatScalar) -> Any:
+    def _judge(self, error: FloatScalar, tolerance: FloatScalar | None = None) -> Any:
         """Whether the inner solution is good enough."""
         if self.inner_rtol == jnp.inf:
             return RESULTS.successful
-        good = error <= self.inner_rtol
+        allowed = jnp.asarray(self.inner_rtol)
+        if tolerance is not None:
+            allowed = jnp.maximum(allowed, tolerance)
+        good = error <= allowed
         return where_result(good, RESULTS.successful, RESULTS.inner_not_converged)
 
     def _linear_solution(
@@ -258,6 +262,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         operator: lx.AbstractLinearOperator,
         vector: Vector,
         start: Vector | None = None,
+        tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
         """The solution of the linear system, its curvature checked by this as well.
 
@@ -265,7 +270,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         anywhere else, and what they find is not the response of a minimum. Where that
         was asked for, negative curvature is only reported.
         """
-        solution = self.linear_solver.solve(operator, vector, start)
+        solution = self.linear_solver.solve(operator, vector, start, tolerance)
         if not lx.is_positive_semidefinite(operator):
             return solution
         x, b = tree_norm(solution.value), tree_norm(vector)
@@ -290,16 +295,17 @@ class ImplicitAdjoint(AbstractAdjoint):
         operator: lx.AbstractLinearOperator,
         tags: frozenset[object],
         vector: Vector,
-        start: Vector | None,
+        start: Vector | None = None,
+        tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
         """Solves with the transposed operator, differentiably once more."""
         symmetric = lx.symmetric_tag in tags
         transposed = operator if symmetric else operator.transpose()
-        start = jax.lax.stop_gradient(start)
+        start, tolerance = jax.lax.stop_gradient((start, tolerance))
 
         def solve(product, vector):
             made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
-            solution = self._linear_solution(made, vector, start)
+            solution = self._linear_solution(made, vector, start, tolerance)
             return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
 
         value, rest = jax.lax.custom_linear_solve(

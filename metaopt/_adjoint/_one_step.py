@@ -20,6 +20,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
     """
 
     sees_path: ClassVar[bool] = False
+    heeds_tolerance: ClassVar[bool] = False
 
     @property
     def left_out(self):

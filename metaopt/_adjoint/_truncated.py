@@ -80,6 +80,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     memory: AbstractMemoryPlan = StoreAll()
     bound: TruncationBound | None = None
     sees_path: ClassVar[bool] = False
+    heeds_tolerance: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")

@@ -10,3 +10,8 @@ from ._start import (
     ColdStart as ColdStart,
     WarmStart as WarmStart,
 )
+from ._tolerance import (
+    AbstractTolerance as AbstractTolerance,
+    GeometricTolerance as GeometricTolerance,
+    PolynomialTolerance as PolynomialTolerance,
+)

@@ -13,10 +13,11 @@ from .._objective import Objective
 from .._problem import initialise
 from .._solver import AbstractSolver
 from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where
-from .._types import Hyper, IntScalar, Key, ModelState, Params
+from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
 from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
 from ._base import AbstractBilevelSolver, BilevelStep
 from ._start import AbstractStart, ColdStart
+from ._tolerance import AbstractTolerance
 
 
 class NestedState(eqx.Module):
@@ -56,16 +57,21 @@ class NestedSolver(AbstractBilevelSolver):
     - `adjoint`: how the derivative passes through the inner solve.
     - `outer`: the optax transform that updates `hyper`.
     - `start`: [`metaopt.ColdStart`][] or [`metaopt.WarmStart`][].
+    - `tolerance`: how exact each outer step is to be, such as
+        [`metaopt.PolynomialTolerance`][]; by default as exact as the solvers ask for.
+        The inner solution that is returned at the end is always that exact.
 
     **Raises:**
 
-    `ValueError` where one of these is of the wrong kind.
+    `ValueError` where one of these is of the wrong kind, and where a tolerance would
+    have no effect.
     """
 
     inner: AbstractSolver
     adjoint: AbstractAdjoint
     outer: optax.GradientTransformation
     start: AbstractStart = ColdStart()
+    tolerance: AbstractTolerance | None = None
 
     def __check_init__(self):
         check_kind(self.inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
@@ -73,6 +79,17 @@ class NestedSolver(AbstractBilevelSolver):
         transform = optax.GradientTransformation
         check_kind(self.outer, transform, "outer", "optax.adam(0.01)")
         check_kind(self.start, AbstractStart, "start", "metaopt.ColdStart()")
+        if self.tolerance is None:
+            return
+        example = "metaopt.PolynomialTolerance()"
+        check_kind(self.tolerance, AbstractTolerance, "tolerance", example)
+        if not self.adjoint.heeds_tolerance:
+            name = type(self.adjoint).__name__
+            raise ValueError(
+                f"`tolerance` would have no effect: `{name}` follows the steps of the "
+                "inner solver and solves no linear system. Leave it out, or use "
+                "`metaopt.ImplicitAdjoint()`."
+            )
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         init_key, key = jax.random.split(key)
@@ -95,7 +112,8 @@ class NestedSolver(AbstractBilevelSolver):
         )
 
     def step(self, problem, state, train, valid):
-        objective = self._objective(problem, state, train, valid)
+        tolerance = None if self.tolerance is None else self.tolerance.at(state.num_steps)
+        objective = self._objective(problem, state, train, valid, tolerance)
         output, gradient, report = objective.differentiate(
             self.adjoint, state.hyper, state.carry
         )
@@ -133,12 +151,16 @@ class NestedSolver(AbstractBilevelSolver):
     def hyper(self, state):
         return state.hyper
 
-    def _objective(self, problem, state, train, valid) -> Objective:
+    def _objective(
+        self, problem, state, train, valid, tolerance: FloatScalar | None = None
+    ) -> Objective:
         params, model_state = self.start.begin(
             state.given, state.params, state.first_model_state, state.model_state
         )
         key = jax.random.fold_in(state.key, state.num_steps)
-        return Objective(problem, self.inner, train, valid, params, model_state, key)
+        return Objective(
+            problem, self.inner, train, valid, params, model_state, key, tolerance
+        )
 
 
 def _where_arrays(condition, new: Any, old: Any) -> Any:

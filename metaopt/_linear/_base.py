@@ -77,6 +77,7 @@ class AbstractLinearSolver(eqx.Module):
         operator: lx.AbstractLinearOperator,
         vector: Vector,
         start: Vector | None = None,
+        tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
         """Solves `operator @ x = vector`.
 
@@ -88,6 +89,8 @@ class AbstractLinearSolver(eqx.Module):
         - `vector`: the right-hand side: a vector with the structure of the operator.
         - `start`: a first guess of the solution, with the same structure; zeros by
             default.
+        - `tolerance`: a relative tolerance that will do where it is more than the
+            solver's own, as an array. A solver without one takes no notice.
 
         **Returns:**
 

@@ -76,12 +76,14 @@ class BiCGStab(AbstractLinearSolver):
     def check(self, operator):
         check_square("BiCGStab", operator)
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         # Not the method of `lineax`, which divides by zero where half a step solves the
         # system exactly, as for the identity.
         self.check(operator)
         check_structures(operator, vector, start)
-        system = System("BiCGStab", operator, vector, start, self.rtol, self.atol)
+        system = System(
+            "BiCGStab", operator, vector, start, self.rtol, self.atol, tolerance
+        )
         method = _Method(self, system)
         state = lax.while_loop(method.goes_on, method.round, method.init())
         series = state.series

@@ -132,10 +132,10 @@ class CG(AbstractPreconditionedSolver):
             operator.in_structure(),
         )
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)
         check_structures(operator, vector, start)
-        system = System("CG", operator, vector, start, self.rtol, self.atol)
+        system = System("CG", operator, vector, start, self.rtol, self.atol, tolerance)
         # Ready already, unless it is used without an adjoint.
         ready, _, num_products = prepare(self, system.operator)
         assert isinstance(ready, CG)

@@ -70,7 +70,7 @@ class Dense(AbstractLinearSolver):
                 f"`Dense(max_size={size})`."
             )
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; `start` is of no use here, and is ignored."""
         self.check(operator)
         check_structures(operator, vector, start)

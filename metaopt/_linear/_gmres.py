@@ -83,10 +83,10 @@ class GMRES(AbstractLinearSolver):
     def check(self, operator):
         check_square("GMRES", operator)
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)
         check_structures(operator, vector, start)
-        system = System("GMRES", operator, vector, start, self.rtol, self.atol)
+        system = System("GMRES", operator, vector, start, self.rtol, self.atol, tolerance)
         restart = min(self.restart, self.max_steps, max(1, tree_size(vector)))
         max_cycles = math.ceil(self.max_steps / restart)
         one_cycle = _one_cycle(system.operator, vector, restart)

@@ -107,11 +107,11 @@ class AbstractMinimalResidual(AbstractLinearSolver):
         - `size`: the norm of the residual, as the recurrence has it.
         """
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)
         check_structures(operator, vector, start)
         name = type(self).__name__
-        system = System(name, operator, vector, start, self.rtol, self.atol)
+        system = System(name, operator, vector, start, self.rtol, self.atol, tolerance)
         rounds = _Rounds(self, system)
         state = lax.while_loop(rounds.goes_on, rounds.round, rounds.init())
         return reported(

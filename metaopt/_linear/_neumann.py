@@ -85,7 +85,7 @@ class Neumann(AbstractLinearSolver):
     def check(self, operator):
         check_square("Neumann", operator)
 
-    def solve(self, operator, vector, start=None):
+    def solve(self, operator, vector, start=None, tolerance=None):
         r"""As for every linear solver. A `start` $x_0$ is the first guess of the
         iteration $x \leftarrow x + s (b - A x)$, which makes the series from $x_0 = 0$;
         any other start costs one product more."""

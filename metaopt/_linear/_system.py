@@ -16,7 +16,7 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, IntScalar, Vector
+from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from ._base import floored_rtol
 
 
@@ -40,6 +40,7 @@ class System:
         start: Vector | None,
         rtol: float | None,
         atol: float,
+        tolerance: FloatScalar | None,
     ):
         self.operator = lx.linearise(operator)
         self.dtype = tree_dtype(vector)
@@ -51,8 +52,10 @@ class System:
             # Below the rounding of the right-hand side there is nothing left to do.
             self.tolerance = self.eps * self.size
         else:
-            rtol = floored_rtol(rtol, solver, vector)
-            self.tolerance = rtol * self.size + atol / self.scale
+            relative = jnp.asarray(floored_rtol(rtol, solver, vector), self.dtype)
+            if tolerance is not None:
+                relative = jnp.maximum(relative, tolerance.astype(self.dtype))
+            self.tolerance = relative * self.size + atol / self.scale
 
     def product(self, x: Vector) -> Vector:
         """`operator @ x`, each leaf in the dtype of `x`."""

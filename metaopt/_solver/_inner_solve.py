@@ -31,12 +31,16 @@ class InnerSolve(eqx.Module):
     - `solver`: how it is solved.
     - `data`: where its batches come from.
     - `key`: for everything random in the solve.
+    - `tolerance`: the relative accuracy that will do for an implicit derivative. It
+        loosens what the adjoint and its linear solver ask for and never tightens it;
+        `None` leaves them alone.
     """
 
     problem: AbstractProblem
     solver: AbstractSolver
     data: AbstractData
     key: Key
+    tolerance: FloatScalar | None = None
 
     def loop(self, params: Params) -> Loop:
         """The steps of the solve. Needs an iterative solver."""
