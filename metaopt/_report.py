@@ -56,13 +56,16 @@ class Report(eqx.Module):
     - `hypergradient_norm`: the Euclidean norm of the hypergradient.
     - `num_zeros`: how many entries of the hypergradient are exactly zero. What an adjoint
         can see is known for each leaf of `hyper`, and not within one.
+    - `inner_loss`: the inner loss at the inner solution, on the batch of the last step;
+        `None` where the inner problem has none.
     - `inner_residual`: the norm of the optimality (of the gradient of the inner loss)
         at the inner solution; on the batch of the last step where the adjoint follows
         the path of the solver, on all of the data where it is implicit.
     - `inner_error`: an estimate of the relative error of the inner solution, or `None`
         where it does not matter. An estimate, not a bound.
     - `num_inner_steps`: the steps that the inner solver took.
-    - `failed_step`: the first inner step at which something was not finite, or -1.
+    - `failed_step`: the first inner step at which the gradient or the params were not
+        finite, or -1; `num_inner_steps` where that is the loss at the solution alone.
     - `linear_residual`: the relative residual of the implicit linear system, or `None`.
     - `num_linear_steps`: the steps of the linear solver, or `None`.
     - `num_products`: the products with the Hessian (or what stands for it) that solving
@@ -88,6 +91,7 @@ class Report(eqx.Module):
     aux: Aux
     hypergradient_norm: FloatScalar
     num_zeros: IntScalar
+    inner_loss: FloatScalar | None
     inner_residual: FloatScalar
     inner_error: FloatScalar | None
     num_inner_steps: IntScalar
@@ -113,8 +117,10 @@ class Report(eqx.Module):
             ("outer loss", _number(self.outer_loss)),
             ("hypergradient norm", _number(self.hypergradient_norm)),
             ("inner steps", _number(self.num_inner_steps)),
-            ("inner residual", _number(self.inner_residual)),
         ]
+        if self.inner_loss is not None:
+            rows.append(("inner loss", _number(self.inner_loss)))
+        rows.append(("inner residual", _number(self.inner_residual)))
         if _is_known(self.num_zeros) and np.any(np.asarray(self.num_zeros) > 0):
             rows.insert(3, ("entries exactly zero", _number(self.num_zeros)))
         if self.error is not None:

@@ -35,6 +35,15 @@ def tree_norm(x: Vector) -> FloatScalar:
     return jnp.sqrt(tree_dot(x, x))
 
 
+def tree_sum_abs(x: Vector) -> FloatScalar:
+    """The sum of all absolute values, in at least float32: a norm that squares nothing,
+    and is finite if and only if all entries are, unless they are near the largest
+    number."""
+    dtype = tree_dtype(x)
+    sums = [jnp.sum(jnp.abs(a).astype(dtype)) for a in jax.tree.leaves(x)]
+    return jnp.sum(jnp.stack(sums)) if sums else jnp.zeros((), dtype)
+
+
 def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:
     """`scalar * x`, each leaf in its own dtype."""
     return jax.tree.map(lambda a: scalar.astype(a.dtype) * a, x)

@@ -83,10 +83,31 @@ def test_diverging_inner_solver_stops_early_where_it_can():
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])
 def test_nan_at_the_first_step(name):
-    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum(jnp.log(p - h)), outer_loss)
+    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum(jnp.sqrt(p - h)), outer_loss)
     with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
         call(problem, adjoint=PATHS[name])
     assert info.value.value[1].failed_step == 0
+
+
+@pytest.mark.parametrize("name", ["unrolled", "implicit"])
+def test_nan_loss_of_a_finite_gradient(name):
+    # The derivative of the logarithm is finite where the logarithm is not defined. The
+    # steps look at gradients alone; the loss is looked at where they have led.
+    problem = mo.BilevelProblem(lambda p, h, b: jnp.sum(jnp.log(p - h)), outer_loss)
+    with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
+        call(problem, adjoint=PATHS[name])
+    report = info.value.value[1]
+    assert jnp.isnan(report.inner_loss)
+    assert report.failed_step == report.num_inner_steps
+    with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
+        mo.solve_inner(
+            problem.inner,
+            HYPER,
+            START,
+            solver=mo.Descent(optax.sgd(0.1), 5),
+            adjoint=PATHS[name],
+        )
+    assert info.value.value.stats["failed_step"] == 0
 
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])

@@ -112,13 +112,14 @@ class StepOutput(eqx.Module):
 
     **Attributes:**
 
-    - `monitor`: a scalar that is infinite or NaN where the step failed: the loss, or
-        the norm of the residual.
+    - `monitor`: a scalar that is infinite or NaN where the step failed, and grows where
+        the steps diverge: a norm of the gradient or of the residual, or the loss.
     - `converged`: whether the tolerance is met, or `None` if none was asked for.
     - `model_state`: the model state after the step, or `None`.
     - `aux`: the auxiliary output of the problem, or `None`.
     - `result`: a failure that `monitor` does not show, or `None` where a solver knows of
         none.
+    - `loss`: what `losses` record of the step, or `None` for the monitor.
     """
 
     monitor: FloatScalar
@@ -126,6 +127,7 @@ class StepOutput(eqx.Module):
     model_state: ModelState
     aux: Aux
     result: Any = None
+    loss: FloatScalar | None = None
 
 
 class AbstractSolver(eqx.Module):

@@ -12,7 +12,7 @@ import optax
 from .._model_state import AbstractStatePolicy
 from .._problem import AbstractInnerProblem
 from .._rewrite import carry_conditions, finite_derivatives
-from .._tree import split_trainable, tree_norm
+from .._tree import split_trainable, tree_norm, tree_sum_abs
 from .._types import Hyper
 from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
@@ -147,9 +147,9 @@ class Descent(AbstractIterativeSolver):
         converged = None
         if self.atol is not None:
             converged = tree_norm(gradient) <= jnp.asarray(self.atol)
-        output = StepOutput(
-            monitor=value, converged=converged, model_state=out.state, aux=out.aux
-        )
+        # Not the loss: the gradient is there, and a loss that nobody reads costs nothing.
+        monitor = tree_sum_abs(jax.lax.stop_gradient(gradient))
+        output = StepOutput(monitor, converged, out.state, out.aux, loss=value)
         return eqx.combine(trainable, static), solver_state, output
 
     def _build(self, hyper: Hyper) -> optax.GradientTransformationExtraArgs:

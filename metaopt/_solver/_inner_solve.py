@@ -7,9 +7,9 @@ import jax
 
 from .._data import AbstractData
 from .._detach import detached
-from .._problem import AbstractProblem
+from .._problem import AbstractInnerProblem, AbstractProblem
 from .._tree import tree_scaled_norm
-from .._types import FloatScalar, Hyper, Key, ModelState, Params
+from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
     AbstractIterativeSolver,
@@ -79,12 +79,23 @@ class InnerSolve(eqx.Module):
             jax.lax.stop_gradient(outcome.model_state),
         )
 
+    def last_loss(self, outcome: Outcome, hyper: Hyper) -> FloatScalar | None:
+        """The inner loss at the solution, on the batch of the last step; `None` where the
+        problem has none."""
+        problem = self.problem
+        if not isinstance(problem, AbstractInnerProblem):
+            return None
+        batch, key = self._last_draw(outcome)
+
+        def loss(outcome, hyper):
+            state = outcome.model_state
+            return problem.evaluate(outcome.params, hyper, batch, key, state).value
+
+        return detached(loss, outcome, hyper)
+
     def last_residual(self, outcome: Outcome, hyper: Hyper) -> FloatScalar:
         """The norm of the optimality at the solution, on the batch of the last step."""
-        if isinstance(self.solver, AbstractIterativeSolver):
-            batch, key = self.loop(outcome.params).last_draw()
-        else:
-            batch, key = self.data.full(), self.key
+        batch, key = self._last_draw(outcome)
 
         def residual(outcome, hyper):
             condition = self.solver.optimality(
@@ -94,3 +105,8 @@ class InnerSolve(eqx.Module):
             return tree_scaled_norm(condition(*variables))
 
         return detached(residual, outcome, hyper)
+
+    def _last_draw(self, outcome: Outcome) -> tuple[Batch, Key]:
+        if isinstance(self.solver, AbstractIterativeSolver):
+            return self.loop(outcome.params).last_draw()
+        return self.data.full(), self.key

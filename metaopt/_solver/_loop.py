@@ -258,7 +258,8 @@ class Loop(eqx.Module):
             last_monitor=jnp.where(finite, monitor, state.last_monitor),
             result=result,
         )
-        return new, output.monitor
+        loss = output.monitor if output.loss is None else output.loss
+        return new, loss.astype(monitor.dtype)
 
 
 def _cast_like(new: Any, old: Any) -> Any:
