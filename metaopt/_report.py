@@ -212,6 +212,9 @@ class BilevelSolution(eqx.Module):
     - `state`: the state of the bilevel solver, from which `step` can go on.
     - `num_skipped`: outer steps at which `hyper` was left alone, because the
         hypergradient was not finite.
+    - `warm_started`: whether the params owe something to the `hyper` of earlier outer
+        steps. What `hyper` is worth in a new run is then another question: answer it
+        with [`metaopt.solve_inner`][] before you report a result.
     """
 
     hyper: Hyper
@@ -223,6 +226,7 @@ class BilevelSolution(eqx.Module):
     report: Report | None
     state: Any
     num_skipped: int
+    warm_started: bool
 
     def __repr__(self) -> str:
         return str(self)
@@ -247,6 +251,8 @@ class BilevelSolution(eqx.Module):
             if self.num_skipped:
                 rows.append(("updates skipped", str(self.num_skipped)))
             rows.append(("seconds", f"{history.seconds.sum():.1f}"))
+        if self.warm_started:
+            rows.append(("inner solution", "from warm starts, not from `hyper` alone"))
         return table("Bilevel solution", rows, verdict(self.result))
 
 

@@ -232,6 +232,7 @@ class _Run:
             report=self.report,
             state=self.state,
             num_skipped=self.num_skipped,
+            warm_started=self.solver.warm_starts,
         )
 
     def _step(self) -> BilevelStep:

@@ -154,6 +154,20 @@ def tree_dtype(x: PyTree) -> np.dtype:
         return jnp.result_type(jnp.float32, *(a.dtype for a in leaves))
 
 
+def tree_widened(x: PyTree) -> PyTree:
+    """`x` with arrays of half precision in float32, and everything else as it is."""
+
+    def widened(a):
+        return a.astype(jnp.float32) if _is_inexact(a) and a.dtype.itemsize == 2 else a
+
+    return jax.tree.map(widened, x)
+
+
+def tree_cast_like(x: Vector, like: Vector) -> Vector:
+    """`x`, each leaf in the dtype of its counterpart."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)
+
+
 def tree_strong(x: PyTree) -> PyTree:
     """`x` without weak types, which would make an equal call trace a second time."""
     return jax.tree.map(

@@ -211,7 +211,12 @@ def test_warm_start_goes_on_from_the_last_solution(start):
         optax.sgd(0.05),
         start,
     )
-    residuals = solve(solver=solver, num_steps=60).history.inner_residual
+    solution = solve(solver=solver, num_steps=60)
+    residuals = solution.history.inner_residual
+    # Params that owe something to earlier outer steps are not passed off as what `hyper`
+    # leads to.
+    assert solution.warm_started == isinstance(start, mo.WarmStart)
+    assert ("from warm starts" in str(solution)) == solution.warm_started
     if isinstance(start, mo.WarmStart):
         assert residuals[-1] < 1e-2 * residuals[0]
     else:

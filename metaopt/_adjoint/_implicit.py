@@ -19,12 +19,14 @@ from .._solver import InnerSolve, Outcome
 from .._tree import (
     divided,
     split_trainable,
+    tree_cast_like,
     tree_dot,
     tree_norm,
     tree_scaled_norm,
     tree_structs,
     tree_sub,
     tree_where,
+    tree_widened,
 )
 from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
@@ -106,7 +108,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         data.full()
 
     def init(self, params):
-        trainable = split_trainable(params)[0]
+        trainable = tree_widened(split_trainable(params)[0])
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         return _Carry(zeros, initial_state(self.linear_solver, trainable))
 
@@ -120,20 +122,21 @@ class ImplicitAdjoint(AbstractAdjoint):
         for _ in range(self.newton_steps):
             outcome = detached(ft.partial(self._newton_step, inner), outcome, hyper)
         trainable, static = split_trainable(outcome.params)
+        widened = tree_widened(trainable)
         condition = inner.optimality(outcome, hyper)
         residual, operator, jacobian = self.curvature.linearise(
-            condition, trainable, outer_variables
+            condition, widened, outer_variables
         )
         self.linear_solver.check(operator)
-        point = _Point.at(params, trainable, residual, jacobian)
+        point = _Point.at(params, widened, residual, jacobian)
         # What a function in it (a preconditioner) closes over must be seen by JAX.
         hoisted = jax.tree.map(
-            lambda x: eqx.filter_closure_convert(x, trainable) if callable(x) else x,
+            lambda x: eqx.filter_closure_convert(x, widened) if callable(x) else x,
             self._prepared(operator, inner, outcome, None)[0],
         )
         adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
         solution = _with_implicit_derivative(
-            condition.converted(trainable, outer_variables),
+            condition.converted(widened, outer_variables),
             trainable,
             outer_variables,
             stop_gradient((outcome.result, point, adjoint)),
@@ -146,12 +149,13 @@ class ImplicitAdjoint(AbstractAdjoint):
         outer_variables, static_hyper = split_trainable(hyper)
         params, model_state = start(hyper)
         outcome = self._solve(inner, params, hyper, model_state, False)
-        trainable, static = split_trainable(outcome.params)
+        narrow, static = split_trainable(outcome.params)
+        trainable = tree_widened(narrow)
         condition = inner.optimality(outcome, hyper)
 
         def outer_loss(trainable, outer_variables):
             full_hyper = eqx.combine(outer_variables, static_hyper)
-            full_params = eqx.combine(trainable, static)
+            full_params = eqx.combine(tree_cast_like(trainable, narrow), static)
             return outer(full_params, full_hyper, outcome.model_state)
 
         def at(trainable):
@@ -224,16 +228,16 @@ class ImplicitAdjoint(AbstractAdjoint):
         """One Newton step towards the inner solution, unless it leads away from it."""
         trainable, static = split_trainable(outcome.params)
         outer_variables = split_trainable(hyper)[0]
-        condition = inner.optimality(outcome, hyper)
+        condition, widened = inner.optimality(outcome, hyper), tree_widened(trainable)
         residual, operator, _ = self.curvature.linearise(
-            condition, trainable, outer_variables
+            condition, widened, outer_variables
         )
         self.linear_solver.check(operator)
         ready, _, _ = self._prepared(operator, inner, outcome, None)
         step = ready._linear_solution(operator, residual)
-        corrected = tree_sub(trainable, step.value)
+        corrected = tree_cast_like(tree_sub(widened, step.value), trainable)
         # Comparing with NaN is false, and so is a step to where nothing is known.
-        left = condition(corrected, outer_variables)
+        left = condition(tree_widened(corrected), outer_variables)
         closer = tree_scaled_norm(left) < tree_scaled_norm(residual)
         params = eqx.combine(tree_where(closer, corrected, trainable), static)
         return eqx.tree_at(lambda o: o.params, outcome, params)
@@ -336,7 +340,7 @@ class _Point(eqx.Module):
 
     @classmethod
     def at(cls, start, params: Vector, residual: Vector, jacobian) -> "_Point":
-        way = tree_sub(params, split_trainable(start)[0])
+        way = tree_sub(params, tree_widened(split_trainable(start)[0]))
         way = jax.tree.map(lambda leaf: leaf * jnp.asarray(_OF_THE_WAY, leaf.dtype), way)
         return cls(residual, newton_length(residual, jacobian), params, way)
 
@@ -380,16 +384,17 @@ def _(primals, tangents, *, static_adjoint, throw):
     moving_condition, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
     params = _with_implicit_derivative(*primals, static_adjoint=static_adjoint, throw=throw)
+    widened = tree_widened(params)
     _, pushed = eqx.filter_jvp(
-        lambda fn, hyper: fn(params, hyper),
+        lambda fn, hyper: fn(widened, hyper),
         (condition.fn, hyper),
         (moving_condition.fn, moving_hyper),
     )
     # `None` stands for a derivative that is zero by construction.
     right_hand_side = jax.tree.map(
-        lambda p, t: jnp.zeros_like(p) if t is None else -t, params, pushed
+        lambda p, t: jnp.zeros_like(p) if t is None else -t, widened, pushed
     )
-    _, operator, _ = adjoint.curvature.linearise(condition, params, hyper)
+    _, operator, _ = adjoint.curvature.linearise(condition, widened, hyper)
 
     def solve(product, vector):
         structure = tree_structs(vector)
@@ -409,7 +414,7 @@ def _(primals, tangents, *, static_adjoint, throw):
         transpose_solve=solve,
         symmetric=lx.symmetric_tag in condition.tags,
     )
-    return params, tangent
+    return params, tree_cast_like(tangent, params)
 
 
 def _unseen_model_state(

@@ -32,6 +32,11 @@ class AbstractBilevelSolver(eqx.Module):
     [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand.
     """
 
+    @property
+    @abc.abstractmethod
+    def warm_starts(self) -> bool:
+        """Whether the inner solution owes something to earlier outer steps."""
+
     @abc.abstractmethod
     def init(
         self,

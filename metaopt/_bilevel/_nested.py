@@ -91,6 +91,10 @@ class NestedSolver(AbstractBilevelSolver):
                 "`metaopt.ImplicitAdjoint()`."
             )
 
+    @property
+    def warm_starts(self):
+        return self.start.goes_on
+
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         init_key, key = jax.random.split(key)
         given, first_model_state = params, model_state

@@ -8,7 +8,7 @@ import jax
 from .._data import AbstractData
 from .._detach import detached
 from .._problem import AbstractInnerProblem, AbstractProblem
-from .._tree import tree_scaled_norm
+from .._tree import tree_scaled_norm, tree_widened
 from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
@@ -68,15 +68,16 @@ class InnerSolve(eqx.Module):
         """The condition that the solution satisfies, on all of the data.
 
         A loss that takes a key is given one and the same here at every call: a frozen
-        draw of its randomness.
+        draw of its randomness. Data of half precision are in float32 here, as are the
+        params that an adjoint evaluates the condition at.
         """
         return self.solver.optimality(
             self.problem,
             outcome.params,
             hyper,
-            self.data.full(),
+            tree_widened(self.data.full()),
             self.key,
-            jax.lax.stop_gradient(outcome.model_state),
+            tree_widened(jax.lax.stop_gradient(outcome.model_state)),
         )
 
     def last_loss(self, outcome: Outcome, hyper: Hyper) -> FloatScalar | None:
