@@ -37,7 +37,8 @@ class ComparedAdjoint(eqx.Module):
 
     - `cosine`, `relative_error`: of its hypergradient and that of the reference; NaN
         where there is none.
-    - `num_steps`: the inner steps, and those of the linear solver.
+    - `num_inner_steps`: the steps of the inner solver.
+    - `num_products`: the products with the Hessian that an implicit one took.
     - `seconds`: the median time of one hypergradient, without compilation.
     - `temporary_bytes`: the memory that XLA plans for beside arguments and results.
     - `report`: the report on its hypergradient, or `None` where there is none.
@@ -46,7 +47,8 @@ class ComparedAdjoint(eqx.Module):
 
     cosine: float
     relative_error: float
-    num_steps: tuple[int, int]
+    num_inner_steps: int
+    num_products: int
     seconds: float
     temporary_bytes: int
     report: Report | None
@@ -70,7 +72,7 @@ class Comparison(eqx.Module):
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.rows) + 2
-        head = ("cosine", "rel. error", "steps", "linear", "seconds", "memory")
+        head = ("cosine", "rel. error", "steps", "products", "seconds", "memory")
         lines = [
             "Hypergradients beside each other",
             " " * (width + 2) + "".join(f"{title:>12}" for title in head),
@@ -84,7 +86,8 @@ class Comparison(eqx.Module):
                 cells = [
                     f"{row.cosine:.6f}",
                     f"{row.relative_error:.2e}",
-                    *(f"{count:,}" for count in row.num_steps),
+                    f"{row.num_inner_steps:,}",
+                    f"{row.num_products:,}",
                     f"{row.seconds:.2g}",
                     format_bytes(row.temporary_bytes),
                 ]
@@ -208,7 +211,7 @@ def _row(
         gradient, report = run()
         memory = temporary_bytes(program, *arguments, model_state)
     except ValueError as error:
-        return ComparedAdjoint(nan, nan, (0, 0), nan, 0, None, _first_line(error))
+        return ComparedAdjoint(nan, nan, 0, 0, nan, 0, None, _first_line(error))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -216,11 +219,12 @@ def _row(
         times.append(time.perf_counter() - begin)
     ours = np.asarray(ravel_pytree(gradient)[0], np.float64)
     size, own = np.linalg.norm(exact), np.linalg.norm(ours)
-    linear = 0 if report.num_linear_steps is None else int(report.num_linear_steps)
+    num_products = 0 if report.num_products is None else int(report.num_products)
     return ComparedAdjoint(
         cosine=float(ours @ exact / (size * own)) if size * own > 0 else nan,
         relative_error=float(np.linalg.norm(ours - exact) / size) if size > 0 else nan,
-        num_steps=(int(jnp.max(report.num_inner_steps)), linear),
+        num_inner_steps=int(jnp.max(report.num_inner_steps)),
+        num_products=num_products,
         seconds=statistics.median(times),
         temporary_bytes=memory,
         report=report,

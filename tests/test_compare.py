@@ -41,9 +41,11 @@ def test_columns_are_the_closed_forms():
         assert row.report is not None and row.failure is None
         np.testing.assert_allclose(row.relative_error, errors[name], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(row.cosine, 1, rtol=1e-12)
-        assert row.num_steps[0] == NUM_STEPS
+        assert row.num_inner_steps == NUM_STEPS
         assert row.seconds > 0 and row.temporary_bytes > 0
-    assert comparison.rows["at the solution"].num_steps[1] == 1
+    # One step, and the check that it led to the solution.
+    assert comparison.rows["at the solution"].num_products == 2
+    assert comparison.rows["exact"].num_products == 0
     text = str(comparison)
     assert "last step: leaves out all steps but the last" in text
     assert "reference: UnrolledAdjoint" in text
