@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
-from .._results import mask_result, RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import tree_structs
-from .._types import FloatScalar, IntScalar, Vector
+from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
 
@@ -194,6 +194,22 @@ def out_of_steps(rtol: float | None) -> RESULTS:
     """The result of a solve that has taken all its steps."""
     fixed = jnp.asarray(rtol is None)
     return mask_result(~fixed, RESULTS.linear_max_steps)
+
+
+def how_it_ended(
+    converged: BoolScalar,
+    nonfinite: BoolScalar,
+    stagnated: BoolScalar,
+    rtol: float | None,
+) -> RESULTS:
+    """The result of a solve: success where it converged, else the first of these that kept
+    it from that, and where none did, a lack of steps."""
+    failure = first_failure(
+        mask_result(nonfinite, RESULTS.linear_nonfinite),
+        mask_result(stagnated, RESULTS.linear_stagnation),
+        out_of_steps(rtol),
+    )
+    return mask_result(~converged, failure)
 
 
 def relative(residual: FloatScalar, size: FloatScalar) -> FloatScalar:

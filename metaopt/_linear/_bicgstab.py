@@ -6,13 +6,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from .._results import first_failure, mask_result, RESULTS
+from .._results import RESULTS
 from .._tree import (
     tree_axpy,
     tree_dot,
     tree_norm,
     tree_scale,
-    tree_sub,
     tree_where,
     tree_zeros_like,
 )
@@ -23,7 +22,7 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    out_of_steps,
+    how_it_ended,
     relative,
     reported,
     steps_left_out,
@@ -219,15 +218,8 @@ class _Method:
         )
 
     def check(self, state: _State, series: _Series) -> _State:
-        x = series.x
-        r = tree_sub(self.system.b, self.system.product(x))
-        size = tree_norm(r)
         starts = series.num_steps == 0
-        if self.system.start is not None:
-            # A start of a larger residual than zero is no help. (NaN compares as false.)
-            useless = starts & ~(size <= self.system.size)
-            x, r = tree_where(useless, (state.best, self.system.b), (x, r))
-            size = jnp.where(useless, self.system.size, size)
+        x, r, size = self.system.checked(series.x, starts)
         within = size <= self.system.tolerance
         better = size <= state.best_size
         num_steps = series.num_steps - state.series.num_steps
@@ -271,9 +263,5 @@ class _Method:
         )
 
     def result(self, state: _State) -> RESULTS:
-        failure = first_failure(
-            mask_result(state.series.nonfinite, RESULTS.linear_nonfinite),
-            mask_result(state.stagnated, RESULTS.linear_stagnation),
-            out_of_steps(self.solver.rtol),
-        )
-        return mask_result(~state.converged, failure)
+        nonfinite, rtol = state.series.nonfinite, self.solver.rtol
+        return how_it_ended(state.converged, nonfinite, state.stagnated, rtol)

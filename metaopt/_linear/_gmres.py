@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import first_failure, mask_result, RESULTS
 from .._rewrite import carry_conditions
 from .._tree import (
     tree_add,
@@ -28,7 +27,7 @@ from ._base import (
     check_square,
     check_structures,
     check_tolerances,
-    out_of_steps,
+    how_it_ended,
     relative,
     reported,
     steps_left_out,
@@ -118,16 +117,11 @@ class GMRES(AbstractLinearSolver):
         s = _first_cycle_state(system)
         s = lax.while_loop(lambda s: s.running & (s.num_cycles < max_cycles), cycle, s)
         stagnated = s.stagnated & (self.rtol is not None)
-        failure = first_failure(
-            mask_result(s.singular, RESULTS.linear_nonfinite),
-            mask_result(stagnated, RESULTS.linear_stagnation),
-            out_of_steps(self.rtol),
-        )
         # A cycle has a product for each step, and two for residuals of its own.
         num_products = s.num_cycles * (restart + 3) + int(start is not None)
         return reported(
             tree_scale(system.scale, s.x),
-            mask_result(~s.converged, failure),
+            how_it_ended(s.converged, s.singular, stagnated, self.rtol),
             relative(s.residual, system.size),
             s.num_cycles * restart,
             num_products,

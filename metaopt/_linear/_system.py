@@ -13,6 +13,8 @@ from .._tree import (
     divided,
     scale_and_norm,
     tree_dtype,
+    tree_norm,
+    tree_sub,
     tree_where,
     tree_zeros_like,
 )
@@ -74,6 +76,20 @@ class System:
         # For a right-hand side of zero the answer is zero, whatever the start.
         converged = self.size == 0
         return tree_where(finite & ~converged, self.start, zeros), converged, finite
+
+    def checked(self, x: Vector, starts: BoolScalar) -> tuple[Vector, Vector, FloatScalar]:
+        """An iterate, its residual, computed from it, and the norm of that.
+
+        Where `x` is a start, before any step, and its residual is larger than that of
+        zero, it is no help, and zero takes its place.
+        """
+        r = tree_sub(self.b, self.product(x))
+        size = tree_norm(r)
+        if self.start is not None:
+            useless = starts & ~(size <= self.size)  # or not a number
+            x, r = tree_where(useless, (tree_zeros_like(x), self.b), (x, r))
+            size = jnp.where(useless, self.size, size)
+        return x, r, size
 
     def run_series(
         self,
