@@ -203,6 +203,7 @@ def _like(x: Any, tree: Any) -> bool:
     ],
 )
 def test_closed_over_arrays_are_differentiated(adjoint):
+    # Elsewhere an error about escaped tracers, or their derivative is lost.
     member, case = ADJOINTS[adjoint], CASES["ridge"](jnp.float64)
     curvature = jnp.array([0.75, 1.5])
 
@@ -256,6 +257,32 @@ def test_hypergradient_of_a_loss_that_closes_over_tracers():
     for transformed in (gradient, jax.jit(gradient)):
         got = transformed(target, jnp.array(3.0))
         np.testing.assert_allclose(got, 2 * 2 * jnp.sum(target**2), rtol=1e-12)
+
+
+def test_params_that_are_pulled_to_where_they_start():
+    # As in meta-learning by implicit differentiation: with the Hessian H of a task, its
+    # hypergradient solves I + H / pull. Elsewhere the system that is solved is another
+    # one, so that no number of steps makes it right.
+    rng = np.random.default_rng(0)
+    root, slope = rng.normal(size=(6, 6)), rng.normal(size=6)
+    hessian, pull, hyper = root @ root.T / 6, 0.5, rng.normal(size=6)
+
+    def task(params, hyper, batch):
+        fit = 0.5 * params @ (hessian @ params) - slope @ params
+        return fit + 0.5 * pull * jnp.sum((params - hyper) ** 2)
+
+    gradient, _ = mo.hypergradient(
+        mo.BilevelProblem(
+            mo.InnerProblem(task, init_fn=lambda hyper, key: hyper),
+            lambda params, hyper, batch: 0.5 * jnp.sum((params - 1) ** 2),
+        ),
+        hyper,
+        inner=mo.Descent(optax.sgd(0.25), num_steps=400),
+        adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-12)),
+    )
+    params = np.linalg.solve(hessian + pull * np.eye(6), slope + pull * hyper)
+    expected = np.linalg.solve(np.eye(6) + hessian / pull, params - 1)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9)
 
 
 #
@@ -467,6 +494,7 @@ def _loop_with_state(policy: str, hyper: float, rows: np.ndarray, num_steps: int
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_model_state(name, policy, adjoint):
+    # Elsewhere running statistics are lost in the inner loop, as those of batch norm.
     def inner_loss(params, hyper, batch, state):
         value = 0.5 * (params - 1 + state) ** 2 + 0.5 * jnp.exp(hyper) * params**2
         return value, 0.75 * state + 0.25 * jnp.mean(batch) * params

@@ -10,6 +10,7 @@ import optimistix as optx
 import pytest
 
 import metaopt as mo
+from jaxprs import operations
 from problems import CASES
 
 
@@ -102,8 +103,8 @@ def one_hypergradient(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]
 
 
 def test_numbers_of_any_type_are_one_trace():
-    # A Python float was once a static argument, and a 0-d array a weak type: each gave a
-    # trace of its own, and one for every new value.
+    # Elsewhere, and once here, a Python float is a static argument and a 0-d array has a
+    # weak type: each gives a trace of its own, and a float one for every new value.
     problem, inner_loss, _ = counted_problem()
     counts, results = [], []
     for hyper in (
@@ -148,6 +149,39 @@ def test_equal_solvers_made_anew_are_one_trace():
         )
         counts.append(inner_loss.count)
     assert counts == 3 * counts[:1]
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        mo.UnrolledAdjoint(),
+        mo.UnrolledAdjoint(mo.Blocks()),
+        mo.TruncatedAdjoint(5),
+        mo.ForwardAdjoint(),
+        mo.ImplicitAdjoint(),
+    ],
+    ids=repr,
+)
+def test_more_steps_are_not_more_to_compile(adjoint):
+    # Elsewhere steps are written out in a Python loop: 60 of them compile for a minute.
+    case = CASES["ridge"](jnp.float64)
+
+    def num_operations(num_steps):
+        def gradient(hyper):
+            return mo.hypergradient(
+                case.problem,
+                hyper,
+                case.params,
+                *case.data,
+                inner=mo.Descent(optax.sgd(0.5), num_steps),
+                adjoint=adjoint,
+                throw=False,
+            )[0]
+
+        return len(operations(gradient, case.hyper))
+
+    # Both are squares, which `Blocks` cuts evenly.
+    assert num_operations(16) == num_operations(100)
 
 
 @pytest.mark.parametrize(

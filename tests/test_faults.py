@@ -261,6 +261,7 @@ def test_slope_of_what_users_compute_from_hyper_is_their_own(name):
 
 
 def test_line_search_under_reverse_mode_names_the_remedy():
+    # Elsewhere: that reverse mode does not work for a loop, and no more.
     inner = mo.Descent(optax.lbfgs(), num_steps=5)
     with pytest.raises(ValueError, match="loop of unknown length.*ForwardAdjoint"):
         call(inner=inner, adjoint=mo.UnrolledAdjoint())
@@ -427,6 +428,7 @@ def test_linear_solver_that_does_not_get_there(linear_solver, expected, text):
 
 
 def test_one_lane_of_many_fails_alone():
+    # Elsewhere one element that fails takes the whole batch with it.
     def lane(curvature):
         problem = mo.InnerProblem(lambda p, h, b: jnp.sum(curvature * (p - h) ** 2))
         value = lambda h: (
@@ -526,6 +528,7 @@ def test_indefinite_system_moves_nothing():
     ],
 )
 def test_bias_of_the_linear_solver_is_reported(linear_solver, words):
+    # Elsewhere neither damping nor a sum cut short is mentioned with the result.
     _, report = call(adjoint=mo.ImplicitAdjoint(linear_solver))
     assert words in report.left_out[0] and words in str(report)
 
@@ -580,6 +583,7 @@ def test_leaf_that_only_starts_the_inner_solver(name):
 
 
 def test_learning_rate_under_implicit_differentiation():
+    # Elsewhere: exactly 0, silently, so that it is never tuned.
     problem = mo.InnerProblem(lambda p, h, b: jnp.sum((p - 1.0) ** 2))
 
     def outer(rate, adjoint):
@@ -682,6 +686,7 @@ def through(inner, adjoint, throw):
     ids=["unconverged", "diverged", "linear"],
 )
 def test_plain_derivative_that_fails_is_nan_or_raises(inner, adjoint):
+    # Elsewhere a linear solve that fails in the derivative raises whatever `throw` says.
     gradient = jax.jit(jax.grad(through(inner, adjoint, False)))(HYPER)
     assert jnp.all(jnp.isnan(gradient))
     with pytest.raises(RuntimeError, match="inner|Neumann"):

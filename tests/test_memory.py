@@ -122,7 +122,7 @@ def test_any_number_of_steps(plan, num_steps):
 
 @pytest.mark.parametrize("plan", ["updates", "steps", "blocks"])
 def test_plans_in_forward_mode_and_batched(plan):
-    # A custom reverse rule would refuse forward mode, `linear_call` would refuse `vmap`.
+    # Elsewhere: a custom reverse rule refuses forward mode, `linear_call` refuses `vmap`.
     fn = lambda hyper: value(hyper, SHIFT, ROWS, plan=PLANS[plan])
     direction = jax.tree.map(jnp.ones_like, HYPER)
     _, slope = jax.jit(lambda h: jax.jvp(fn, (h,), (direction,)))(HYPER)
@@ -236,6 +236,52 @@ def test_each_plan_keeps_what_it_says():
     assert size["blocks"] < 25 * params + one_step
     assert size["blocks of blocks"] < 14 * params + one_step
     assert size["online"] < 20 * params + one_step
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(
+            "updates",
+            marks=pytest.mark.xfail(
+                jax.__version_info__ >= (0, 11),
+                reason="newer JAX keeps all of the data, and that for each step",
+                strict=False,
+            ),
+        ),
+        "steps",
+    ],
+)
+def test_batches_are_not_kept_for_each_step(plan):
+    # As they are elsewhere, and in the derivative of a plain loop: each product with the
+    # Hessian needs one.
+    rows, num_steps, batch_size = (4096, 256), 64, 64
+
+    def loss(params, hyper, batch):
+        return jnp.mean((jnp.tanh(batch @ params)) ** 2) + hyper * jnp.sum(params**2)
+
+    def size(plan):
+        def gradient(hyper, params, train, valid):
+            return mo.hypergradient(
+                mo.BilevelProblem(loss, loss),
+                hyper,
+                params,
+                mo.Minibatches(train, batch_size),
+                valid,
+                inner=mo.Descent(optax.sgd(0.1), num_steps),
+                adjoint=mo.UnrolledAdjoint(plan),
+                throw=False,
+            )[0]
+
+        struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        arguments = struct(), struct(rows[1]), struct(*rows), struct(batch_size, rows[1])
+        analysis: Any = jax.jit(gradient).lower(*arguments).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    # Params are as large as one row, and batches as 64.
+    batch = 4 * batch_size * rows[1]
+    assert size(mo.StoreAll()) > num_steps * batch
+    assert size(PLANS[plan]) < 5 * batch
 
 
 def test_budget_chooses_the_plan():

@@ -132,8 +132,27 @@ def test_steps_are_those_of_optax(name):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+def test_steps_with_settings_from_hyper_are_those_of_optax():
+    # Elsewhere an optimizer whose settings are made variables drifts from the plain one.
+    hyper = {"target": jnp.array(0.2), "rate": jnp.array(0.1), "b1": jnp.array(0.8)}
+    value = lambda build: (
+        mo.solve_inner(
+            mo.InnerProblem(lambda p, h, batch: inner_loss(p, h["target"], batch)),
+            hyper,
+            START,
+            ALIVE["entries"],
+            solver=mo.Descent(build, 50),
+            adjoint=mo.UnrolledAdjoint(),
+        ).value
+    )
+    built = value(lambda h: optax.adam(h["rate"], b1=h["b1"]))
+    plain = value(optax.adam(0.1, b1=0.8))
+    np.testing.assert_allclose(built, plain, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", BY_SIGN)
 def test_updates_by_sign_are_refused(name):
+    # Elsewhere: a hypergradient of exactly 0.
     problem = mo.BilevelProblem(inner_loss, lambda params, *_: jnp.sum(params**2))
     with pytest.raises(ValueError, match="zero by construction.*updates by sign"):
         mo.hypergradient(

@@ -1,6 +1,7 @@
 """The outer loop: what it returns, when it stops, and what it survives."""
 
 import csv
+import gc
 import io
 import itertools
 import os
@@ -233,6 +234,25 @@ def test_path_that_began_in_an_earlier_outer_step_is_reported(start, adjoint):
     assert report is not None
     cut = isinstance(start, mo.WarmStart) and isinstance(adjoint, mo.UnrolledAdjoint)
     assert ("earlier" in "".join(report.left_out)) == cut
+
+
+def test_outer_steps_leave_nothing_behind():
+    # Elsewhere the state of an optimizer keeps all that it was computed from.
+    size, counts = 1237, []  # a shape that no other test has
+
+    def callback(*_):
+        gc.collect()
+        counts.append(sum(array.shape == (size,) for array in jax.live_arrays()))
+
+    solver = mo.NestedSolver(
+        mo.Descent(optax.adam(0.1), num_steps=5),
+        mo.UnrolledAdjoint(),
+        optax.adam(0.1),
+        mo.WarmStart(),
+    )
+    zeros, options = jnp.zeros(size), {"num_steps": 6, "callback": callback}
+    solve(hyper=zeros, params=zeros, solver=solver, **options)
+    assert counts[1] > 0 and counts[1:] == 5 * counts[1:2]
 
 
 def test_warm_start_of_the_linear_system():
