@@ -309,11 +309,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "network, 10 steps of momentum": lambda: unrolled(10, "momentum"),
     "network, 100 steps of momentum": lambda: unrolled(100, "momentum"),
     "network, 1000 steps of momentum": lambda: unrolled(1000, "momentum"),
-    "  the same within 256 MiB": lambda: unrolled(1000, "momentum", "256MiB"),
+    "network, 1000 steps of momentum within 256 MiB": lambda: unrolled(
+        1000, "momentum", "256MiB"
+    ),
     "network, 10 steps of Adam": lambda: unrolled(10, "Adam"),
     "network, 100 steps of Adam": lambda: unrolled(100, "Adam"),
     "network, 1000 steps of Adam": lambda: unrolled(1000, "Adam"),
-    "  the same, within 256 MiB": lambda: unrolled(1000, "Adam", "256MiB"),
+    "network, 1000 steps of Adam within 256 MiB": lambda: unrolled(1000, "Adam", "256MiB"),
     "1M decays, 10 steps of CG": lambda: decays(10**6, "CG"),
     "1M decays, 10 terms of Neumann": lambda: decays(10**6, "Neumann"),
     "10M decays, 10 steps of CG": lambda: decays(10**7, "CG"),

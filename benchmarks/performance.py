@@ -11,7 +11,8 @@ process held which computed one hypergradient and nothing else.
 """
 
 import argparse
-import resource
+import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import optax
 from _cases import Case, CASES, PLAIN, TORCH
 
 
-RESIDENT = [name for name in CASES if "1000" in name or "256" in name]
+RESIDENT = [name for name in CASES if "1000 steps" in name]
 
 
 def compiled(contenders: dict[str, Callable], arguments: tuple) -> dict[str, Callable]:
@@ -100,8 +101,9 @@ def print_resident(case: str, contender: str) -> None:
     contenders, arguments = CASES[case]()
     runs = compiled({contender: contenders[contender]}, arguments)
     jax.block_until_ready(runs[contender](*arguments))
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    # Not `ru_maxrss`, which on Linux begins with what the parent process held.
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]))
 
 
 def main():
@@ -125,12 +127,14 @@ def main():
     for case in chosen:
         row = compare(CASES[case](), arguments.repeats)
         cells = [row.get(name, "") for name in names]
-        print(f"| {case.strip()} |", " | ".join(cells), "|", flush=True)
+        print(f"| {case} |", " | ".join(cells), "|", flush=True)
+    if not pathlib.Path("/proc").exists():
+        return
     print("\nThe most memory that a process held, in MiB\n")
     print("| | metaopt | plain JAX |\n|---|--:|--:|")
     for case in [name for name in chosen if name in RESIDENT]:
         cells = [f"{resident_bytes(case, who) / 2**20:,.0f}" for who in ("metaopt", PLAIN)]
-        print(f"| {case.strip()} |", " | ".join(cells), "|", flush=True)
+        print(f"| {case} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

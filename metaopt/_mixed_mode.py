@@ -273,8 +273,7 @@ def _gradient(mean, params):
 @_gradient.def_jvp
 def _(primals, tangents):
     out = _gradient(*primals)
-    arrays, static = eqx.partition(primals, eqx.is_inexact_array)
-    mean, params = eqx.combine(forbid_derivative(arrays, _ONCE), static)
+    mean, params = primals
     moving_mean, moving_params = tangents
     direction = moving_mean, _with_zeros(moving_params, params, tangents)
     moving, fixed = eqx.partition(mean, _like(moving_mean, mean))
@@ -295,6 +294,12 @@ def _(primals, tangents):
         of_params = lambda params: gradients(moving, params)
         return jax.jvp(of_params, (params,), (cotangent[1],))[1]
 
+    # What a loop does not change, like the data, is passed on as it is: newer versions of
+    # JAX keep anything else for each step. So a number is guarded that is 1, and depends
+    # on all that must not be differentiated again.
+    empty = [jnp.sum(jnp.ravel(a)[:0]) for a in jax.tree.leaves(_inexact(primals))]
+    once = forbid_derivative(1.0 + sum(map(jnp.float32, empty)), _ONCE)
+
     # The identity, solved by a product with the Hessian: JAX can transpose and batch it.
     _, tangent = jax.lax.custom_linear_solve(
         lambda x: x, direction, along_direction, along_cotangent
@@ -303,7 +308,12 @@ def _(primals, tangents):
         lambda moving, params: eqx.combine(moving, fixed)(params), prevent_cse=False
     )
     of_outputs = eqx.filter_jvp(remade, (moving, params), direction)[1]
-    return out, (of_outputs, tangent)
+    guarded = lambda leaf: leaf * once.astype(leaf.dtype)
+    return out, jax.tree.map(guarded, (of_outputs, tangent))
+
+
+def _inexact(tree):
+    return eqx.filter(tree, eqx.is_inexact_array)
 
 
 def _with_zeros(tangents, primals, moving):

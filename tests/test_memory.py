@@ -238,23 +238,11 @@ def test_each_plan_keeps_what_it_says():
     assert size["online"] < 20 * params + one_step
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        pytest.param(
-            "updates",
-            marks=pytest.mark.xfail(
-                jax.__version_info__ >= (0, 11),
-                reason="newer JAX keeps all of the data, and that for each step",
-                strict=False,
-            ),
-        ),
-        "steps",
-    ],
-)
+@pytest.mark.parametrize("plan", ["updates", "steps", "blocks"])
 def test_batches_are_not_kept_for_each_step(plan):
     # As they are elsewhere, and in the derivative of a plain loop: each product with the
-    # Hessian needs one.
+    # Hessian needs one. Newer versions of JAX kept all of the data, and that for each
+    # step, where it did not pass into the step untouched.
     rows, num_steps, batch_size = (4096, 256), 64, 64
 
     def loss(params, hyper, batch):
