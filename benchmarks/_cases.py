@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optax
 import optimistix as optx
 from _network import cross_entropy, make_params
@@ -189,6 +190,7 @@ def implicit(num_steps: int) -> Case:
 
     def by_optimistix(hyper, params, train, valid):
         minimiser = optx.OptaxMinimiser(transform, rtol=0.0, atol=0.0)
+        linear = lx.CG(rtol=0.0, atol=0.0, max_steps=NUM_LINEAR_STEPS)
 
         def outer(hyper):
             solution = optx.minimise(
@@ -196,7 +198,7 @@ def implicit(num_steps: int) -> Case:
                 minimiser,
                 params,
                 args=hyper,
-                adjoint=optx.ImplicitAdjoint(),
+                adjoint=optx.ImplicitAdjoint(linear),
                 max_steps=num_steps,
                 throw=False,
             )

@@ -51,7 +51,7 @@ def timed(runs: dict[str, Callable], arguments: tuple, repeats: int):
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for index in range(repeats):
-        # Beginning with another one each time, for a minute at most.
+        # Beginning with another one each time, for a minute or five rounds.
         names = list(runs)
         shift = index % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
@@ -129,6 +129,7 @@ def main():
         cells = [row.get(name, "") for name in names]
         print(f"| {case} |", " | ".join(cells), "|", flush=True)
     if not pathlib.Path("/proc").exists():
+        print("\nHow much a process held is not known on this system.")
         return
     print("\nThe most memory that a process held, in MiB\n")
     print("| | metaopt | plain JAX |\n|---|--:|--:|")

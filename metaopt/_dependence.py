@@ -50,12 +50,6 @@ def influences(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[list[bool]]:
     return [dependence(jaxpr, row) for row in rows]
 
 
-def leaves_with_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
-    """For each leaf of `x` (floating-point arrays only), whether the derivative of
-    `fn(x)` with respect to it can be anything but zero."""
-    return leaves_with_influence(lambda t: jax.jvp(fn, (x,), (t,))[1], x)
-
-
 def depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
     """Whether any output of `fn(x)` can change with any leaf of `x` (arrays only)."""
     jaxpr = jax.make_jaxpr(fn)(x).jaxpr

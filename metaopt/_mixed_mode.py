@@ -298,7 +298,8 @@ def _(primals, tangents):
     # JAX keep anything else for each step. So a number is guarded that is 1, and depends
     # on all that must not be differentiated again.
     empty = [jnp.sum(jnp.ravel(a)[:0]) for a in jax.tree.leaves(_inexact(primals))]
-    once = forbid_derivative(1.0 + sum(map(jnp.float32, empty)), _ONCE)
+    nothing = sum(jnp.real(a).astype(jnp.float32) for a in empty)
+    once = forbid_derivative(1.0 + nothing, _ONCE)
 
     # The identity, solved by a product with the Hessian: JAX can transpose and batch it.
     _, tangent = jax.lax.custom_linear_solve(

@@ -1,5 +1,6 @@
 """The outer loss as a function of `hyper`, and its derivative with a report."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,6 @@ from ._types import (
     BoolScalar,
     FloatScalar,
     Hyper,
-    IntScalar,
     Key,
     ModelState,
     Params,
@@ -138,12 +138,13 @@ class Objective(eqx.Module):
         idle = self._check_reached(adjoint, hyper, *reached)
         gradient = tree_add(*parts)
         norm = tree_scaled_norm(gradient)
-        inner_loss = self.solve.last_loss(output.outcome, hyper)
-        result = _judge(output, inner_loss, norm)
+        outcome = self.solve.checked(output.outcome, hyper)
+        output = dataclasses.replace(output, outcome=outcome)
+        result = _judge(output, norm)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
         gradient = _nan_where(_is_void(result), gradient)
-        report = _report(name, output, inner_loss, gradient, norm, result, idle)
+        report = _report(name, output, gradient, norm, result, idle)
         return output, gradient, report
 
     def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
@@ -242,37 +243,21 @@ def _solution_of(outcome: Outcome) -> Any:
     return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
 
 
-def _judge(
-    output: HypergradientOutput, inner_loss: FloatScalar | None, norm: FloatScalar
-) -> Any:
+def _judge(output: HypergradientOutput, norm: FloatScalar) -> Any:
     """The first failure on the way of the data."""
-    inner_failed = jnp.asarray(False)
-    if inner_loss is not None:
-        inner_failed = jnp.logical_not(jnp.isfinite(inner_loss))
     outer_failed = jnp.logical_not(jnp.isfinite(output.value))
     gradient_failed = jnp.logical_not(jnp.isfinite(norm))
     return first_failure(
         output.outcome.result,
-        mask_result(inner_failed, RESULTS.inner_nonfinite),
         mask_result(outer_failed, RESULTS.outer_nonfinite),
         output.info.result,
         mask_result(gradient_failed, RESULTS.hypergradient_nonfinite),
     )
 
 
-def _failed_step(outcome: Outcome, inner_loss: FloatScalar | None) -> IntScalar:
-    """The first step at which something was not finite; after the last one where that is
-    the loss alone."""
-    if inner_loss is None:
-        return outcome.failed_step
-    only_loss = (outcome.failed_step < 0) & jnp.logical_not(jnp.isfinite(inner_loss))
-    return jnp.where(only_loss, outcome.num_steps, outcome.failed_step)
-
-
 def _report(
     adjoint: str,
     output: HypergradientOutput,
-    inner_loss: FloatScalar | None,
     gradient: Vector,
     norm: FloatScalar,
     result: Any,
@@ -287,14 +272,15 @@ def _report(
         num_zeros=jnp.sum(
             jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
         ),
-        inner_loss=inner_loss,
+        inner_loss=outcome.loss,
         inner_residual=info.inner_residual,
         inner_error=info.inner_error,
         num_inner_steps=outcome.num_steps,
-        failed_step=_failed_step(outcome, inner_loss),
+        failed_step=outcome.failed_step,
         linear_residual=info.linear_residual,
         num_linear_steps=info.num_linear_steps,
         num_products=info.num_products,
+        tolerance=info.tolerance,
         min_curvature=info.min_curvature,
         returned_to_start=info.returned_to_start,
         stored_bits=info.stored_bits,

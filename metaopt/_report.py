@@ -72,6 +72,11 @@ class Report(eqx.Module):
         the linear system took, those of checks and of a preconditioner included, or
         `None`.
     - `min_curvature`: the smallest curvature that the linear solver met, or `None`.
+    - `tolerance`: what the linear system was solved to at most, and the error of the
+        inner solution that was accepted, because the outer loop said that it would do;
+        `None` without a [`metaopt.PolynomialTolerance`][] or the like. What the linear
+        solver has not met by then (negative curvature, slow directions of the inner
+        solution) is not known.
     - `returned_to_start`: whether steps that were undone ended where they had begun, bit
         for bit; `None` where none were.
     - `stored_bits`: what undoing them took, in bits for each step and parameter, or
@@ -100,6 +105,7 @@ class Report(eqx.Module):
     num_linear_steps: IntScalar | None
     num_products: IntScalar | None
     min_curvature: FloatScalar | None
+    tolerance: FloatScalar | None
     returned_to_start: BoolScalar | None
     stored_bits: FloatScalar | None
     error: FloatScalar | None
@@ -135,6 +141,8 @@ class Report(eqx.Module):
             # Infinite where the linear solver did not look.
             if not np.any(np.isinf(_values(self.min_curvature))):
                 rows.append(("smallest curvature", _number(self.min_curvature)))
+        if self.tolerance is not None:
+            rows.append(("tolerance of this step", _number(self.tolerance)))
         if self.returned_to_start is not None:
             rows.append(("returned to start", _yes_or_no(self.returned_to_start)))
             rows.append(("bits per step and parameter", _number(self.stored_bits)))

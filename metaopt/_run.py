@@ -184,7 +184,12 @@ class _Run:
                 for feed in self.feeds:
                     feed.advance()
                 before, begin = self.state, time.perf_counter()
-                info = self._step()
+                info = self._step(self.solver)
+                norm = float(info.report.hypergradient_norm)
+                if atol is not None and norm <= atol and info.report.tolerance is not None:
+                    # A zero of a rough hypergradient is not one of the hypergradient.
+                    self.state = before
+                    info = self._step(self.solver.exact)
                 self._record(info, time.perf_counter() - begin)
                 bar.update()
                 bar.set_postfix(
@@ -235,9 +240,9 @@ class _Run:
             warm_started=self.solver.warm_starts,
         )
 
-    def _step(self) -> BilevelStep:
+    def _step(self, solver: AbstractBilevelSolver) -> BilevelStep:
         train, valid = (feed.now for feed in self.feeds)
-        state, info = _step(self.solver, self.problem, self.state, train, valid)
+        state, info = _step(solver, self.problem, self.state, train, valid)
         # Waits for the device here, so that an interrupt finds a finished step.
         self.state, info = jax.block_until_ready((state, info))
         return info

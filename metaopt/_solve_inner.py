@@ -1,11 +1,9 @@
 """Solving one inner problem, differentiably."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, chosen
 from ._data import AbstractData, as_data
@@ -14,8 +12,7 @@ from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
 from ._reach import guarded, START_MESSAGE
 from ._report import Solution
-from ._results import first_failure, mask_result, RESULTS
-from ._solver import AbstractSolver, InnerSolve, Outcome
+from ._solver import AbstractSolver, InnerSolve
 from ._tree import split_trainable
 from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
@@ -161,7 +158,7 @@ def _solve(
         initial, state = start(hyper)
         return adjoint.solve(inner, initial, hyper, state, throw)
 
-    outcome = _with_losses_checked(guarded(adjoint, run, hyper, throw))
+    outcome = inner.checked(guarded(adjoint, run, hyper, throw), hyper)
     return Solution(
         value=outcome.params,
         result=outcome.result,
@@ -172,21 +169,4 @@ def _solve(
             "losses": outcome.losses,
             "failed_step": outcome.failed_step,
         },
-    )
-
-
-def _with_losses_checked(outcome: Outcome) -> Outcome:
-    """The same, failed where a loss was not finite although its gradient was."""
-    if outcome.losses is None:
-        return outcome
-    losses = jax.lax.stop_gradient(outcome.losses)
-    taken = jnp.arange(losses.size) < outcome.num_steps
-    bad = taken & jnp.logical_not(jnp.isfinite(losses))
-    failed = mask_result(jnp.any(bad), RESULTS.inner_nonfinite)
-    first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(outcome.failed_step.dtype)
-    earlier = (outcome.failed_step < 0) | (first < outcome.failed_step)
-    return dataclasses.replace(
-        outcome,
-        result=first_failure(outcome.result, failed),
-        failed_step=jnp.where((first >= 0) & earlier, first, outcome.failed_step),
     )

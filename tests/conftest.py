@@ -24,6 +24,20 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
+# Tests whose subject is what the compiler makes: memory, and arithmetic bit for bit.
+_OPTIMIZED = ("test_budgets", "test_memory", "test_reversible")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly(request):
+    """Most of the time of a test is the compiler's, and a third of that is spent on fast
+    machine code. METAOPT_TEST_OPTIMIZED=1 does that as well; two of the three
+    environments that are tested on every change have it."""
+    name = request.module.__name__.rsplit(".", 1)[-1]
+    optimized = name in _OPTIMIZED or os.environ.get("METAOPT_TEST_OPTIMIZED") == "1"
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_numpy_seed():
     np.random.seed(0)

@@ -353,6 +353,28 @@ def test_mixed_leaves(adjoint, forgotten, rtol):
     np.testing.assert_allclose(float(gradient["narrow"]), 3 * narrow, rtol=0.03)
 
 
+def test_half_precision_where_the_loss_insists_on_it():
+    # A loop whose carry has a dtype of its own: the system is solved in that, which its
+    # tolerance shows. The curvature is 2 and the derivative that of p = h.
+    def loss(params, hyper, batch):
+        def add(total, x):
+            return total + (x - hyper.astype(x.dtype)) ** 2, None
+
+        return jax.lax.scan(add, jnp.zeros((), jnp.bfloat16), params)[0]
+
+    problem = mo.BilevelProblem(loss, lambda p, h, batch: jnp.sum(p))
+    with pytest.warns(UserWarning, match="bfloat16 can reach"):
+        gradient, report = mo.hypergradient(
+            problem,
+            jnp.asarray(0.5, jnp.float32),
+            jnp.zeros(3, jnp.bfloat16),
+            inner=mo.Descent(optax.sgd(0.25), 40),
+            adjoint=mo.ImplicitAdjoint(inner_rtol=0.02, error=mo.DualWeighted()),
+        )
+    np.testing.assert_allclose(gradient, 3.0, rtol=0.02)
+    assert not report.error_is_bound
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_solved_with_in_float32(dtype):
     # The derivative at params and data of half precision, which are exact in float32.
@@ -384,6 +406,14 @@ def test_half_precision_is_solved_with_in_float32(dtype):
         problem.inner, hyper, jnp.zeros(4, dtype), data, solver=descent, adjoint=adjoint
     )
     assert solution.value.dtype == dtype
+
+    def plain(hyper):
+        found = mo.solve_inner(
+            problem.inner, hyper, jnp.zeros(4, dtype), data, solver=descent, adjoint=adjoint
+        )
+        return mse(found.value, hyper, data)
+
+    np.testing.assert_allclose(jax.grad(plain)(hyper), half, rtol=2e-2, atol=1e-4)
 
     def wide(array):
         return array.astype(jnp.float64)

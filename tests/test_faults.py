@@ -107,7 +107,44 @@ def test_nan_loss_of_a_finite_gradient(name):
             solver=mo.Descent(optax.sgd(0.1), 5),
             adjoint=PATHS[name],
         )
-    assert info.value.value.stats["failed_step"] == 0
+    assert info.value.value.stats["failed_step"] == 5
+    plain = lambda h: jnp.sum(
+        mo.solve_inner(
+            problem.inner,
+            h,
+            START,
+            solver=mo.Descent(optax.sgd(0.1), 5),
+            adjoint=mo.ImplicitAdjoint(inner_rtol=jnp.inf),
+            throw=False,
+        ).value
+    )
+    assert jnp.all(jnp.isnan(jax.grad(plain)(HYPER)))
+
+
+def test_inner_loss_that_is_lost_with_the_last_outer_step():
+    # Not defined at the hyper that is returned, for which there is no hypergradient.
+    def loss(params, hyper, batch):
+        lost = jax.lax.stop_gradient(jnp.sum(jnp.log(1.5 - hyper)))
+        return jnp.sum((params - hyper) ** 2) + lost
+
+    problem = mo.BilevelProblem(loss, lambda p, h, b: jnp.sum((p - 3.0) ** 2))
+    solver = mo.NestedSolver(DESCENT, mo.ImplicitAdjoint(), optax.sgd(0.2))
+    with pytest.raises(mo.SolveError, match="inner loss or its gradient"):
+        mo.solve_bilevel(problem, HYPER, solver=solver, num_steps=1, params=START)
+
+
+def test_losses_keep_their_precision():
+    # More than single precision can hold, with gradients that it can.
+    hyper = jnp.asarray(1e39, jnp.float64)
+    solution = mo.solve_inner(
+        mo.InnerProblem(lambda p, h, b: jnp.sum((p - 1) ** 2) + h),
+        hyper,
+        jnp.zeros(2, jnp.float32),
+        solver=mo.Descent(optax.sgd(0.1), 3),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+    assert solution.stats["losses"].dtype == jnp.float64
+    np.testing.assert_allclose(solution.stats["losses"], 1e39)
 
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])

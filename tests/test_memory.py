@@ -106,9 +106,7 @@ _QUICK = {("blocks", 1), ("blocks of blocks", 13)}
 @pytest.mark.parametrize(
     "plan, num_steps",
     [
-        _slow_unless(
-            (plan, num_steps) in {("blocks", 1), ("blocks of blocks", 13)}, plan, num_steps
-        )
+        _slow_unless((plan, num_steps) in _QUICK, plan, num_steps)
         for plan in ("blocks", "blocks of blocks", "online")
         for num_steps in (1, 2, 3, 5, 13, 31)
     ],

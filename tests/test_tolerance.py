@@ -154,6 +154,52 @@ def test_the_inner_solution_may_be_as_far_off():
         first_step(mo.PolynomialTolerance(2e-3))
 
 
+def test_a_zero_of_a_rough_hypergradient_is_not_the_end():
+    # Along the large curvature alone, which a rough solution sees, this run is done after
+    # two steps; the exact hypergradient has a norm of 0.28 there.
+    curvature, pull = jnp.array([1.0, 0.3]), jnp.array([10.0, 0.4])
+    problem = mo.BilevelProblem(
+        lambda p, h, batch: jnp.sum(curvature * (p - h) ** 2) / 2,
+        lambda p, h, batch: pull @ p + jnp.sum(h**2) / 2,
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.9), 400),
+        mo.ImplicitAdjoint(),
+        optax.sgd(1.0),
+        mo.WarmStart(),
+        mo.PolynomialTolerance(),
+    )
+    solution = mo.solve_bilevel(
+        problem,
+        jnp.zeros(2),
+        solver=solver,
+        num_steps=40,
+        params=jnp.zeros(2),
+        atol=1e-3,
+    )
+    np.testing.assert_allclose(solution.hyper, -pull, atol=2e-3)
+    assert solution.report is not None
+    assert solution.report.tolerance is None  # the last step was taken without
+
+
+def test_report_names_the_tolerance():
+    problem = mo.BilevelProblem(
+        lambda p, h, batch: jnp.sum((p - h) ** 2), lambda p, h, batch: jnp.sum(p**2)
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.3), 50),
+        mo.ImplicitAdjoint(),
+        optax.sgd(0.1),
+        tolerance=mo.GeometricTolerance(0.2, 0.5),
+    )
+    solution = mo.solve_bilevel(
+        problem, jnp.ones(2), solver=solver, num_steps=3, params=jnp.zeros(2)
+    )
+    assert solution.report is not None and solution.report.tolerance is not None
+    np.testing.assert_allclose(solution.report.tolerance, 0.05)
+    assert "tolerance of this step  0.05" in str(solution.report)
+
+
 # Errors of a fixed size, or as slow as 1/k, can add up to any distance: Pedregosa asks
 # for a finite sum, and a schedule without one is refused.
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class AdjointInfo(eqx.Module):
     - `num_products`: the products with the operator that it took, those of its checks
         and its preconditioner included.
     - `min_curvature`: the smallest curvature that the linear solver met.
+    - `tolerance`: the relative accuracy that was said to do, or `None`.
     - `returned_to_start`: whether steps that were undone ended where they had begun, bit
         for bit.
     - `stored_bits`: what undoing them took, in bits for each step and parameter.
@@ -67,6 +68,7 @@ class AdjointInfo(eqx.Module):
     num_linear_steps: IntScalar | None = None
     num_products: IntScalar | None = None
     min_curvature: FloatScalar | None = None
+    tolerance: FloatScalar | None = None
     returned_to_start: BoolScalar | None = None
     stored_bits: FloatScalar | None = None
     error: FloatScalar | None = None

@@ -15,7 +15,7 @@ from .._detach import detached, stop_gradient
 from .._linear import AbstractLinearSolver, CG, initial_state, LinearSolution, prepare
 from .._operators import newton_length
 from .._results import first_failure, mask_result, RESULTS, where_result
-from .._solver import InnerSolve, Outcome
+from .._solver import InnerSolve, Optimality, Outcome
 from .._tree import (
     divided,
     split_trainable,
@@ -122,8 +122,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         for _ in range(self.newton_steps):
             outcome = detached(ft.partial(self._newton_step, inner), outcome, hyper)
         trainable, static = split_trainable(outcome.params)
-        widened = tree_widened(trainable)
-        condition = inner.optimality(outcome, hyper)
+        condition, widened = _condition(inner, outcome, hyper)
         residual, operator, jacobian = self.curvature.linearise(
             condition, widened, outer_variables
         )
@@ -150,8 +149,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         params, model_state = start(hyper)
         outcome = self._solve(inner, params, hyper, model_state, False)
         narrow, static = split_trainable(outcome.params)
-        trainable = tree_widened(narrow)
-        condition = inner.optimality(outcome, hyper)
+        condition, trainable = _condition(inner, outcome, hyper)
 
         def outer_loss(trainable, outer_variables):
             full_hyper = eqx.combine(outer_variables, static_hyper)
@@ -167,11 +165,14 @@ class ImplicitAdjoint(AbstractAdjoint):
         point = _Point.at(params, trainable, here.residual, here.jacobian)
         if carry is None:
             carry = _Carry(None, None)
+        first_guess = carry.solution
+        if first_guess is not None:
+            first_guess = tree_cast_like(first_guess, trainable)
         ready, known, num_products = self._prepared(
             here.operator, inner, outcome, carry.preconditioner
         )
         linear = ready._solve_transposed(
-            here.operator, condition.tags, here.in_params, carry.solution, inner.tolerance
+            here.operator, condition.tags, here.in_params, first_guess, inner.tolerance
         )
         inner_error = point.error(linear.value, here.in_params)
         result = first_failure(self._judge(inner_error, inner.tolerance), linear.result)
@@ -187,8 +188,12 @@ class ImplicitAdjoint(AbstractAdjoint):
             num_linear_steps=linear.num_steps,
             num_products=linear.num_products + num_products,
             min_curvature=linear.min_curvature,
+            tolerance=inner.tolerance,
             error=error,
-            error_is_bound=self.error is not None and self.error.is_bound,
+            # The slope of the outer loss is rounded to what half precision holds.
+            error_is_bound=self.error is not None
+            and self.error.is_bound
+            and tree_structs(narrow) == tree_structs(tree_widened(narrow)),
             left_out=(
                 *self.curvature.left_out,
                 *self.linear_solver.left_out,
@@ -202,7 +207,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.through_solution(linear.value),
             outcome,
             info,
-            _Carry(linear.value, known),
+            _Carry(tree_widened(linear.value), known),
         )
 
     def _prepared(
@@ -228,7 +233,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         """One Newton step towards the inner solution, unless it leads away from it."""
         trainable, static = split_trainable(outcome.params)
         outer_variables = split_trainable(hyper)[0]
-        condition, widened = inner.optimality(outcome, hyper), tree_widened(trainable)
+        condition, widened = _condition(inner, outcome, hyper)
         residual, operator, _ = self.curvature.linearise(
             condition, widened, outer_variables
         )
@@ -237,7 +242,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         step = ready._linear_solution(operator, residual)
         corrected = tree_cast_like(tree_sub(widened, step.value), trainable)
         # Comparing with NaN is false, and so is a step to where nothing is known.
-        left = condition(tree_widened(corrected), outer_variables)
+        left = condition(tree_cast_like(corrected, widened), outer_variables)
         closer = tree_scaled_norm(left) < tree_scaled_norm(residual)
         params = eqx.combine(tree_where(closer, corrected, trainable), static)
         return eqx.tree_at(lambda o: o.params, outcome, params)
@@ -323,6 +328,26 @@ class ImplicitAdjoint(AbstractAdjoint):
         return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)
 
 
+def _condition(
+    inner: InnerSolve, outcome: Outcome, hyper: Hyper
+) -> tuple[Optimality, Vector]:
+    """The optimality and the point to linearise it at: in float32 for params of half
+    precision, unless the problem insists on the dtype that it is used to."""
+    narrow = split_trainable(outcome.params)[0]
+    widened = tree_widened(narrow)
+    plain = inner.optimality(outcome, hyper)
+    if tree_structs(narrow) == tree_structs(widened):
+        return plain, narrow
+    condition = inner.optimality(outcome, hyper, widen=True)
+    try:
+        found = jax.eval_shape(condition, widened, split_trainable(hyper)[0])
+    except (TypeError, ValueError):
+        return plain, narrow
+    if tree_structs(found) != tree_structs(widened):
+        return plain, narrow
+    return condition, widened
+
+
 class _Carry(eqx.Module):
     """What one hypergradient leaves for the next."""
 
@@ -340,7 +365,7 @@ class _Point(eqx.Module):
 
     @classmethod
     def at(cls, start, params: Vector, residual: Vector, jacobian) -> "_Point":
-        way = tree_sub(params, tree_widened(split_trainable(start)[0]))
+        way = tree_sub(params, tree_cast_like(split_trainable(start)[0], params))
         way = jax.tree.map(lambda leaf: leaf * jnp.asarray(_OF_THE_WAY, leaf.dtype), way)
         return cls(residual, newton_length(residual, jacobian), params, way)
 
@@ -384,7 +409,7 @@ def _(primals, tangents, *, static_adjoint, throw):
     moving_condition, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
     params = _with_implicit_derivative(*primals, static_adjoint=static_adjoint, throw=throw)
-    widened = tree_widened(params)
+    widened = tree_cast_like(params, point.params)
     _, pushed = eqx.filter_jvp(
         lambda fn, hyper: fn(widened, hyper),
         (condition.fn, hyper),

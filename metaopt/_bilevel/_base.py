@@ -37,6 +37,11 @@ class AbstractBilevelSolver(eqx.Module):
     def warm_starts(self) -> bool:
         """Whether the inner solution owes something to earlier outer steps."""
 
+    @property
+    @abc.abstractmethod
+    def exact(self) -> "AbstractBilevelSolver":
+        """The same, or one with the same state whose steps leave no accuracy out."""
+
     @abc.abstractmethod
     def init(
         self,

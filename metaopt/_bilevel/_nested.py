@@ -63,8 +63,8 @@ class NestedSolver(AbstractBilevelSolver):
 
     **Raises:**
 
-    `ValueError` where one of these is of the wrong kind, and where a tolerance would
-    have no effect.
+    `ValueError` where one of these is of the wrong kind, and for a tolerance with an
+    adjoint that takes no notice of it.
     """
 
     inner: AbstractSolver
@@ -94,6 +94,10 @@ class NestedSolver(AbstractBilevelSolver):
     @property
     def warm_starts(self):
         return self.start.goes_on
+
+    @property
+    def exact(self):
+        return dataclasses.replace(self, tolerance=None)
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         init_key, key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""How exact each outer step is to be."""
+"""What relative accuracy will do at each outer step."""
 
 import abc
 
@@ -10,7 +10,7 @@ from .._validate import check_tolerance
 
 
 class AbstractTolerance(eqx.Module):
-    """How exact the hypergradient of each outer step is to be.
+    """What relative accuracy will do at each outer step.
 
     An early one need not be exact: `hyper` is far from where it will end, and a rough one
     leads there as well. The linear system of an implicit derivative is solved to the
@@ -19,9 +19,16 @@ class AbstractTolerance(eqx.Module):
     `inner_rtol`. How far the inner solver goes is left to the inner solver, because a
     residual that is small says little of the distance to the solution.
 
-    An outer loop with tolerances of a finite sum converges to where the exact one does;
-    with a fixed tolerance, or with one that goes down as slowly as 1/k, the errors can
-    add up to any distance.
+    It is the residual of the linear system that is held to the tolerance; the error of
+    the hypergradient can be as many times more as the system is ill-conditioned. A
+    linear solver that stops early has met less of the Hessian as well: a saddle, or an
+    inner solution that is off in a slow direction, can go unnoticed until later steps.
+    The report names the tolerance of its step. An outer loop that is to stop on `atol`
+    takes a step without tolerance before it does.
+
+    With tolerances of a finite sum the outer loop converges to where the exact one does,
+    to within what the solvers themselves leave; with a fixed tolerance, or with one that
+    goes down as slowly as 1/k, the errors can add up to any distance.
     """
 
     @abc.abstractmethod

@@ -95,6 +95,8 @@ class Outcome(eqx.Module):
     - `failed_step`: the first step at which something was not finite, or -1.
     - `solver_state`: the solver's own state after the last step (momenta and the like),
         where the solve was run by steps and without derivative; else `None`.
+    - `loss`: the inner loss at the solution, on the batch of the last step; `None` where
+        the problem has none, and where it has not been looked at yet.
     """
 
     params: Params
@@ -105,6 +107,7 @@ class Outcome(eqx.Module):
     losses: Any
     failed_step: IntScalar
     solver_state: Any = None
+    loss: FloatScalar | None = None
 
 
 class StepOutput(eqx.Module):

@@ -4,10 +4,12 @@ import dataclasses
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .._data import AbstractData
 from .._detach import detached
 from .._problem import AbstractInnerProblem, AbstractProblem
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import tree_scaled_norm, tree_widened
 from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
 from ._base import (
@@ -62,37 +64,48 @@ class InnerSolve(eqx.Module):
             outcome = loop.finish(state, losses)
             return dataclasses.replace(outcome, solver_state=state.solver_state)
 
-        return detached(solve, params, hyper, model_state)
+        return self.checked(detached(solve, params, hyper, model_state), hyper)
 
-    def optimality(self, outcome: Outcome, hyper: Hyper) -> Optimality:
+    def optimality(self, outcome: Outcome, hyper: Hyper, widen: bool = False) -> Optimality:
         """The condition that the solution satisfies, on all of the data.
 
         A loss that takes a key is given one and the same here at every call: a frozen
-        draw of its randomness. Data of half precision are in float32 here, as are the
-        params that an adjoint evaluates the condition at.
+        draw of its randomness. `widen` is for params in float32: arrays of half precision
+        are in float32 as well.
         """
+        widened = tree_widened if widen else lambda tree: tree
         return self.solver.optimality(
             self.problem,
             outcome.params,
             hyper,
-            tree_widened(self.data.full()),
+            widened(self.data.full()),
             self.key,
-            tree_widened(jax.lax.stop_gradient(outcome.model_state)),
+            widened(jax.lax.stop_gradient(outcome.model_state)),
         )
 
-    def last_loss(self, outcome: Outcome, hyper: Hyper) -> FloatScalar | None:
-        """The inner loss at the solution, on the batch of the last step; `None` where the
-        problem has none."""
+    def checked(self, outcome: Outcome, hyper: Hyper) -> Outcome:
+        """The outcome with the inner loss at the solution, failed where that is not finite:
+        gradients, which steps look at, can be finite where the loss is not."""
         problem = self.problem
-        if not isinstance(problem, AbstractInnerProblem):
-            return None
+        if outcome.loss is not None or not isinstance(problem, AbstractInnerProblem):
+            return outcome
         batch, key = self._last_draw(outcome)
 
-        def loss(outcome, hyper):
+        def evaluate(outcome, hyper):
             state = outcome.model_state
             return problem.evaluate(outcome.params, hyper, batch, key, state).value
 
-        return detached(loss, outcome, hyper)
+        loss = detached(evaluate, outcome, hyper)
+        lost = jnp.logical_not(jnp.isfinite(loss))
+        only_loss = lost & (outcome.failed_step < 0)
+        return dataclasses.replace(
+            outcome,
+            loss=loss,
+            result=first_failure(
+                outcome.result, mask_result(lost, RESULTS.inner_nonfinite)
+            ),
+            failed_step=jnp.where(only_loss, outcome.num_steps, outcome.failed_step),
+        )
 
     def last_residual(self, outcome: Outcome, hyper: Hyper) -> FloatScalar:
         """The norm of the optimality at the solution, on the batch of the last step."""

@@ -101,7 +101,9 @@ class Loop(eqx.Module):
         output = jax.eval_shape(
             lambda: self._advance(trainable, solver_state, model_state, hyper, first)
         )[-1]
-        nan = jnp.full((), jnp.nan, output.monitor.dtype)
+        loss = output.monitor if output.loss is None else output.loss
+        dtype = jnp.promote_types(output.monitor.dtype, loss.dtype)
+        nan = jnp.full((), jnp.nan, dtype)
         return LoopState(
             params=trainable,
             solver_state=solver_state,
@@ -235,7 +237,9 @@ class Loop(eqx.Module):
             state.params, state.solver_state, state.model_state, hyper, draw
         )
         index = draw[0]
-        monitor = jax.lax.stop_gradient(output.monitor)
+        loss = output.monitor if output.loss is None else output.loss
+        dtype = state.last_monitor.dtype
+        monitor = jax.lax.stop_gradient(output.monitor).astype(dtype)
         finite = jnp.isfinite(monitor)
         converged = state.converged
         if output.converged is not None:
@@ -258,8 +262,7 @@ class Loop(eqx.Module):
             last_monitor=jnp.where(finite, monitor, state.last_monitor),
             result=result,
         )
-        loss = output.monitor if output.loss is None else output.loss
-        return new, loss.astype(monitor.dtype)
+        return new, loss.astype(dtype)
 
 
 def _cast_like(new: Any, old: Any) -> Any:
