@@ -63,7 +63,9 @@ class HypergradientCheck(eqx.Module):
         if not self.passed:
             text = (
                 "The two do NOT agree. If the differences are at fault (float32, kinks, "
-                "an inner solver that stops early), try float64 or another `step`."
+                "an inner solver that stops early), try float64 or another `step`. If "
+                "fewer inner steps agree, the derivative of the path explodes: shorten "
+                "or truncate it, or lower the inner rate."
             )
         return table("Hypergradient (left) against finite differences", rows, text)
 

@@ -37,6 +37,7 @@ class ComparedAdjoint(eqx.Module):
 
     - `cosine`, `relative_error`: of its hypergradient and that of the reference; NaN
         where there is none.
+    - `is_number`: whether the hypergradient is one number, whose cosine says nothing.
     - `num_inner_steps`: the steps of the inner solver.
     - `num_products`: the products with the Hessian that an implicit one took.
     - `seconds`: the median time of one hypergradient, without compilation.
@@ -47,6 +48,7 @@ class ComparedAdjoint(eqx.Module):
 
     cosine: float
     relative_error: float
+    is_number: bool
     num_inner_steps: int
     num_products: int
     seconds: float
@@ -84,7 +86,7 @@ class Comparison(eqx.Module):
                 notes.append(f"{name}: {row.failure}")
             else:
                 cells = [
-                    f"{row.cosine:.6f}",
+                    "-" if row.is_number else f"{row.cosine:.6f}",
                     f"{row.relative_error:.2e}",
                     f"{row.num_inner_steps:,}",
                     f"{row.num_products:,}",
@@ -147,7 +149,9 @@ def compare_hypergradients(
     - `reference`: what they are compared with. By default the exact derivative of what
         the inner solver did, [`metaopt.UnrolledAdjoint`][] in blocks; for a solver that
         runs as a whole [`metaopt.ImplicitAdjoint`][] with a Newton step. Where the inner
-        solver has not converged the two differ, and neither is wrong.
+        solver has not converged the two differ, and neither is wrong. The derivative of
+        a long path can explode; where [`metaopt.check_hypergradient`][] does not accept
+        it, it is no reference.
     - `repeats`: how often each is timed.
 
     **Returns:**
@@ -211,7 +215,7 @@ def _row(
         gradient, report = run()
         memory = temporary_bytes(program, *arguments, model_state)
     except ValueError as error:
-        return ComparedAdjoint(nan, nan, 0, 0, nan, 0, None, _first_line(error))
+        return ComparedAdjoint(nan, nan, False, 0, 0, nan, 0, None, _first_line(error))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -223,6 +227,7 @@ def _row(
     return ComparedAdjoint(
         cosine=float(ours @ exact / (size * own)) if size * own > 0 else nan,
         relative_error=float(np.linalg.norm(ours - exact) / size) if size > 0 else nan,
+        is_number=ours.size == 1,
         num_inner_steps=int(jnp.max(report.num_inner_steps)),
         num_products=num_products,
         seconds=statistics.median(times),

@@ -131,7 +131,10 @@ class Report(eqx.Module):
             rows.insert(3, ("entries exactly zero", _number(self.num_zeros)))
         if self.error is not None:
             kind = "at most" if self.error_is_bound else "about"
-            rows.insert(3, ("its error", f"{kind} {_number(self.error)}"))
+            text = f"{kind} {_number(self.error)}"
+            if np.any(np.isinf(_values(self.error))):
+                text = "not known: its linear system was not solved"
+            rows.insert(3, ("its error", text))
         if self.inner_error is not None:
             rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
         if self.linear_residual is not None:
@@ -245,7 +248,7 @@ class BilevelSolution(eqx.Module):
         if len(history):
             rows += [
                 ("outer loss, first", _number(history.outer_loss[0])),
-                ("outer loss, best", _number(_smallest(history.outer_loss))),
+                ("outer loss, best", _number(self._best())),
                 ("outer loss, final", _number(self.outer_loss)),
                 ("hypergradient norm", _number(history.hypergradient_norm[-1])),
                 ("inner steps", _number(history.num_inner_steps.sum())),
@@ -263,10 +266,10 @@ class BilevelSolution(eqx.Module):
             rows.append(("inner solution", "from warm starts, not from `hyper` alone"))
         return table("Bilevel solution", rows, verdict(self.result))
 
-
-def _smallest(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.min()) if finite.size else float("nan")
+    def _best(self) -> float:
+        values = np.append(self.history.outer_loss, np.asarray(self.outer_loss))
+        finite = values[np.isfinite(values)]
+        return float(finite.min()) if finite.size else float("nan")
 
 
 def _values(x: Any) -> np.ndarray:

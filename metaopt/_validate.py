@@ -115,7 +115,8 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
     """Raises a `ValueError` unless `value` is an object of this kind."""
     if isinstance(value, type) and issubclass(value, kind):
         raise ValueError(
-            f"`{name}` is the class `{value.__name__}` itself. Call it: `{example}`."
+            f"`{name}` is the class `{value.__name__}` itself. Call it: write "
+            f"`{value.__name__}(...)`."
         )
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
