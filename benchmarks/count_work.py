@@ -150,11 +150,15 @@ ADJOINTS = {
     "UnrolledAdjoint(RecomputeSteps())": mo.UnrolledAdjoint(mo.RecomputeSteps()),
     "UnrolledAdjoint(Blocks())": mo.UnrolledAdjoint(mo.Blocks()),
     "UnrolledAdjoint(Blocks(2))": mo.UnrolledAdjoint(mo.Blocks(2)),
+    "ReversibleAdjoint(), momentum 0.9": mo.ReversibleAdjoint(),
     "ForwardAdjoint(), 2 numbers": mo.ForwardAdjoint(),
     "TruncatedAdjoint(10)": mo.TruncatedAdjoint(10),
     "TruncatedAdjoint(20)": mo.TruncatedAdjoint(20),
     "OneStepAdjoint()": mo.OneStepAdjoint(),
 }
+REVERSIBLE = mo.ReversibleSGD(
+    lambda hyper: jnp.exp(hyper["rate"]), 0.9, num_steps=NUM_STEPS
+)
 IMPLICIT = {
     "ImplicitAdjoint(CG())": mo.ImplicitAdjoint(mo.CG()),
     "    with GaussNewton()": mo.ImplicitAdjoint(mo.CG(), curvature=mo.GaussNewton()),
@@ -169,7 +173,7 @@ def main():
     decay, rate = jnp.asarray(-6.0), jnp.log(0.05)
     problem = mo.BilevelProblem(DECAYED, cross_entropy)
 
-    def work(adjoint, transform, hyper) -> Work:
+    def work(adjoint, inner, hyper) -> Work:
         def gradient(hyper, params, batch):
             return mo.hypergradient(
                 problem,
@@ -177,7 +181,7 @@ def main():
                 params,
                 batch,
                 batch,
-                inner=mo.Descent(transform, NUM_STEPS),
+                inner=inner,
                 adjoint=adjoint,
                 throw=False,
             )
@@ -188,10 +192,12 @@ def main():
     print(f"T = {NUM_STEPS} inner steps, jax {jax.__version__}; in gradients:\n")
     print(f"{'':42}{'in all':>8}")
     for name, adjoint in ADJOINTS.items():
-        total = work(adjoint, sgd, {"rate": rate, "decay": decay}).total
+        inner = REVERSIBLE if "Reversible" in name else mo.Descent(sgd, NUM_STEPS)
+        total = work(adjoint, inner, {"rate": rate, "decay": decay}).total
         print(f"{name:42}{total / unit:8.1f}", flush=True)
     for name, adjoint in IMPLICIT.items():
-        implicit = work(adjoint, optax.sgd(0.05), {"decay": decay})
+        descent = mo.Descent(optax.sgd(0.05), NUM_STEPS)
+        implicit = work(adjoint, descent, {"decay": decay})
         step = implicit.open_loops[0]
         rest = implicit.total - step
         print(f"{name + ', linear steps apart':42}{rest / unit:8.1f}")
