@@ -197,9 +197,9 @@ def constants(family, problem):
     "family, num_steps, linear_steps",
     [
         ("ridge", 30, 30),
-        ("ridge", 2000, 2),
+        pytest.param("ridge", 2000, 2, marks=pytest.mark.slow),
         ("logistic", 60, 3),
-        ("logistic", 1000, 30),
+        pytest.param("logistic", 1000, 30, marks=pytest.mark.slow),
         ("softmax", 200, 5),
     ],
 )

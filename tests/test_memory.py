@@ -83,10 +83,20 @@ def _slow_unless(quick: bool, *parameters: Any) -> Any:
     return pytest.param(*parameters, marks=() if quick else pytest.mark.slow)
 
 
+# Plans and optimizers know nothing of each other.
+_QUICK_PAIRS = {
+    ("updates", "adam"),
+    ("steps", "momentum"),
+    ("blocks", "adam"),
+    ("blocks of blocks", "sgd"),
+    ("online", "sgd"),
+}
+
+
 @pytest.mark.parametrize(
     "plan, optimizer",
     [
-        _slow_unless(optimizer == "adam" or plan == "updates", plan, optimizer)
+        _slow_unless((plan, optimizer) in _QUICK_PAIRS, plan, optimizer)
         for plan in PLANS
         for optimizer in OPTIMIZERS
     ],
