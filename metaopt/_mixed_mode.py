@@ -5,12 +5,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex
 import jax.extend.core.primitives as prims
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import ad, batching, mlir
 
 from ._data import AbstractData
-from ._detach import forbid_derivative
 from ._problem import AbstractInnerProblem, AbstractProblem
 from ._rewrite import inner_jaxprs
 from ._tree import split_trainable, tree_dot, tree_zeros_like
@@ -299,7 +300,7 @@ def _(primals, tangents):
     # on all that must not be differentiated again.
     empty = [jnp.sum(jnp.ravel(a)[:0]) for a in jax.tree.leaves(_inexact(primals))]
     nothing = sum(jnp.real(a).astype(jnp.float32) for a in empty)
-    once = forbid_derivative(1.0 + nothing, _ONCE)
+    once = _once_p.bind(1.0 + nothing)
 
     # The identity, solved by a product with the Hessian: JAX can transpose and batch it.
     _, tangent = jax.lax.custom_linear_solve(
@@ -333,6 +334,20 @@ def _like(tangents, primals):
     return jax.tree.map(
         lambda t, p: t is not None, tangents, primals, is_leaf=lambda x: x is None
     )
+
+
+def _refuse(primals, tangents):
+    raise ValueError(_ONCE)
+
+
+# A number that must not be differentiated. A primitive of its own, because a custom rule is
+# forgotten in the part of a program that reverse mode runs first.
+_once_p = jex.Primitive("metaopt_once")
+_once_p.def_impl(lambda x: x)
+_once_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_once_p] = _refuse
+batching.primitive_batchers[_once_p] = lambda xs, axes: (_once_p.bind(*xs), *axes)
+mlir.register_lowering(_once_p, lambda ctx, x: [x])
 
 
 _ONCE = (

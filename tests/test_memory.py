@@ -144,13 +144,22 @@ def test_plans_in_forward_mode_and_batched(plan):
     assert relative_error(first, want) < 1e-12
 
 
-@pytest.mark.parametrize("second", [jax.jacfwd, jax.jacrev, jax.hessian])
-def test_second_derivative_in_mixed_mode_is_refused(second):
+@pytest.mark.parametrize(
+    "plan, second",
+    [
+        ("updates", jax.jacfwd),
+        ("updates", jax.hessian),
+        ("steps", jax.jacrev),
+        ("blocks", jax.jacfwd),
+        ("online", jax.jacrev),
+    ],
+)
+def test_second_derivative_in_mixed_mode_is_refused(plan, second):
     # Elsewhere a custom rule that is differentiated twice gives a number, and not the
     # second derivative: the linear solve that carries it hides how its operator moves.
     def fn(rate):
         hyper = {**HYPER, "rate": rate}
-        return value(hyper, SHIFT, ROWS, plan=mo.RecomputeSteps(), num_steps=2)
+        return value(hyper, SHIFT, ROWS, plan=PLANS[plan], num_steps=2)
 
     fn = fn if second is jax.hessian else jax.grad(fn)
     with pytest.raises(ValueError, match="second derivative.*StoreAll"):
