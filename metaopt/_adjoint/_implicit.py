@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -342,10 +343,17 @@ def _condition(
     try:
         found = jax.eval_shape(condition, widened, split_trainable(hyper)[0])
     except (TypeError, ValueError):
-        return plain, narrow
-    if tree_structs(found) != tree_structs(widened):
-        return plain, narrow
-    return condition, widened
+        found = None
+    if found is not None and tree_structs(found) == tree_structs(widened):
+        return condition, widened
+    warnings.warn(
+        "The inner problem cannot be evaluated in float32 at params of half precision: "
+        "something in it has a dtype of its own. The linear system is solved in half "
+        "precision. Write `x.astype(params.dtype)` for arrays that the loss makes or "
+        "closes over.",
+        stacklevel=2,
+    )
+    return plain, narrow
 
 
 class _Carry(eqx.Module):
