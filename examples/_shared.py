@@ -9,6 +9,13 @@ from typing import Any
 import metaopt as mo
 
 
+_LOADERS = {
+    "digits": mo.datasets.load_digits,
+    "mnist": mo.datasets.load_mnist,
+    "fashion_mnist": mo.datasets.load_fashion_mnist,
+}
+
+
 def parse_arguments(name: str, description: str, steps: int) -> argparse.Namespace:
     """The options that every example takes."""
     parser = argparse.ArgumentParser(
@@ -16,9 +23,9 @@ def parse_arguments(name: str, description: str, steps: int) -> argparse.Namespa
     )
     parser.add_argument(
         "--data",
-        choices=("digits", "mnist"),
+        choices=tuple(_LOADERS),
         default="digits",
-        help="digits ship with scikit-learn; mnist is read from $METAOPT_DATA",
+        help="digits ship with scikit-learn; the others are read from $METAOPT_DATA",
     )
     parser.add_argument("--seed", type=int, default=0, help="fixes everything random")
     parser.add_argument("--steps", type=int, default=steps, help="outer steps")
@@ -39,7 +46,7 @@ def parse_arguments(name: str, description: str, steps: int) -> argparse.Namespa
 
 def load(name: str) -> mo.datasets.ImageData:
     """The data set of that name."""
-    return mo.datasets.load_digits() if name == "digits" else mo.datasets.load_mnist()
+    return _LOADERS[name]()
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]):

@@ -1,6 +1,6 @@
 """Bilevel and meta-optimisation with hypergradients that can be trusted."""
 
-from . import datasets as datasets
+from . import datasets as datasets, hyper as hyper, nn as nn, plot as plot
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractCurvature as AbstractCurvature,
@@ -27,20 +27,29 @@ from ._adjoint import (
     UnrolledAdjoint as UnrolledAdjoint,
 )
 from ._bilevel import (
+    AbstractBestResponseMethod as AbstractBestResponseMethod,
     AbstractBilevelSolver as AbstractBilevelSolver,
     AbstractStart as AbstractStart,
     AbstractTolerance as AbstractTolerance,
     BilevelStep as BilevelStep,
     ColdStart as ColdStart,
+    DeltaSTN as DeltaSTN,
     GeometricTolerance as GeometricTolerance,
     NestedSolver as NestedSolver,
     NestedState as NestedState,
     PolynomialTolerance as PolynomialTolerance,
+    SelfTuningSolver as SelfTuningSolver,
+    SelfTuningState as SelfTuningState,
+    STN as STN,
     WarmStart as WarmStart,
 )
 from ._check import (
     check_hypergradient as check_hypergradient,
     HypergradientCheck as HypergradientCheck,
+)
+from ._check_response import (
+    check_response as check_response,
+    ResponseCheck as ResponseCheck,
 )
 from ._compare import (
     compare_hypergradients as compare_hypergradients,
@@ -101,6 +110,7 @@ from ._report import (
     Solution as Solution,
 )
 from ._results import RESULTS as RESULTS, SolveError as SolveError
+from ._retrain import retrain as retrain
 from ._run import solve_bilevel as solve_bilevel
 from ._self_test import warn_if_known_bad as _warn_if_known_bad
 from ._solve_inner import solve_inner as solve_inner

@@ -10,6 +10,7 @@ import jax.core
 import numpy as np
 
 from ._results import RESULTS
+from ._tree import leaf_names
 from ._types import Aux, BoolScalar, FloatScalar, Hyper, IntScalar, ModelState, Params
 
 
@@ -168,6 +169,9 @@ class History(eqx.Module):
     - `num_inner_steps`, `num_linear_steps`, `num_products`: ints; 0 where they do not
         apply.
     - `seconds`: the wall time of each outer step. The first holds the compilation.
+    - `hyper`: the outer variables after each outer step: a pytree like `hyper` whose
+        arrays have a leading axis of steps; `None` where `hyper` holds more than 1000
+        numbers (a `callback` sees every `hyper`) or no step was taken.
     """
 
     outer_loss: np.ndarray
@@ -179,6 +183,7 @@ class History(eqx.Module):
     num_linear_steps: np.ndarray
     num_products: np.ndarray
     seconds: np.ndarray
+    hyper: Hyper | None = None
 
     def __len__(self) -> int:
         return len(self.outer_loss)
@@ -188,9 +193,16 @@ class History(eqx.Module):
 
         **Returns:**
 
-        A dictionary from the name of each attribute to a list of numbers.
+        A dictionary from the name of each attribute to a list of numbers; each number in
+        `hyper` is a column of its own, such as `hyper.log_decay[2]`.
         """
-        return {name: column.tolist() for name, column in vars(self).items()}
+        columns = {name: column for name, column in vars(self).items() if name != "hyper"}
+        floats = eqx.filter(self.hyper, eqx.is_inexact_array_like)
+        for name, leaf in zip(leaf_names(floats, "hyper"), jax.tree.leaves(floats)):
+            for index in np.ndindex(leaf.shape[1:]):
+                column = f"{name}{list(index)}" if index else name
+                columns[column] = leaf[(slice(None), *index)]
+        return {name: column.tolist() for name, column in columns.items()}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row for each outer step, with a header.

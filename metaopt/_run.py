@@ -17,6 +17,7 @@ from ._raise import raise_on_failure
 from ._report import BilevelSolution, History, Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import Outcome
+from ._tree import tree_size
 from ._types import FloatScalar, Hyper, Key, ModelState, Params
 from ._validate import (
     canonical_arrays,
@@ -39,6 +40,8 @@ _COLUMNS = (
     "num_linear_steps",
     "num_products",
 )
+
+_MAX_RECORDED = 1000  # numbers in `hyper` whose path the history keeps
 
 
 def solve_bilevel(
@@ -163,6 +166,8 @@ class _Run:
         self.feeds = feeds
         self.state = state
         self.rows: list[dict[str, Any]] = []
+        self.path: list[Hyper] = []
+        self.keeps_path = tree_size(solver.hyper(state)) <= _MAX_RECORDED
         self.report: Report | None = None
         self.result: Any = RESULTS.successful
         self.interrupted = False
@@ -232,7 +237,7 @@ class _Run:
             params=outcome.params,
             model_state=outcome.model_state,
             outer_loss=value,
-            history=History(**columns),
+            history=History(**columns, hyper=self._hyper_path()),
             result=result,
             report=self.report,
             state=self.state,
@@ -252,9 +257,23 @@ class _Run:
         fields = vars(info.report)
         row = {name: _scalar(fields[name], name) for name in _COLUMNS}
         self.rows.append({**row, "seconds": seconds})
+        if self.keeps_path:
+            hyper = self.solver.hyper(self.state)
+            self.path.append(jax.tree.map(_on_host, hyper))
         self.num_skipped += int(not bool(info.updated))
         if _failed(info.report.result) and not _failed(self.result):
             self.result = info.report.result
+
+    def _hyper_path(self) -> Hyper | None:
+        if not self.path:
+            return None
+
+        def stacked(first, *others):
+            if not eqx.is_inexact_array_like(first):
+                return first
+            return np.stack([first, *others])
+
+        return jax.tree.map(stacked, *self.path)
 
 
 @eqx.filter_jit
@@ -277,6 +296,10 @@ def _evaluate(
     valid: AbstractData,
 ) -> tuple[FloatScalar, Outcome]:
     return solver.evaluate(problem, state, train, valid)
+
+
+def _on_host(leaf: Any) -> Any:
+    return np.asarray(leaf) if eqx.is_inexact_array(leaf) else leaf
 
 
 def _failed(result: RESULTS) -> bool:

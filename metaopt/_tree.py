@@ -117,6 +117,12 @@ def divided(vector: Vector, scale: FloatScalar) -> Vector:
     return jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
 
 
+def tree_where_arrays(condition: BoolScalar, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `condition` holds, else `old`; what is no array is that of `new`."""
+    arrays, static = eqx.partition(new, eqx.is_array)
+    return eqx.combine(tree_where(condition, arrays, eqx.filter(old, eqx.is_array)), static)
+
+
 def tree_scaled_norm(x: Vector) -> FloatScalar:
     """The Euclidean norm of a vector whose square may overflow or vanish."""
     scale, norm = scale_and_norm(x)

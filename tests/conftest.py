@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 # Tests whose subject is what the compiler makes: memory, and arithmetic bit for bit.
-_OPTIMIZED = ("test_budgets", "test_memory", "test_reversible")
+_OPTIMIZED = ("test_budgets", "test_memory", "test_reversible", "test_self_tuning_costs")
 
 
 @pytest.fixture(autouse=True, scope="module")

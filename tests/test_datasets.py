@@ -10,12 +10,21 @@ import pickle
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from metaopt.datasets import DataError, ImageData, load_digits, load_mnist, split
+from metaopt.datasets import (
+    DataError,
+    ImageData,
+    load_digits,
+    load_fashion_mnist,
+    load_mnist,
+    split,
+)
 from metaopt.datasets._files import fetch, parse_idx, write_atomically
 
 
@@ -23,6 +32,21 @@ TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TRAIN_LABELS = "train-labels-idx1-ubyte.gz"
 TEST_IMAGES = "t10k-images-idx3-ubyte.gz"
 TEST_LABELS = "t10k-labels-idx1-ubyte.gz"
+
+
+class Kind(NamedTuple):
+    """One of the data sets that come as four files, and what tells it from the others."""
+
+    load: Callable[..., ImageData]
+    folder: str
+    npz: str
+    name: str
+
+
+MNIST = Kind(load_mnist, "mnist", "mnist.npz", "MNIST")
+FASHION = Kind(load_fashion_mnist, "fashion_mnist", "fashion_mnist.npz", "Fashion-MNIST")
+
+each_kind = pytest.mark.parametrize("kind", [MNIST, FASHION], ids=lambda kind: kind.name)
 
 
 def idx(array):
@@ -70,7 +94,8 @@ def served(tmp_path, files):
         (folder / name).write_bytes(content)
     handler = functools.partial(_QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        # It looks every 10 ms whether to stop; by default, half a second goes by.
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
@@ -81,13 +106,13 @@ def assert_nothing_kept(root):
     assert [path for path in root.rglob("*") if path.is_file()] == []
 
 
-def assert_right(data, arrays):
+def assert_right(data, arrays, name):
     x = np.concatenate([arrays["x_train"], arrays["x_test"]]).reshape(10, 6)
     y = np.concatenate([arrays["y_train"], arrays["y_test"]])
     assert data.x.dtype == np.float32 and data.y.dtype == np.int32
     np.testing.assert_array_equal(data.x, x.astype(np.float32) / np.float32(255))
     np.testing.assert_array_equal(data.y, y)
-    assert (data.num_classes, data.name, len(data)) == (10, "MNIST", 10)
+    assert (data.num_classes, data.name, len(data)) == (10, name, 10)
 
 
 # The data type
@@ -194,25 +219,27 @@ def test_digits_without_scikit_learn(monkeypatch):
         load_digits()
 
 
-# MNIST from a folder
+# Four files: from a folder
 
 
-def test_mnist_from_npz(tmp_path, arrays, monkeypatch):
-    (tmp_path / "mnist").mkdir()
-    np.savez_compressed(tmp_path / "mnist" / "mnist.npz", **arrays)
-    assert_right(load_mnist(tmp_path, base_url=None), arrays)
-    assert_right(load_mnist(str(tmp_path), base_url=None), arrays)
+@each_kind
+def test_loader_from_npz(kind, tmp_path, arrays, monkeypatch):
+    (tmp_path / kind.folder).mkdir()
+    np.savez_compressed(tmp_path / kind.folder / kind.npz, **arrays)
+    assert_right(kind.load(tmp_path, base_url=None), arrays, kind.name)
+    assert_right(kind.load(str(tmp_path), base_url=None), arrays, kind.name)
     monkeypatch.setenv("METAOPT_DATA", str(tmp_path))
-    assert_right(load_mnist(base_url=None), arrays)
+    assert_right(kind.load(base_url=None), arrays, kind.name)
 
 
-def test_mnist_absent_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="Put `mnist.npz` .*x_train.*METAOPT_DATA"):
-        load_mnist(tmp_path, base_url=None)
+@each_kind
+def test_loader_absent_says_what_to_do(kind, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=f"Put `{kind.npz}` .*x_train.*METAOPT_DATA"):
+        kind.load(tmp_path, base_url=None)
     monkeypatch.delenv("METAOPT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"cache.metaopt.mnist"):
-        load_mnist(base_url=None)
+    with pytest.raises(DataError, match=rf"cache.metaopt.{kind.folder}"):
+        kind.load(base_url=None)
     assert_nothing_kept(tmp_path)
 
 
@@ -295,37 +322,42 @@ BAD_NPZ = {
 
 
 @pytest.mark.parametrize("case", BAD_NPZ)
-def test_mnist_refuses_bad_npz(case, tmp_path, arrays, monkeypatch):
+@each_kind
+def test_loader_refuses_bad_npz(kind, case, tmp_path, arrays, monkeypatch):
     make, message = BAD_NPZ[case]
-    (tmp_path / "mnist").mkdir()
-    path = tmp_path / "mnist" / "mnist.npz"
+    (tmp_path / kind.folder).mkdir()
+    path = tmp_path / kind.folder / kind.npz
     path.write_bytes(make(arrays))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message) as caught:
-        load_mnist(tmp_path, base_url=None)
+        kind.load(tmp_path, base_url=None)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "exploded").exists()
 
 
-# MNIST from the network
+# Four files: from the network
 
 
-def test_mnist_downloads_once(tmp_path, served, files, arrays):
+@each_kind
+def test_loader_downloads_once(kind, tmp_path, served, files, arrays):
     folder, url = served
     root = tmp_path / "data"
-    data = load_mnist(root, base_url=url, checksums=checksums_of(files))
-    assert_right(data, arrays)
-    kept = {path.name: path.read_bytes() for path in (root / "mnist").iterdir()}
+    data = kind.load(root, base_url=url, checksums=checksums_of(files))
+    assert_right(data, arrays, kind.name)
+    kept = {path.name: path.read_bytes() for path in (root / kind.folder).iterdir()}
     assert kept == files
     for name in files:
         (folder / name).unlink()
-    again = load_mnist(root, base_url=url, checksums=checksums_of(files))
-    assert_right(again, arrays)
+    again = kind.load(root, base_url=url, checksums=checksums_of(files))
+    assert_right(again, arrays, kind.name)
 
 
-def test_mnist_address_without_slash(tmp_path, served, files, arrays):
+@each_kind
+def test_loader_address_without_slash(kind, tmp_path, served, files, arrays):
     url = served[1].rstrip("/")
-    assert_right(load_mnist(tmp_path, base_url=url, checksums=checksums_of(files)), arrays)
+    assert_right(
+        kind.load(tmp_path, base_url=url, checksums=checksums_of(files)), arrays, kind.name
+    )
 
 
 BAD_DOWNLOADS = {
@@ -371,7 +403,8 @@ BAD_DOWNLOADS = {
 
 
 @pytest.mark.parametrize("case", BAD_DOWNLOADS)
-def test_mnist_refuses_bad_download(case, tmp_path, served, files):
+@each_kind
+def test_loader_refuses_bad_download(kind, case, tmp_path, served, files):
     name, change, message = BAD_DOWNLOADS[case]
     folder, url = served
     # The checksum agrees, so that what is tested is the next line of defence.
@@ -379,7 +412,7 @@ def test_mnist_refuses_bad_download(case, tmp_path, served, files):
     (folder / name).write_bytes(bad[name])
     root = tmp_path / "data"
     with pytest.raises(DataError, match=message):
-        load_mnist(root, base_url=url, checksums=checksums_of(bad))
+        kind.load(root, base_url=url, checksums=checksums_of(bad))
     assert not root.exists()
 
 
@@ -390,44 +423,49 @@ def test_mnist_refuses_bad_download(case, tmp_path, served, files):
         (b"\n<html><body>Sign in</body></html>", "web page, not the data.*SHA-256"),
     ],
 )
-def test_mnist_checks_the_checksum(content, message, tmp_path, served, files):
+@each_kind
+def test_loader_checks_the_checksum(kind, content, message, tmp_path, served, files):
     folder, url = served
     (folder / TEST_LABELS).write_bytes(content)
     root = tmp_path / "data"
     with pytest.raises(DataError, match=message) as caught:
-        load_mnist(root, base_url=url, checksums=checksums_of(files))
+        kind.load(root, base_url=url, checksums=checksums_of(files))
     assert TEST_LABELS in str(caught.value) and "METAOPT_DATA" in str(caught.value)
     assert not root.exists()
 
 
-def test_mnist_missing_on_the_server(tmp_path, served, files):
+@each_kind
+def test_loader_missing_on_the_server(kind, tmp_path, served, files):
     folder, url = served
     (folder / TRAIN_LABELS).unlink()
     with pytest.raises(DataError, match=f"{TRAIN_LABELS} could not be downloaded.*404"):
-        load_mnist(tmp_path / "data", base_url=url, checksums=checksums_of(files))
+        kind.load(tmp_path / "data", base_url=url, checksums=checksums_of(files))
     assert not (tmp_path / "data").exists()
 
 
-def test_mnist_no_server(tmp_path):
+@each_kind
+def test_loader_no_server(kind, tmp_path):
     # Port 9 of this machine (discard) answers nobody.
-    with pytest.raises(DataError, match="could not be downloaded.*Put `mnist.npz`"):
-        load_mnist(tmp_path / "data", base_url="http://127.0.0.1:9/")
+    with pytest.raises(DataError, match=f"could not be downloaded.*Put `{kind.npz}`"):
+        kind.load(tmp_path / "data", base_url="http://127.0.0.1:9/")
     assert not (tmp_path / "data").exists()
 
 
-def test_mnist_damaged_in_the_folder(tmp_path, served, files):
+@each_kind
+def test_loader_damaged_in_the_folder(kind, tmp_path, served, files):
     url = served[1]
-    load_mnist(tmp_path, base_url=url, checksums=checksums_of(files))
-    path = tmp_path / "mnist" / TEST_IMAGES
+    kind.load(tmp_path, base_url=url, checksums=checksums_of(files))
+    path = tmp_path / kind.folder / TEST_IMAGES
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="SHA-256.*Delete it") as caught:
-        load_mnist(tmp_path, base_url=url, checksums=checksums_of(files))
+        kind.load(tmp_path, base_url=url, checksums=checksums_of(files))
     assert str(path) in str(caught.value)
 
 
-def test_mnist_checksums_must_be_complete(tmp_path):
+@each_kind
+def test_loader_checksums_must_be_complete(kind, tmp_path):
     with pytest.raises(ValueError, match=f"`checksums`.*{TRAIN_LABELS}"):
-        load_mnist(tmp_path, checksums={TRAIN_IMAGES: "0"})
+        kind.load(tmp_path, checksums={TRAIN_IMAGES: "0"})
 
 
 def test_fetch_refuses_other_addresses(tmp_path):
@@ -456,9 +494,24 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert_nothing_kept(tmp_path)
 
 
-@pytest.mark.skipif(
-    "METAOPT_DATA" not in os.environ, reason="METAOPT_DATA names no folder with MNIST"
+def test_fashion_mnist_subset_says_that_it_is_one(tmp_path, arrays):
+    folder = tmp_path / "fashion_mnist"
+    folder.mkdir()
+    np.savez_compressed(folder / "fashion_mnist_20k.npz", **arrays)
+    data = load_fashion_mnist(tmp_path, base_url=None)
+    assert_right(data, arrays, "Fashion-MNIST (20k subset)")
+    # What is whole comes first.
+    np.savez_compressed(folder / "fashion_mnist.npz", **arrays)
+    data = load_fashion_mnist(tmp_path, base_url=None)
+    assert_right(data, arrays, "Fashion-MNIST")
+
+
+has_data = pytest.mark.skipif(
+    "METAOPT_DATA" not in os.environ, reason="METAOPT_DATA names no folder with data"
 )
+
+
+@has_data
 def test_real_mnist():
     data = load_mnist(base_url=None)
     assert data.x.shape == (70_000, 784)
@@ -472,3 +525,17 @@ def test_real_mnist():
     # The usual mean and deviation of the training part.
     assert abs(data[:60_000].x.mean(dtype=np.float64) - 0.1307) < 1e-4
     assert abs(data[:60_000].x.std(dtype=np.float64) - 0.3081) < 1e-4
+
+
+@has_data
+def test_real_fashion_mnist():
+    data = load_fashion_mnist(base_url=None)
+    subset = data.name == "Fashion-MNIST (20k subset)"
+    train, test = (20_000, 5_000) if subset else (60_000, 10_000)
+    assert data.x.shape == (train + test, 784)
+    assert np.bincount(data[:train].y).tolist() == [train // 10] * 10
+    assert np.bincount(data[train:].y).tolist() == [test // 10] * 10
+    # The usual mean and deviation of the training part, and what a third of it may be off.
+    bound = 2e-3 if subset else 1e-4
+    assert abs(data[:train].x.mean(dtype=np.float64) - 0.2860) < bound
+    assert abs(data[:train].x.std(dtype=np.float64) - 0.3530) < bound

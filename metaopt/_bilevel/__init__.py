@@ -4,7 +4,17 @@ from ._base import (
     AbstractBilevelSolver as AbstractBilevelSolver,
     BilevelStep as BilevelStep,
 )
+from ._best_response import (
+    AbstractBestResponseMethod as AbstractBestResponseMethod,
+    DeltaSTN as DeltaSTN,
+    STN as STN,
+)
 from ._nested import NestedSolver as NestedSolver, NestedState as NestedState
+from ._perturbed import Coordinates as Coordinates, cut as cut
+from ._self_tuning import (
+    SelfTuningSolver as SelfTuningSolver,
+    SelfTuningState as SelfTuningState,
+)
 from ._start import (
     AbstractStart as AbstractStart,
     ColdStart as ColdStart,

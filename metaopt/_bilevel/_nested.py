@@ -12,7 +12,7 @@ from .._adjoint import AbstractAdjoint
 from .._objective import Objective
 from .._problem import initialise
 from .._solver import AbstractSolver
-from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where
+from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where_arrays
 from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
 from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
 from ._base import AbstractBilevelSolver, BilevelStep
@@ -133,7 +133,7 @@ class NestedSolver(AbstractBilevelSolver):
         # A hypergradient that is not finite must not reach `hyper`, nor the moments of
         # the outer optimizer, nor the next start.
         good = tree_all_finite(gradient) & jnp.isfinite(output.value)
-        keep = lambda new, old: _where_arrays(good, new, old)
+        keep = lambda new, old: tree_where_arrays(good, new, old)
         new_state = NestedState(
             hyper=eqx.combine(
                 keep(optax.apply_updates(trainable, updates), trainable), static
@@ -169,9 +169,3 @@ class NestedSolver(AbstractBilevelSolver):
         return Objective(
             problem, self.inner, train, valid, params, model_state, key, tolerance
         )
-
-
-def _where_arrays(condition, new: Any, old: Any) -> Any:
-    new_arrays, static = eqx.partition(new, eqx.is_array)
-    old_arrays = eqx.filter(old, eqx.is_array)
-    return eqx.combine(tree_where(condition, new_arrays, old_arrays), static)

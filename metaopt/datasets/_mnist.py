@@ -2,20 +2,9 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
-from ._files import (
-    check_sha256,
-    data_folder,
-    DataError,
-    fetch,
-    parse_idx,
-    read_npz,
-    write_atomically,
-)
+from ._idx_images import load_idx_images, Published
 from ._image_data import ImageData
 
 
@@ -39,84 +28,12 @@ MNIST_SHA256: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_IMAGES = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")
-_LABELS = ("train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-_NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-
-# The largest file has 9.9 MB packed and 47 MB unpacked.
-_MAX_PACKED = 16 * 1024**2
-_MAX_UNPACKED = 64 * 1024**2
-
-
-def _what_to_do(folder: Path) -> str:
-    return (
-        f"Put `mnist.npz` (uint8 arrays {', '.join(_NPZ_KEYS)}) or the four files "
-        f"{', '.join(_IMAGES + _LABELS)} into {folder}, or name another folder that "
-        "has them in its subfolder `mnist` as `root=` or in the environment variable "
-        "METAOPT_DATA."
-    )
-
-
-def _as_data(images: list[np.ndarray], labels: list[np.ndarray], source: str) -> ImageData:
-    for part, x, y in zip(("training", "test"), images, labels, strict=True):
-        if len(x) != len(y):
-            raise DataError(
-                f"{source} is not as expected: {len(x)} images but {len(y)} labels in "
-                f"the {part} part."
-            )
-    if images[0].shape[1:] != images[1].shape[1:]:
-        raise DataError(
-            f"{source} is not as expected: training images of shape "
-            f"{images[0].shape[1:]} but test images of shape {images[1].shape[1:]}."
-        )
-    x, y = np.concatenate(images), np.concatenate(labels)
-    try:
-        return ImageData(
-            x=x.reshape(len(x), -1).astype(np.float32) / np.float32(255),
-            y=y.astype(np.int32),
-            num_classes=10,
-            name="MNIST",
-        )
-    except ValueError as error:
-        raise DataError(f"{source} is not as expected: {error}") from error
-
-
-def _from_npz(path: Path) -> ImageData:
-    arrays = read_npz(path, _NPZ_KEYS, _MAX_UNPACKED)
-    for key, array in arrays.items():
-        num_axes = 3 if key.startswith("x") else 1
-        if array.dtype != np.uint8 or array.ndim != num_axes:
-            raise DataError(
-                f"{path} is not as expected: array `{key}` should be uint8 with "
-                f"{num_axes} axes, but is {array.dtype} of shape {array.shape}."
-            )
-    return _as_data(
-        [arrays["x_train"], arrays["x_test"]],
-        [arrays["y_train"], arrays["y_test"]],
-        str(path),
-    )
-
-
-def _from_idx(packed: Mapping[str, bytes], source: str) -> ImageData:
-    images = [parse_idx(packed[name], 3, _MAX_UNPACKED, name) for name in _IMAGES]
-    labels = [parse_idx(packed[name], 1, _MAX_UNPACKED, name) for name in _LABELS]
-    return _as_data(images, labels, source)
-
-
-def _read_cached(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
-    packed = {}
-    for name in _IMAGES + _LABELS:
-        path = folder / name
-        try:
-            with path.open("rb") as file:
-                packed[name] = file.read(_MAX_PACKED)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error!r}.") from error
-        try:
-            check_sha256(packed[name], checksums[name], str(path))
-        except DataError as error:
-            raise DataError(f"{error} Delete it to download it anew.") from None
-    return packed
+_MNIST = Published(
+    name="MNIST",
+    folder="mnist",
+    npz_names=MappingProxyType({"mnist.npz": "MNIST"}),
+    sha256=MNIST_SHA256,
+)
 
 
 def load_mnist(
@@ -153,28 +70,4 @@ def load_mnist(
     [`metaopt.datasets.DataError`][] naming the file and the reason. A download is
     written only once all of it has proved sound.
     """
-    checksums = MNIST_SHA256 if checksums is None else checksums
-    missing = sorted(set(MNIST_SHA256) - set(checksums))
-    if missing:
-        raise ValueError(f"`checksums` must have an entry for {', '.join(missing)}.")
-    folder = data_folder(root) / "mnist"
-    npz = folder / "mnist.npz"
-    if npz.exists():
-        return _from_npz(npz)
-    if all((folder / name).exists() for name in _IMAGES + _LABELS):
-        return _from_idx(_read_cached(folder, checksums), str(folder))
-    if base_url is None:
-        raise DataError(f"MNIST is not in {folder}. {_what_to_do(folder)}")
-    try:
-        packed = {
-            name: fetch(f"{base_url.rstrip('/')}/{name}", checksums[name], _MAX_PACKED)
-            for name in _IMAGES + _LABELS
-        }
-        data = _from_idx(packed, base_url)
-    except DataError as error:
-        raise DataError(
-            f"MNIST is not in {folder}, and {error} {_what_to_do(folder)}"
-        ) from error
-    for name, content in packed.items():
-        write_atomically(folder / name, content)
-    return data
+    return load_idx_images(_MNIST, root, base_url, checksums)

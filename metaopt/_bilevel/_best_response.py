@@ -1,0 +1,349 @@
+"""How a best-response network is trained, and what it says of the outer loss."""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._best_response import bind, moved, ordinary, response_filter
+from .._dependence import depends
+from .._detach import stop_gradient
+from .._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
+from .._types import Aux, FloatScalar, Key, ModelState, Params
+from ._perturbed import Coordinates, Groups, mean_state
+
+
+Numbers = Float[Array, " num_hyper"]
+
+
+class TrainingLoss(NamedTuple):
+    """What one training step of a best-response network differentiates.
+
+    - `total`: what is differentiated in the params.
+    - `loss`: the inner loss, for the report.
+    - `state`: the new model state.
+    """
+
+    total: FloatScalar
+    loss: FloatScalar
+    state: ModelState
+
+
+class OuterGradient(NamedTuple):
+    """What one validation step comes to.
+
+    - `value`, `aux`: the outer loss and its auxiliary output.
+    - `hyper`: its derivative in the numbers of `hyper`.
+    - `log_scale`: that of its mean over perturbations in the logarithms of their scales.
+    """
+
+    value: FloatScalar
+    aux: Aux
+    hyper: Numbers
+    log_scale: Numbers
+
+
+class AbstractBestResponseMethod(eqx.Module):
+    """How a best-response network is trained, and how it is used.
+
+    Everything is a function of the numbers in `hyper` as one vector. The params hold
+    best-response layers.
+    """
+
+    @abc.abstractmethod
+    def check(self, problem: BilevelProblem) -> None:
+        """Raises a `ValueError` for a problem that does not fit."""
+
+    @abc.abstractmethod
+    def response(self, params: Params, hyper: Numbers, change: Numbers) -> Params:
+        """The ordinary params that are the learned best response to `hyper + change`.
+
+        **Arguments:**
+
+        - `params`: with best-response layers, trained around `hyper`.
+        - `hyper`: the present outer variables, as a vector.
+        - `change`: how far from it, of the same shape.
+
+        **Returns:**
+
+        A pytree with ordinary layers.
+        """
+
+    @abc.abstractmethod
+    def train(
+        self,
+        problem: AbstractInnerProblem,
+        params: Params,
+        coordinates: Coordinates,
+        hyper: Numbers,
+        perturbations: Float[Array, "num_groups num_hyper"],
+        groups: Groups,
+        keys: Key,
+        state: ModelState,
+    ) -> TrainingLoss:
+        """The loss of one training step.
+
+        **Arguments:**
+
+        - `problem`: the inner problem.
+        - `params`: with best-response layers.
+        - `coordinates`, `hyper`: the outer variables as a vector.
+        - `perturbations`: for each group, how far `hyper` is moved.
+        - `groups`: the batch.
+        - `keys`: one for each group.
+        - `state`: the model state.
+
+        **Returns:**
+
+        A `TrainingLoss`.
+        """
+
+    @abc.abstractmethod
+    def differentiate(
+        self,
+        problem: BilevelProblem,
+        params: Params,
+        coordinates: Coordinates,
+        hyper: Numbers,
+        log_scale: Numbers,
+        noise: Float[Array, "num_groups num_hyper"],
+        groups: Groups,
+        keys: Key,
+        state: ModelState,
+        learns_scale: bool,
+    ) -> OuterGradient:
+        """The outer loss through the learned response, and its derivative.
+
+        **Arguments:**
+
+        - `problem`: the bilevel problem.
+        - `noise`: for each group a perturbation of scale 1.
+        - `log_scale`: the logarithm of the scale of each number.
+        - `learns_scale`: whether the derivative in `log_scale` is wanted.
+        - the others as for `train`.
+
+        **Returns:**
+
+        An `OuterGradient`.
+        """
+
+    @abc.abstractmethod
+    def follow(self, params: Params, change: Numbers) -> Params:
+        """The params after `hyper` has changed."""
+
+
+class STN(AbstractBestResponseMethod):
+    r"""Self-tuning networks (MacKay et al., 2019).
+
+    The network answers to `hyper` itself, and general weights and response are trained
+    together on the inner loss at perturbed `hyper`,
+
+    $$\min_{W, \Theta} \; \mathbb{E}_\epsilon\, loss(W + \Theta (\lambda + \epsilon),
+    \lambda + \epsilon).$$
+
+    Works for any loss. What it converges to is the best response up to an error that
+    grows with the square of the scale of the perturbation; [`metaopt.DeltaSTN`][] has
+    none of that, costs a little more and needs the loss in two parts.
+    """
+
+    def check(self, problem):
+        _check_kind(problem, AbstractInnerProblem, "AbstractInnerProblem")
+
+    def response(self, params, hyper, change):
+        return ordinary(params, hyper + change)
+
+    def train(
+        self, problem, params, coordinates, hyper, perturbations, groups, keys, state
+    ):
+        def one(rows, perturbation, key):
+            at = hyper + perturbation
+            model = bind(params, coordinates.seen(at))
+            out = problem.evaluate(model, coordinates.hyper(at), rows, key, state)
+            return out.value, out.state
+
+        values, states = groups.map(one, perturbations, keys)
+        loss = jnp.mean(values)
+        return TrainingLoss(loss, loss, mean_state(states))
+
+    def differentiate(
+        self,
+        problem,
+        params,
+        coordinates,
+        hyper,
+        log_scale,
+        noise,
+        groups,
+        keys,
+        state,
+        learns_scale,
+    ):
+        def mean(hyper, log_scale):
+            def one(rows, noise, key):
+                at = hyper + jnp.exp(log_scale) * noise
+                model = bind(params, coordinates.seen(at))
+                return problem.evaluate_outer(
+                    model, coordinates.hyper(at), rows, key, state
+                )
+
+            values, aux = groups.map(one, noise, keys)
+            return jnp.mean(values), aux
+
+        (value, aux), gradients = jax.value_and_grad(mean, (0, 1), has_aux=True)(
+            hyper, log_scale
+        )
+        return OuterGradient(value, aux, *gradients)
+
+    def follow(self, params, change):
+        return params  # it answers to `hyper` itself
+
+
+class DeltaSTN(AbstractBestResponseMethod):
+    r"""Self-tuning networks with a centred, linearised response (Bae and Grosse, 2020).
+
+    The network answers to the *change* of `hyper`. Its general weights are trained on the
+    inner loss at `hyper` as it is, and its response $\Theta$ on that of the linearised
+    network, whose derivative along $\Theta \epsilon$ is one `jax.jvp`,
+
+    $$\min_\Theta \; \mathbb{E}_\epsilon\, loss\big(f(W) + J_f(W)\, \Theta \epsilon,\;
+    \lambda + \epsilon\big),$$
+
+    so that neither disturbs the other, and what is differentiated in the outer loss is
+    the Jacobian of the best response itself. Where the loss is quadratic in what the
+    network predicts, the response that is found is that of the implicit function
+    theorem with the curvature of Gauss and Newton, whatever the scale of $\epsilon$.
+
+    Needs a loss in two parts, an [`metaopt.AbstractPredictionProblem`][]. There are three
+    differences from the paper: the criterion is linearised in `hyper` as well, which
+    removes an error that grows with the square of the scale (what acts inside `predict`,
+    as dropout does, is sampled as it is); the hypergradient is taken at the centre, and
+    not averaged over perturbations; and as `hyper` moves the general weights move along
+    the learned response.
+    """
+
+    def check(self, problem):
+        _check_kind(problem, AbstractPredictionProblem, "AbstractPredictionProblem")
+
+    def response(self, params, hyper, change):
+        return ordinary(params, change)
+
+    def train(
+        self, problem, params, coordinates, hyper, perturbations, groups, keys, state
+    ):
+        assert isinstance(problem, AbstractPredictionProblem)  # as `check` has seen
+        is_response = response_filter(params)
+        response, general = eqx.partition(params, is_response)
+        held = eqx.combine(response, stop_gradient(general))
+        centre, zero = coordinates.hyper(hyper), jnp.zeros_like(hyper)
+        samples = self._samples(problem, params, coordinates, hyper, groups, keys, state)
+
+        def one(rows, perturbation, key):
+            perturbed = coordinates.hyper(hyper + perturbation)
+
+            def predict(params, change):
+                model = bind(params, change, centred=True)
+                out, new = problem.evaluate_predictions(model, perturbed, rows, key, state)
+                moving, rest = eqx.partition(out, eqx.is_inexact_array)
+                return moving, (rest, new)
+
+            # Once for the general weights and once for the response: XLA sees that the
+            # two forward passes are the same and keeps one.
+            moving, (rest, new) = predict(params, zero)
+            base, tangent, _ = jax.jvp(
+                lambda change: predict(held, change), (zero,), (perturbation,), has_aux=True
+            )
+            base, rest = stop_gradient((base, rest))
+
+            def criterion(out, change, at):
+                out, params = eqx.combine(out, rest), bind(held, change)
+                hyper = coordinates.hyper(at)
+                return problem.evaluate_criterion(out, params, hyper, rows, key)[0]
+
+            changed = jax.tree.map(jnp.add, base, tangent)
+            value, change = jax.jvp(
+                lambda at: criterion(changed, perturbation, at), (hyper,), (perturbation,)
+            )
+            response = value + change
+            if not samples:
+                # Of mean zero over perturbations, and for most of the noise.
+                _, linear = jax.jvp(
+                    lambda out, change: criterion(out, change, hyper),
+                    (base, zero),
+                    (tangent, perturbation),
+                )
+                response -= linear
+            out = eqx.combine(moving, rest)
+            loss, _ = problem.evaluate_criterion(out, params, centre, rows, key)
+            return loss, response, new
+
+        losses, responses, states = groups.map(one, perturbations, keys)
+        loss = jnp.mean(losses)
+        return TrainingLoss(loss + jnp.mean(responses), loss, mean_state(states))
+
+    def differentiate(
+        self,
+        problem,
+        params,
+        coordinates,
+        hyper,
+        log_scale,
+        noise,
+        groups,
+        keys,
+        state,
+        learns_scale,
+    ):
+        def at_centre(change):
+            model = bind(params, coordinates.seen(change), centred=True)
+            at = coordinates.hyper(hyper + change)
+            return problem.evaluate_outer(model, at, groups.whole(), keys[0], state)
+
+        def mean(log_scale):
+            def one(rows, noise, key):
+                change = jnp.exp(log_scale) * noise
+                at = coordinates.hyper(hyper + change)
+                model = bind(params, change)
+                return problem.evaluate_outer(model, at, rows, key, state)[0]
+
+            return jnp.mean(groups.map(one, noise, keys))
+
+        zero = jnp.zeros_like(hyper)
+        (value, aux), gradient = jax.value_and_grad(at_centre, has_aux=True)(zero)
+        of_scale = jax.grad(mean)(log_scale) if learns_scale else zero
+        return OuterGradient(value, aux, gradient, of_scale)
+
+    def follow(self, params, change):
+        return moved(params, change)
+
+    def _samples(self, problem, params, coordinates, hyper, groups, keys, state) -> bool:
+        """Whether `hyper` acts on what is predicted, so that its effect is sampled."""
+
+        def predict(hyper):
+            def one(rows, key):
+                at = coordinates.hyper(hyper)
+                out, _ = problem.evaluate_predictions(params, at, rows, key, state)
+                return eqx.filter(out, eqx.is_array)
+
+            return groups.map(one, keys)
+
+        return depends(predict, hyper)
+
+
+def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:
+    if isinstance(problem.inner, kind):
+        return
+    given = type(problem.inner).__name__
+    if kind is AbstractPredictionProblem:
+        raise ValueError(
+            f"`DeltaSTN` linearises what the network predicts, and `{given}` does not say "
+            "what that is. Write the inner problem in two parts, as a "
+            "`metaopt.AbstractPredictionProblem` or `metaopt.PredictionProblem`, or use "
+            "`response=metaopt.STN()`, which takes any loss."
+        )
+    raise ValueError(
+        f"A best-response network is trained on an inner loss, and `{given}` has none: "
+        f"the inner problem must be a `metaopt.{name}`."
+    )

@@ -1,0 +1,227 @@
+"""What must hold of two losses for a best-response network to be trained on them."""
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from .._best_response import best_responses, bind, conversion, ordinary, response_filter
+from .._dependence import influences
+from .._problem import AbstractInnerProblem, BilevelProblem, initialise
+from .._tree import leaf_names, split_trainable
+from .._types import Batch, Hyper, Key, ModelState, Params
+from ._perturbed import Groups
+
+
+_NUM_PROBES = 8  # groups that are looked at
+_NUM_DRAWS = 16  # of what is random in a loss
+_NUM_PAIRS = 4  # of rows, or groups of them
+_RTOL = 1e-2  # far above what float32 or a bfloat16 product leaves
+
+_EACH_ITS_OWN = (
+    "Each example sees `hyper` perturbed in its own way, so take `jnp.mean` over examples; "
+    "where rows are coupled, as by batch normalisation, use "
+    "`examples_per_perturbation=None`."
+)
+
+
+def check_losses(
+    problem: BilevelProblem,
+    params: Params,
+    hyper: Hyper,
+    train: Groups,
+    valid: Groups,
+    key: Key,
+    state: ModelState,
+) -> None:
+    """Raises a `ValueError` where a loss does not see the response of the params, or is
+    no mean over the rows of a batch.
+
+    Both would train a response that is wrong without a word, and both can be seen from a
+    few evaluations.
+    """
+    for outer, groups, name in (
+        (False, train, "the inner loss"),
+        (True, valid, "the outer loss"),
+    ):
+        values = _probe(
+            problem, outer, params, hyper, groups.first(_NUM_PROBES), key, state
+        )
+        if any(isinstance(value, jax.core.Tracer) for value in values):
+            continue  # inside somebody's own `jit`
+        bounds, plains, wholes, means, pairs = (np.asarray(v, float) for v in values)
+        with np.errstate(invalid="ignore"):
+            _judge(name, bounds, plains, wholes, means, pairs)
+
+
+def _judge(name: str, bounds, plains, wholes, means, pairs) -> None:
+    for bound, plain in zip(bounds, plains):
+        if _differ(bound, plain) or np.isfinite(bound) != np.isfinite(plain):
+            raise ValueError(
+                f"{name.capitalize()} does not see the response of the params: with "
+                f"best-response layers it is {bound:.6g}, with ordinary layers of the "
+                f"same weights {plain:.6g}. It reads arrays of the params directly, as "
+                "`jax.tree.leaves(params)` does. Call the layers, write penalties with "
+                "`metaopt.nn.squared_norm(params)`, and read a weight as `layer.weight`."
+            )
+    if not len(wholes):
+        return
+    # Two draws of dropout differ: by chance, where their mean does not.
+    whole, mean = np.mean(wholes), np.mean(means)
+    noise = np.std(wholes - means) / len(wholes) ** 0.5
+    if _differ(whole, mean, 6 * noise):
+        raise ValueError(
+            f"{name.capitalize()} is no mean over the rows of a batch: it is {whole:.6g} "
+            f"on all of them at once and {mean:.6g} on the mean over single ones. "
+            f"{_EACH_ITS_OWN}"
+        )
+    for mixed, alike in pairs:
+        if _differ(mixed, alike):
+            raise ValueError(
+                f"{name.capitalize()} is no mean over the rows of a batch, which are "
+                f"coupled in it: it is {mixed:.6g} on two rows together and {alike:.6g} on "
+                f"each of them twice. {_EACH_ITS_OWN}"
+            )
+
+
+@eqx.filter_jit
+def _probe(
+    problem: BilevelProblem,
+    outer: bool,
+    params: Params,
+    hyper: Hyper,
+    groups: Groups,
+    key: Key,
+    state: ModelState,
+):
+    inner = problem.inner
+    assert isinstance(inner, AbstractInnerProblem)
+
+    def loss(params, batch, key):
+        if outer:
+            return problem.evaluate_outer(params, hyper, batch, key, state)[0]
+        return inner.evaluate(params, hyper, batch, key, state).value
+
+    batch = groups.whole()
+    response, general = eqx.partition(params, response_filter(params))
+    leaves, structure = jax.tree.flatten(response)
+    keys = jax.random.split(key, len(leaves))
+    noise = [
+        jax.random.normal(k, a.shape, a.dtype) if eqx.is_inexact_array(a) else None
+        for a, k in zip(leaves, keys)
+    ]
+    vector = 0.3 * jax.random.normal(key, (best_responses(params)[0].num_hyper,))
+
+    def bound_and_plain(noise, vector):
+        moved = [a if b is None else a + b for a, b in zip(leaves, noise)]
+        model = eqx.combine(jax.tree.unflatten(structure, moved), general)
+        bound, plain = bind(model, vector), ordinary(model, vector)
+        return loss(bound, batch, key), loss(plain, batch, key)
+
+    # At zero any response is none: where it is large, even a small penalty that reads
+    # it shows.
+    vectors = jnp.stack([vector, jnp.zeros_like(vector)])
+    noises = jax.tree.map(lambda a: jnp.stack([0.3 * a, 100 * a]), noise)
+    bounds, plains = jax.vmap(bound_and_plain)(noises, vectors)
+
+    if groups.num_groups == 1:
+        return bounds, plains, *(jnp.zeros((0,)),) * 2, jnp.zeros((0, 2))
+
+    def whole_and_mean(key):
+        keys = jax.random.split(key, groups.num_groups)
+        single = groups.map(lambda rows, key: loss(params, rows, key), keys)
+        return loss(params, batch, key), jnp.mean(single)
+
+    # In a mean, whatever its draws, what a row contributes does not depend on the others:
+    # the loss at (a, b) and (b, a) is as large as at (a, a) and (b, b).
+    half = min(groups.num_groups // 2, _NUM_PAIRS)
+    orders = np.array([[0, 1], [1, 0], [0, 0], [1, 1]])
+
+    def pairs(leaf):
+        rest = leaf.shape[2:]
+        leaf = leaf[: 2 * half].reshape(half, 2, -1, *rest)[:, orders]
+        return leaf.reshape(half, 4, -1, *rest)
+
+    def pair(arrays):
+        return loss(params, eqx.combine(arrays, groups.rest), key)
+
+    four = jax.vmap(jax.vmap(pair))(jax.tree.map(pairs, groups.arrays))
+    coupled = four.reshape(half, 2, 2).mean(axis=2)
+    draws = jax.random.split(key, _NUM_DRAWS)
+    return bounds, plains, *jax.lax.map(whole_and_mean, draws), coupled
+
+
+def _differ(a: float, b: float, atol: float = 0.0) -> bool:
+    # Infinite and NaN losses are the run's to report.
+    return abs(a - b) > _RTOL * max(abs(a), abs(b)) + 1e-6 + atol
+
+
+def unreached_leaves(
+    problem: BilevelProblem,
+    params: Params,
+    hyper: Hyper,
+    train: Batch,
+    valid: Batch,
+    key: Key,
+    state: ModelState,
+) -> tuple[tuple[str, ...], tuple[str, ...], list[bool]]:
+    """The leaves of `hyper` that influence nothing; what a learned response leaves out,
+    in words; and for each leaf whether the inner solution depends on it.
+
+    **Raises:**
+
+    `ValueError` for a leaf whose derivative is zero by construction.
+    """
+    names = leaf_names(split_trainable(hyper)[0], "hyper")
+    trainable, rest = split_trainable(hyper)
+    moving, fixed = split_trainable(params)
+
+    def gradient(trainable):
+        at = eqx.combine(trainable, rest)
+
+        def loss(moving):
+            full = eqx.combine(moving, fixed)
+            return problem.inner.evaluate(full, at, train, key, state).value
+
+        return jax.grad(loss)(moving)
+
+    def outer(trainable):
+        at = eqx.combine(trainable, rest)
+        return problem.evaluate_outer(params, at, valid, key, state)[0]
+
+    def start(trainable):
+        at = eqx.combine(trainable, rest)
+        return eqx.filter(initialise(problem.inner, at, key), eqx.is_inexact_array)
+
+    in_inner = [any(row) for row in influences(gradient, trainable)]
+    in_outer = [any(row) for row in influences(outer, trainable)]
+    in_start = [False] * len(names)
+    try:
+        in_start = [any(row) for row in influences(start, trainable)]
+    except ValueError:
+        pass  # a problem without `init`, whose params were handed over
+    rows = list(zip(names, in_inner, in_outer, in_start, strict=True))
+    zero = [f"`{name}`" for name, a, b, c in rows if c and not (a or b)]
+    if zero:
+        raise ValueError(
+            f"The derivative with respect to {', '.join(zero)} is zero by construction "
+            "under `SelfTuningSolver`: it acts on the initial params alone, and a "
+            "best-response network answers to what enters the inner loss. Use "
+            "`metaopt.NestedSolver` with `metaopt.UnrolledAdjoint()`."
+        )
+    idle = tuple(name for name, a, b, c in rows if not (a or b or c))
+    if len(idle) == len(names):
+        raise ValueError(
+            "Neither loss depends on `hyper`: there is nothing to tune. Compute the inner "
+            "or the outer loss from `hyper`. (A best-response network cannot tune learning "
+            "rates and other settings of optimizers.)"
+        )
+    left_out = ["what the response has not learned or cannot represent"]
+    left = conversion(params).left
+    if left:
+        listed = ", ".join(name for name, _ in left[:4]) + (", ..." if left[4:] else "")
+        left_out.append(f"the response of {listed}")
+    if any(in_start):
+        left_out.append("the initial params")
+    return idle, tuple(left_out), in_inner

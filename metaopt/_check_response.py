@@ -1,0 +1,312 @@
+"""Checking a learned best response against the implicit one."""
+
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from ._adjoint import AbstractCurvature, ExactCurvature, GaussNewton
+from ._bilevel import Coordinates, SelfTuningSolver, SelfTuningState
+from ._data import AbstractData, as_data
+from ._linear import AbstractLinearSolver, CG, MINRES
+from ._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
+from ._report import BilevelSolution, table
+from ._solver import problem_optimality
+from ._tree import leaf_names, split_trainable
+from ._types import Key
+from ._validate import (
+    canonical_arrays,
+    canonical_key,
+    check_count,
+    check_kind,
+    check_tolerance,
+)
+
+
+_MAX_NUMBERS = 100
+_LOW_COSINE = 0.5
+
+
+class ResponseCheck(eqx.Module):
+    """A learned best response beside the implicit one. `print` it.
+
+    Each row is the derivative of the params along one direction in `hyper`.
+
+    **Attributes:**
+
+    - `names`: what each direction is called.
+    - `learned_norm`, `implicit_norm`: how far the params move, `(num_directions,)`.
+    - `cosine`: the cosine between the two ways, `(num_directions,)`.
+    - `relative_error`: the length of their difference over that of the implicit one,
+        `(num_directions,)`.
+    - `jacobian_error`: the same for all directions together, in the Frobenius norm.
+    - `jacobian_cosine`: the cosine between the two Jacobians.
+    - `learned_slope`, `implicit_slope`: how the outer loss changes with the params along
+        each direction, `(num_directions,)`: the hypergradient, without what `hyper` does
+        to the outer loss directly.
+    - `slope_cosine`: the cosine between these two, or NaN for a single direction.
+    - `linear_residual`: the relative residuals of the linear systems behind the implicit
+        response, `(num_directions,)`. It is no better than these.
+    - `agree`: whether each hypergradient is a descent direction of the other, by a margin.
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True)
+    learned_norm: np.ndarray
+    implicit_norm: np.ndarray
+    cosine: np.ndarray
+    relative_error: np.ndarray
+    jacobian_error: float
+    jacobian_cosine: float
+    learned_slope: np.ndarray
+    implicit_slope: np.ndarray
+    slope_cosine: float
+    linear_residual: np.ndarray
+    agree: bool
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        head = ("", "learned", "implicit", "error", "cosine", "slope", "implicit", "resid.")
+        columns = (
+            self.learned_norm,
+            self.implicit_norm,
+            self.relative_error,
+            self.cosine,
+            self.learned_slope,
+            self.implicit_slope,
+            self.linear_residual,
+        )
+        rows: list[tuple[str, ...]] = [head]
+        for i, name in enumerate(self.names):
+            rows.append((name, *(f"{float(column[i]):.2g}" for column in columns)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        aligned = [
+            (
+                row[0].ljust(widths[0]),
+                "  ".join(a.rjust(b) for a, b in zip(row[1:], widths[1:])),
+            )
+            for row in rows
+        ]
+        aligned.append(("Jacobian error", f"{self.jacobian_error:.3g}"))
+        aligned.append(("Jacobian cosine", f"{self.jacobian_cosine:.3g}"))
+        aligned.append(("slopes' cosine", f"{self.slope_cosine:.3g}"))
+        text = "They lead the same way." if self.agree else _DISAGREE
+        if not np.all(self.linear_residual <= 0.1):
+            text += (
+                " The implicit one leaves more than a tenth of some of its systems "
+                "(`resid.`): flat directions, damping, or too few steps."
+            )
+        return table("Learned best response against the implicit one", aligned, text)
+
+
+_DISAGREE = (
+    "They do NOT lead the same way. Train longer at the final `hyper` (more `train_steps`, "
+    "a faster optimizer for the response), give the response weights of its own "
+    "(`tied=False`), or use a smaller perturbation. The implicit response can be the one "
+    "at fault: it takes the params to be a minimum of the training loss."
+)
+
+
+def check_response(
+    problem: BilevelProblem,
+    solution: BilevelSolution | SelfTuningState,
+    train: Any,
+    valid: Any,
+    *,
+    solver: SelfTuningSolver,
+    linear_solver: AbstractLinearSolver | None = None,
+    curvature: AbstractCurvature | None = None,
+    step: float | None = None,
+    num_draws: int = 1,
+    num_directions: int | None = None,
+    key: Key | None = None,
+) -> ResponseCheck:
+    r"""Compares a learned best response with that of the implicit function theorem,
+
+    $$\frac{d\,params^*}{d\,hyper} = - H^{-1} \, \partial_{hyper} \nabla_{params} loss ,$$
+
+    by one linear solve for each number in `hyper`, at the end of a self-tuning run. Warns
+    where the two would lead `hyper` in different directions.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `solution`: what [`metaopt.solve_bilevel`][] returned, or its state.
+    - `train`, `valid`: what the losses are evaluated on, as a whole. Some hundreds of
+        rows will do.
+    - `solver`: the solver of the run.
+    - `linear_solver`: how the systems are solved; by default `CG(rtol=1e-2)` with the
+        curvature of Gauss and Newton where the inner problem states its predictions, and
+        `MINRES(rtol=1e-2)` with the Hessian where it does not.
+    - `curvature`: what stands for the Hessian.
+    - `step`: with a length, $\partial_{hyper}$ is a central difference of that step in
+        each number of `hyper`. Needed where `hyper` acts through operations without a
+        derivative: dropout masks, numbers of things. By default it is exact.
+    - `num_draws`: over how many draws of its randomness (dropout masks, augmentation) the
+        gradient of the training loss is averaged.
+    - `num_directions`: so many random unit directions instead of all numbers in `hyper`.
+    - `key`: for those draws and directions.
+
+    **Returns:**
+
+    A [`metaopt.ResponseCheck`][].
+
+    **Raises:**
+
+    `ValueError` for arguments that do not fit.
+    """
+    check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
+    check_kind(solver, SelfTuningSolver, "solver", "metaopt.SelfTuningSolver(...)")
+    check_tolerance(step, "step")
+    if step == 0:
+        raise ValueError("`step` must be positive, or `None` for no difference; got 0.")
+    check_count(num_draws, "num_draws")
+    if num_directions is not None:
+        check_count(num_directions, "num_directions")
+    state = solution.state if isinstance(solution, BilevelSolution) else solution
+    check_kind(state, SelfTuningState, "solution", "the solution of a self-tuning run")
+    key = canonical_key(key)
+    names, directions = _directions(state, num_directions, key)
+    split = isinstance(problem.inner, AbstractPredictionProblem)
+    if curvature is None:
+        curvature = GaussNewton() if split else ExactCurvature()
+    if linear_solver is None:
+        gauss_newton = isinstance(curvature, GaussNewton)
+        linear_solver = CG(rtol=1e-2) if gauss_newton else MINRES(rtol=1e-2)
+    measured = _measure(
+        problem,
+        state,
+        as_data(canonical_arrays(train, "train"), "train"),
+        as_data(canonical_arrays(valid, "valid"), "valid"),
+        solver,
+        linear_solver,
+        curvature,
+        step,
+        directions,
+        jax.random.split(key, num_draws),
+    )
+    check = _checked(names, *(np.asarray(m, np.float64) for m in measured))
+    if not check.agree:
+        warnings.warn(
+            "The learned best response and the implicit one would lead `hyper` in "
+            f"different directions (cosine {check.slope_cosine:.2g} between their "
+            "hypergradients). Print the `ResponseCheck` to see which numbers.",
+            stacklevel=2,
+        )
+    return check
+
+
+def _directions(state: SelfTuningState, count: int | None, key: Key):
+    trainable = split_trainable(state.hyper)[0]
+    numbers = Coordinates.vector(state.hyper)
+    if count is not None:
+        random = jax.random.normal(key, (count, numbers.size), numbers.dtype)
+        directions = random / jnp.linalg.norm(random, axis=1, keepdims=True)
+        return tuple(f"direction {i}" for i in range(count)), directions
+    if numbers.size > _MAX_NUMBERS:
+        raise ValueError(
+            f"`hyper` holds {numbers.size} numbers, each of which takes a linear solve. "
+            "Write `num_directions=10` to check random directions instead."
+        )
+    names = []
+    leaves = jax.tree.leaves(trainable)
+    for name, leaf in zip(leaf_names(trainable, "hyper"), leaves, strict=True):
+        if leaf.ndim == 0:
+            names.append(name)
+        else:
+            names += [f"{name}{list(index)}" for index in np.ndindex(leaf.shape)]
+    return tuple(names), jnp.eye(numbers.size, dtype=numbers.dtype)
+
+
+@eqx.filter_jit
+def _measure(
+    problem: BilevelProblem,
+    state: SelfTuningState,
+    train: AbstractData,
+    valid: AbstractData,
+    solver: SelfTuningSolver,
+    linear_solver: AbstractLinearSolver,
+    curvature: AbstractCurvature,
+    step: float | None,
+    directions: jax.Array,
+    keys: Key,
+):
+    inner = problem.inner
+    assert isinstance(inner, AbstractInnerProblem)
+    coordinates = Coordinates(state.hyper)
+    numbers = coordinates.vector(state.hyper)
+
+    def learned(change):
+        params = solver.method.response(state.params, numbers, change)
+        return split_trainable(params)[0]
+
+    zero = jnp.zeros_like(numbers)
+    params = solver.method.response(state.params, numbers, zero)
+    trainable, static = split_trainable(params)
+
+    def condition(key):
+        batch, model_state = train.full(), state.model_state
+        return problem_optimality(inner, params, state.hyper, batch, key, model_state)
+
+    hyper = split_trainable(state.hyper)[0]
+    _, operator, _ = curvature.linearise(condition(keys[0]), trainable, hyper)
+    linear_solver.check(operator)
+
+    def residual(numbers):
+        def one(key):
+            return condition(key)(trainable, coordinates.trainable(numbers))
+
+        draws = jax.lax.map(one, keys)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws)
+
+    def outer(trainable):
+        full = eqx.combine(trainable, static)
+        batch = valid.full()
+        return problem.evaluate_outer(full, state.hyper, batch, keys[0], state.model_state)[
+            0
+        ]
+
+    slope = ravel_pytree(jax.grad(outer)(trainable))[0]
+
+    def one(direction):
+        if step is None:
+            crossed = jax.jvp(residual, (numbers,), (direction,))[1]
+        else:
+            ahead, behind = (residual(numbers + s * direction) for s in (step, -step))
+            width = 2 * step
+            crossed = jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
+        solution = linear_solver.solve(operator, jax.tree.map(jnp.negative, crossed))
+        implicit = ravel_pytree(solution.value)[0]
+        moved = ravel_pytree(jax.jvp(learned, (zero,), (direction,))[1])[0]
+        dot = jnp.sum(moved * implicit)
+        squares = jnp.sum(moved**2), jnp.sum(implicit**2), jnp.sum((moved - implicit) ** 2)
+        slopes = jnp.sum(slope * moved), jnp.sum(slope * implicit)
+        return dot, *squares, *slopes, solution.residual
+
+    return jax.lax.map(one, directions)
+
+
+def _checked(names, dot, learned, implicit, difference, slope, implicit_slope, residual):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slopes = np.linalg.norm(slope) * np.linalg.norm(implicit_slope)
+        slope_cosine = float(np.sum(slope * implicit_slope) / slopes)
+        return ResponseCheck(
+            names=names,
+            learned_norm=np.sqrt(learned),
+            implicit_norm=np.sqrt(implicit),
+            cosine=dot / np.sqrt(learned * implicit),
+            relative_error=np.sqrt(difference / implicit),
+            jacobian_error=float(np.sqrt(difference.sum() / implicit.sum())),
+            jacobian_cosine=float(dot.sum() / np.sqrt(learned.sum() * implicit.sum())),
+            learned_slope=slope,
+            implicit_slope=implicit_slope,
+            slope_cosine=slope_cosine,
+            linear_residual=residual,
+            # NaN, from a response of zero length, fails.
+            agree=bool(slope_cosine >= _LOW_COSINE),
+        )

@@ -1,0 +1,6 @@
+"""Hyperparameters with a name and a range, for the leaves of `hyper`."""
+
+from ._base import AbstractHyper as AbstractHyper, values as values
+from ._integer import Integer as Integer
+from ._interval import Interval as Interval
+from ._positive import Positive as Positive

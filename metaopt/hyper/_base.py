@@ -1,0 +1,58 @@
+"""What a hyperparameter with a range is."""
+
+import abc
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+from .._types import PyTree
+
+
+class AbstractHyper(eqx.Module):
+    """One hyperparameter: an array without bounds, and what it stands for.
+
+    A leaf of `hyper` like any other array, except that a loss reads `value`, and that
+    whatever is done to `raw` keeps `value` in its range. Optimizers step in `raw`,
+    derivatives are taken with respect to it, and self-tuning networks perturb it: nothing
+    in metaopt treats these classes differently from other pytrees of arrays.
+
+    To write one, add a floating-point field `raw` and the property `value`, which must be
+    defined at every finite `raw`.
+    """
+
+    raw: eqx.AbstractVar[Float[Array, "..."]]
+
+    @property
+    @abc.abstractmethod
+    def value(self) -> Float[Array, "..."]:
+        """What a loss reads, of the shape and dtype of `raw`."""
+
+
+def values(tree: PyTree) -> PyTree:
+    """What hyperparameters stand for, to be printed, drawn or written to a file.
+
+    !!! example
+
+        ```python
+        import jax
+        import metaopt as mo
+
+        hyper = {"l2": mo.hyper.Positive(0.5), "holes": mo.hyper.Integer(3, 0, 8)}
+        print(jax.tree.map(lambda a: a.tolist(), mo.hyper.values(hyper)))
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree, such as `hyper` as a solver returns it.
+
+    **Returns:**
+
+    `tree` with every [`metaopt.hyper.AbstractHyper`][] replaced by its `value`, an array,
+    and everything else as it is.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, AbstractHyper) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, AbstractHyper),
+    )

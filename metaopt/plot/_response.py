@@ -1,0 +1,46 @@
+"""A learned best response beside the implicit one."""
+
+from typing import Any
+
+import numpy as np
+
+from .._check_response import ResponseCheck
+from ._matplotlib import new_figure, tidy
+
+
+def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
+    """Draws a [`metaopt.ResponseCheck`][]: how far the learned response points where the
+    implicit one does, and what both make of the hypergradient.
+
+    **Arguments:**
+
+    - `check`: what [`metaopt.check_response`][] returned.
+    - `figure`: a matplotlib figure or subfigure to draw into; by default a new one.
+
+    **Returns:**
+
+    The list of two axes.
+
+    **Raises:**
+
+    `ImportError` without matplotlib.
+    """
+    count = len(check.names)
+    if figure is None:
+        figure = new_figure(9.0, 1.4 + 0.32 * count)
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = np.arange(count)
+    colors = ["C0" if c > 0 else "C3" for c in np.nan_to_num(check.cosine)]
+    left.barh(rows, np.nan_to_num(check.cosine), color=colors)
+    left.set(xlim=(-1, 1), title="cosine of the responses")
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(rows, [name.removeprefix("hyper.") for name in check.names])
+    left.invert_yaxis()
+    right.barh(rows - 0.2, check.learned_slope, 0.4, color="C0", label="learned")
+    right.barh(rows + 0.2, check.implicit_slope, 0.4, color="C1", label="implicit")
+    right.set(title=f"slope of the outer loss (cosine {check.slope_cosine:.2f})")
+    right.axvline(0, color="black", linewidth=0.8)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        tidy(axes)
+    return [left, right]
