@@ -201,17 +201,21 @@ def train_from_scratch(setting_parts, hyper, key):
     ).value
 
 
-def self_tune(setting: Setting):
-    """One run that trains and tunes; and the validation loss on the way."""
-    solver = mo.SelfTuningSolver(
+def self_tuning_solver(setting: Setting, hyper: optax.GradientTransformation):
+    return mo.SelfTuningSolver(
         params=setting.optimizer,
-        hyper=optax.adam(0.02),
+        hyper=hyper,
         scale=optax.adam(0.01),
         train_steps=TRAIN_STEPS,
         valid_steps=VALID_STEPS,
         num_rounds=setting.num_rounds,
         warmup=2,
     )
+
+
+def self_tune(setting: Setting):
+    """One run that trains and tunes; and the validation loss on the way."""
+    solver = self_tuning_solver(setting, optax.adam(0.02))
     problem = mo.BilevelProblem(setting.inner, cross_entropy)
     curve = []
 
@@ -236,7 +240,6 @@ def self_tune(setting: Setting):
         problem,
         solution,
         *few,
-        solver=solver,
         # The network is no minimum and has flat directions, which damping leaves alone.
         linear_solver=mo.CG(rtol=1e-2, max_steps=200, damping=1e-2),
         step=0.3,
@@ -244,6 +247,20 @@ def self_tune(setting: Setting):
     )
     print(check)
     return solution, curve, check
+
+
+def perturb_only(setting: Setting):
+    """The same run, but `hyper` stays where it is: what perturbation does by itself."""
+    return mo.solve_bilevel(
+        mo.BilevelProblem(setting.inner, cross_entropy),
+        initial_hyper(),
+        setting.batches,
+        setting.valid_batches,
+        solver=self_tuning_solver(setting, optax.set_to_zero()),
+        num_steps=setting.outer_steps,
+        key=setting.key,
+        progress=True,
+    )
 
 
 def implicit(setting: Setting):
@@ -317,6 +334,8 @@ def main():
     num_rounds = num_steps // TRAIN_STEPS
     cost = num_rounds * (COST_TRAIN * TRAIN_STEPS + COST_VALID * VALID_STEPS)
     rows["self-tuning"] = setting.measure(solution.params, cost)
+    perturbed = perturb_only(setting)
+    rows["  hyperparameters held still"] = setting.measure(perturbed.params, cost)
     again = jax.random.fold_in(setting.key, 1)
     schedule = mo.retrain(
         setting.inner,

@@ -22,20 +22,28 @@ HELD_CONSTANT = "metaopt.held_constant"
 """The name scope of what metaopt itself holds constant for derivatives."""
 
 
-def dependence(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+def dependence(
+    jaxpr: Jaxpr, inputs: Sequence[bool], *, despite_stop_gradient: bool = False
+) -> list[bool]:
     """For each output of `jaxpr`, whether it can depend on a marked input.
 
     What users hold constant with `jax.lax.stop_gradient` is no dependence: they do not
-    ask for its derivative. What metaopt itself holds constant is one.
+    ask for its derivative. What metaopt itself holds constant is one. Values depend on
+    both.
     """
-    return propagate(jaxpr, inputs, _depends)
+    rule = _values_depend if despite_stop_gradient else _depends
+    return propagate(jaxpr, inputs, rule)
+
+
+def _values_depend(eqn, marks: list[bool]) -> list[bool]:
+    return [any(marks)] * len(eqn.outvars)
 
 
 def _depends(eqn, marks: list[bool]) -> list[bool]:
     if eqn.primitive.name == "stop_gradient":
         if HELD_CONSTANT not in str(eqn.source_info.name_stack):
             return [False]
-    return [any(marks)] * len(eqn.outvars)
+    return _values_depend(eqn, marks)
 
 
 def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
@@ -43,17 +51,23 @@ def leaves_with_influence(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[boo
     return [any(row) for row in influences(fn, x)]
 
 
-def influences(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[list[bool]]:
+def influences(
+    fn: Callable[[PyTree], PyTree], x: PyTree, *, despite_stop_gradient: bool = False
+) -> list[list[bool]]:
     """For each leaf of `x` (arrays only), which leaves of `fn(x)` can change with it."""
     jaxpr = jax.make_jaxpr(fn)(x).jaxpr
     rows = np.eye(len(jaxpr.invars), dtype=bool).tolist()
-    return [dependence(jaxpr, row) for row in rows]
+    held = despite_stop_gradient
+    return [dependence(jaxpr, row, despite_stop_gradient=held) for row in rows]
 
 
-def depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+def depends(
+    fn: Callable[[PyTree], PyTree], x: PyTree, *, despite_stop_gradient: bool = False
+) -> bool:
     """Whether any output of `fn(x)` can change with any leaf of `x` (arrays only)."""
     jaxpr = jax.make_jaxpr(fn)(x).jaxpr
-    return any(dependence(jaxpr, [True] * len(jaxpr.invars)))
+    marks, held = [True] * len(jaxpr.invars), despite_stop_gradient
+    return any(dependence(jaxpr, marks, despite_stop_gradient=held))
 
 
 def evaluate_tracing_scale(

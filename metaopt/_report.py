@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from ._results import RESULTS
@@ -197,7 +198,7 @@ class History(eqx.Module):
         `hyper` is a column of its own, such as `hyper.log_decay[2]`.
         """
         columns = {name: column for name, column in vars(self).items() if name != "hyper"}
-        floats = eqx.filter(self.hyper, eqx.is_inexact_array_like)
+        floats = eqx.filter(self.hyper, _is_float)
         for name, leaf in zip(leaf_names(floats, "hyper"), jax.tree.leaves(floats)):
             for index in np.ndindex(leaf.shape[1:]):
                 column = f"{name}{list(index)}" if index else name
@@ -282,6 +283,11 @@ class BilevelSolution(eqx.Module):
         values = np.append(self.history.outer_loss, np.asarray(self.outer_loss))
         finite = values[np.isfinite(values)]
         return float(finite.min()) if finite.size else float("nan")
+
+
+def _is_float(x: Any) -> bool:
+    # `equinox.is_inexact_array_like` does not know bfloat16 in NumPy.
+    return isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _values(x: Any) -> np.ndarray:

@@ -1,12 +1,16 @@
 """Training from scratch on a schedule of `hyper` that a run has found."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from ._adjoint import UnrolledAdjoint
+from ._best_response import best_responses, ordinary
 from ._data import AbstractData, as_data
 from ._problem import AbstractInnerProblem, BilevelProblem
 from ._report import Solution
@@ -37,7 +41,8 @@ def retrain(
 
     - `problem`: the inner problem, one that minimises a loss, or the bilevel problem.
     - `schedule`: a pytree like `hyper` whose arrays have a leading axis of stages, such
-        as `solution.history.hyper`. Each stage is used for an equal share of the steps.
+        as `solution.history.hyper` (`hyper` after each outer step). Each stage is used for
+        an equal share of the steps.
     - `train`: arrays, or a source of batches.
     - `solver`: how to train, such as `metaopt.Descent(optax.adam(1e-3), num_steps=1000)`.
     - `params`, `model_state`, `key`, `throw`: as in [`metaopt.solve_inner`][]. The
@@ -65,25 +70,40 @@ def retrain(
             "as `solution.history.hyper` does; got shapes "
             f"{[leaf.shape for leaf in leaves]}."
         )
+    if not isinstance(solver.transform, optax.GradientTransformation):
+        raise ValueError(
+            "`solver` makes its transform from `hyper`, and there is one for each stage "
+            "here. Give it a transform, whose own schedule can go by its steps, such as "
+            f"`{DESCENT_EXAMPLE}`."
+        )
     ((num_stages,),) = lengths
-    staged = _Staged(inner, num_stages, solver.num_steps)
-    return solve_inner(
-        staged,
+    if num_stages > solver.num_steps:
+        raise ValueError(
+            f"`schedule` has {num_stages} stages and `solver` takes {solver.num_steps} "
+            "steps. Give it at least one for each stage."
+        )
+    data = as_data(canonical_arrays(train, "train"), "train")
+    solution = solve_inner(
+        _Staged(inner),
         schedule,
         params,
-        _Numbered(as_data(canonical_arrays(train, "train"), "train")),
+        _InStages(data, num_stages),
         solver=solver,
         adjoint=UnrolledAdjoint(),
         model_state=model_state,
         key=key,
         throw=throw,
     )
+    if not best_responses(solution.value):
+        return solution
+    return dataclasses.replace(solution, value=ordinary(solution.value))
 
 
-class _Numbered(AbstractData):
-    """Batches with the number of the step that each is for."""
+class _InStages(AbstractData):
+    """Batches with the number of the stage that each is for."""
 
     data: AbstractData
+    num_stages: int = eqx.field(static=True)
 
     @property
     def varies(self):
@@ -93,11 +113,12 @@ class _Numbered(AbstractData):
         self.data.check(num_steps)
 
     def plan(self, key, num_steps):
-        return jnp.arange(num_steps), self.data.plan(key, num_steps)
+        stages = np.arange(num_steps) * self.num_stages // num_steps
+        return jnp.asarray(stages), self.data.plan(key, num_steps)
 
     def batch(self, draw):
-        index, inner = draw
-        return index, self.data.batch(inner)
+        stage, inner = draw
+        return stage, self.data.batch(inner)
 
     def full(self):
         raise ValueError("A schedule has no batch of its own.")
@@ -107,15 +128,11 @@ class _Staged(AbstractInnerProblem):
     """An inner problem whose `hyper` has one row for each stage of the run."""
 
     problem: AbstractInnerProblem
-    num_stages: int = eqx.field(static=True)
-    num_steps: int = eqx.field(static=True)
     has_aux: bool = eqx.field(static=True)
     has_state: bool = eqx.field(static=True)
 
-    def __init__(self, problem: AbstractInnerProblem, num_stages: int, num_steps: int):
+    def __init__(self, problem: AbstractInnerProblem):
         self.problem = problem
-        self.num_stages = num_stages
-        self.num_steps = num_steps
         self.has_aux = problem.has_aux
         self.has_state = problem.has_state
 
@@ -123,11 +140,8 @@ class _Staged(AbstractInnerProblem):
         return self.problem.init(_row(hyper, 0), key)
 
     def loss(self, params, hyper, batch, *, key, state=None):
-        step, batch = batch
-        # In this order, so that no product overflows.
-        stage = (step * (self.num_stages / self.num_steps)).astype(int)
-        row = _row(hyper, jnp.minimum(stage, self.num_stages - 1))
-        out = self.problem.evaluate(params, row, batch, key, state)
+        stage, batch = batch
+        out = self.problem.evaluate(params, _row(hyper, stage), batch, key, state)
         parts = (out.value,)
         if self.has_state:
             parts += (out.state,)

@@ -206,6 +206,7 @@ class _Run:
                     callback(index, self.state, info)
                 if throw and _failed(info.report.result):
                     self.state = before  # without the update that is not to be trusted
+                    self.path[-1:] = self._hyper_now()
                     return
                 norm = self.rows[-1]["hypergradient_norm"]
                 if atol is not None and norm <= atol:
@@ -257,19 +258,24 @@ class _Run:
         fields = vars(info.report)
         row = {name: _scalar(fields[name], name) for name in _COLUMNS}
         self.rows.append({**row, "seconds": seconds})
-        if self.keeps_path:
-            hyper = self.solver.hyper(self.state)
-            self.path.append(jax.tree.map(_on_host, hyper))
+        self.path += self._hyper_now()
         self.num_skipped += int(not bool(info.updated))
         if _failed(info.report.result) and not _failed(self.result):
             self.result = info.report.result
+
+    def _hyper_now(self) -> list[Hyper]:
+        if not self.keeps_path:
+            return []
+        return [jax.tree.map(_on_host, self.solver.hyper(self.state))]
 
     def _hyper_path(self) -> Hyper | None:
         if not self.path:
             return None
 
         def stacked(first, *others):
-            if not eqx.is_inexact_array_like(first):
+            if not (
+                isinstance(first, np.ndarray) and jnp.issubdtype(first.dtype, jnp.inexact)
+            ):
                 return first
             return np.stack([first, *others])
 

@@ -19,7 +19,7 @@ import pytest
 
 import metaopt as mo
 from jaxprs import operations
-from metaopt._best_response import moved, response_filter
+from metaopt._best_response import bind_at_centre, moved, response_filter
 from problems import relative_error
 
 
@@ -329,7 +329,7 @@ def outcomes(name: str, tied: bool) -> tuple[Any, Any]:
 
     @eqx.filter_jit
     def both(model, e, inputs):
-        zero = ft.partial(mo.nn.bind, centred=True)
+        zero = bind_at_centre
 
         return (
             outcome(case, mo.nn.bind, zero, mo.nn.squared_norm, model, e, inputs),
@@ -370,7 +370,7 @@ def test_derivative_at_zero_under_jit(jit):
     def derivative(at):
         return jax.jvp(outputs(at), (0 * e,), (e,))
 
-    got = derivative(ft.partial(mo.nn.bind, centred=True))
+    got = derivative(bind_at_centre)
     assert got[0].shape == got[1].shape == (NUM_EXAMPLES, 3)
     assert relative_error(got, derivative(dense)) < ROUNDING
 
@@ -382,7 +382,8 @@ def test_a_second_forward_pass_at_zero_costs_nothing():
     def num_products(centred):
         @jax.jit
         def both(e, inputs):
-            bind = lambda vector: mo.nn.bind(model, vector, centred=centred)
+            chosen = bind_at_centre if centred else mo.nn.bind
+            bind = lambda vector: chosen(model, vector)
             first = case.batch(bind, e, inputs)[0]
             return first, case.batch(lambda _: model, e, inputs)[0]
 
@@ -475,7 +476,7 @@ def test_no_weights_for_each_example(name, tied):
         everything = ft.partial(outcome, case, at, at_zero, squared_norm)
         return largest(everything, model, vectors(size), case.inputs(size))
 
-    zero = ft.partial(mo.nn.bind, centred=True)
+    zero = bind_at_centre
     assert of(mo.nn.bind, zero, mo.nn.squared_norm) < limit
     # That the test would see them.
     assert of(dense, zero, mo.nn.squared_norm) >= limit

@@ -50,8 +50,9 @@ def cost(loss, params):
     step = jax.jit(jax.grad(lambda moving: loss(eqx.combine(moving, fixed))))
     compiled = step.lower(moving).compile()
     memory = compiled.memory_analysis()
-    assert memory is not None
-    return compiled.cost_analysis()["flops"], memory.temp_size_in_bytes
+    analysis = compiled.cost_analysis()
+    assert memory is not None and analysis is not None
+    return analysis["flops"], memory.temp_size_in_bytes
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,7 @@ def best_response(problem, method, tied):
     coordinates, groups = Coordinates(HYPER), cut(DATA, 1, "train")
 
     def loss(params):
-        out = method.train(
-            problem, params, coordinates, HYPER, noise, groups, keys, None
-        )
+        out = method.train(problem, params, coordinates, HYPER, noise, groups, keys, None)
         return out.total
 
     return cost(loss, params)

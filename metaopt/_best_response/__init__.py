@@ -13,6 +13,7 @@ from ._layer import (
     AbstractBestResponse as AbstractBestResponse,
     best_responses as best_responses,
     bind as bind,
+    bind_at_centre as bind_at_centre,
     moved as moved,
     ordinary as ordinary,
     response_filter as response_filter,

@@ -1,6 +1,7 @@
 """How one array of a layer responds to a perturbation."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +20,10 @@ class AbstractArrayResponse(eqx.Module):
     @abc.abstractmethod
     def num_hyper(self) -> int:
         """The length of the perturbation."""
+
+    @abc.abstractmethod
+    def check(self, general: Any, whose: str) -> None:
+        """Raises a `ValueError` unless the response fits an array."""
 
     @abc.abstractmethod
     def effective(self, general: Array, perturbation: Perturbation) -> Array:
@@ -52,6 +57,15 @@ class RowScaling(AbstractArrayResponse):
     @property
     def num_hyper(self):
         return self.scale.shape[-1]
+
+    def check(self, general, whose):
+        _check_shape(self.scale, (general.shape[self.axis],), f"`scale` in {whose}")
+        weight: Any = self.weight
+        if eqx.is_array(weight) and weight.shape != general.shape:
+            raise ValueError(
+                f"`weight` in {whose} must have the shape {general.shape} of the array "
+                f"that responds; got {weight.shape}."
+            )
 
     def effective(self, general, perturbation):
         weight = general if self.weight is None else self.weight
@@ -95,9 +109,18 @@ class Shift(AbstractArrayResponse):
     def num_hyper(self):
         return self.shift.shape[-1]
 
+    def check(self, general, whose):
+        _check_shape(self.shift, general.shape, f"`shift` in {whose}")
+
     def effective(self, general, perturbation):
         return perturbation.added(general, self.shift)
 
     def squared_norm(self, general, perturbation):
         array = self.effective(general, perturbation)
         return tree_dot(array, array)
+
+
+def _check_shape(array: Any, rows: tuple[int, ...], whose: str) -> None:
+    if eqx.is_array(array) and array.shape[:-1] != rows:
+        expected = ", ".join(map(str, (*rows, "num_hyper")))
+        raise ValueError(f"{whose} must have shape ({expected}); got {array.shape}.")

@@ -45,6 +45,17 @@ class AbstractBestResponse(eqx.Module):
             return self.array(name)
         return getattr(self.layer, name)
 
+    def __check_init__(self):
+        for name, response in self.response.items():
+            general, kind = vars(self.layer).get(name), type(self.layer).__name__
+            if not isinstance(response, AbstractArrayResponse) or isinstance(general, bool):
+                continue  # a pytree of marks
+            if general is None:
+                raise ValueError(
+                    f"`response` has an entry `{name}`, but the `{kind}` has no such array."
+                )
+            response.check(general, f"response['{name}'] of a `{kind}`")
+
     @property
     def num_hyper(self) -> int:
         """The length of the perturbation that the layer can be bound to."""
@@ -116,17 +127,14 @@ def _map_layers(fn, model: _T) -> _T:
     )
 
 
-def bind(model: _T, vector: Float[Array, " num_hyper"], *, centred: bool = False) -> _T:
+def bind(model: _T, vector: Float[Array, " num_hyper"]) -> _T:
     """Binds the best-response layers of a model to outer variables.
 
     **Arguments:**
 
     - `model`: any pytree with best-response layers in it.
-    - `vector`: what they answer to, of shape `(num_hyper,)`: all floating-point numbers
-        of `hyper`, or how far these are from the centre of the response.
-    - `centred`: promises that `vector` is zero and that only its tangent counts, as in
-        `jax.jvp`, which then costs less. First derivatives in `vector` only: a second
-        one would be wrong without notice.
+    - `vector`: what they answer to, of shape `(num_hyper,)`: how far the numbers in
+        `hyper` are from those that the response is written around.
 
     **Returns:**
 
@@ -148,6 +156,19 @@ def bind(model: _T, vector: Float[Array, " num_hyper"], *, centred: bool = False
     y = mo.nn.bind(model, jnp.array([0.1, 0.0, -0.2]))(jnp.ones(4))
     ```
     """
+    return _bound(model, vector, centred=False)
+
+
+def bind_at_centre(model: _T, zero: Float[Array, " num_hyper"]) -> _T:
+    """Binds the best-response layers of a model for a first derivative at zero.
+
+    Only the tangent of the vector counts, as in `jax.jvp`, and it is taken once: a second
+    derivative would be wrong without notice.
+    """
+    return _bound(model, zero, centred=True)
+
+
+def _bound(model: _T, vector: Float[Array, " num_hyper"], *, centred: bool) -> _T:
     shape = jnp.shape(vector)
     if not best_responses(model):
         raise ValueError(

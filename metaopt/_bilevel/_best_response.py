@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._best_response import bind, moved, ordinary, response_filter
-from .._dependence import depends
+from .._best_response import bind, bind_at_centre, moved, ordinary, response_filter
+from .._dependence import depends, influences
 from .._detach import stop_gradient
 from .._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
+from .._tree import leaf_names
 from .._types import Aux, FloatScalar, Key, ModelState, Params
 from ._perturbed import Coordinates, Groups, mean_state
 
@@ -57,20 +58,27 @@ class AbstractBestResponseMethod(eqx.Module):
     def check(self, problem: BilevelProblem) -> None:
         """Raises a `ValueError` for a problem that does not fit."""
 
-    @abc.abstractmethod
-    def response(self, params: Params, hyper: Numbers, change: Numbers) -> Params:
-        """The ordinary params that are the learned best response to `hyper + change`.
+    def response(self, params: Params, change: Numbers) -> Params:
+        """The ordinary params that are the learned best response to a change of `hyper`.
 
         **Arguments:**
 
-        - `params`: with best-response layers, trained around `hyper`.
-        - `hyper`: the present outer variables, as a vector.
-        - `change`: how far from it, of the same shape.
+        - `params`: with best-response layers, trained around the present `hyper`.
+        - `change`: how far from that, of shape `(num_hyper,)`.
 
         **Returns:**
 
         A pytree with ordinary layers.
         """
+        return ordinary(params, change)
+
+    def follow(self, params: Params, change: Numbers) -> Params:
+        """The params once `hyper` has changed: general weights gone along the response.
+
+        The function of `hyper` that they are stays the same and is written around the new
+        one: what changed before is no part of what the response answers to.
+        """
+        return moved(params, change)
 
     @abc.abstractmethod
     def train(
@@ -130,38 +138,36 @@ class AbstractBestResponseMethod(eqx.Module):
         An `OuterGradient`.
         """
 
-    @abc.abstractmethod
-    def follow(self, params: Params, change: Numbers) -> Params:
-        """The params after `hyper` has changed."""
-
 
 class STN(AbstractBestResponseMethod):
     r"""Self-tuning networks (MacKay et al., 2019).
 
-    The network answers to `hyper` itself, and general weights and response are trained
-    together on the inner loss at perturbed `hyper`,
+    General weights and response are trained together on the inner loss at perturbed
+    `hyper`,
 
-    $$\min_{W, \Theta} \; \mathbb{E}_\epsilon\, loss(W + \Theta (\lambda + \epsilon),
+    $$\min_{W, \Theta} \; \mathbb{E}_\epsilon\, loss(W + \Theta \epsilon,
     \lambda + \epsilon).$$
 
     Works for any loss. What it converges to is the best response up to an error that
     grows with the square of the scale of the perturbation; [`metaopt.DeltaSTN`][] has
-    none of that, costs a little more and needs the loss in two parts.
+    less of that, costs a little more and needs the loss in two parts.
+
+    In the paper the response is a function of $\lambda + \epsilon$, of which this is the
+    same function written around the present $\lambda$ (general weights follow it). There,
+    what trains the general weights trains the response as well, in proportion to
+    $\lambda$: where that is far from zero, it is no response any more.
     """
 
     def check(self, problem):
         _check_kind(problem, AbstractInnerProblem, "AbstractInnerProblem")
 
-    def response(self, params, hyper, change):
-        return ordinary(params, hyper + change)
-
     def train(
         self, problem, params, coordinates, hyper, perturbations, groups, keys, state
     ):
         def one(rows, perturbation, key):
-            at = hyper + perturbation
-            model = bind(params, coordinates.seen(at))
-            out = problem.evaluate(model, coordinates.hyper(at), rows, key, state)
+            perturbed = coordinates.hyper(hyper + perturbation)
+            model = bind(params, coordinates.seen(perturbation))
+            out = problem.evaluate(model, perturbed, rows, key, state)
             return out.value, out.state
 
         values, states = groups.map(one, perturbations, keys)
@@ -181,24 +187,21 @@ class STN(AbstractBestResponseMethod):
         state,
         learns_scale,
     ):
-        def mean(hyper, log_scale):
+        def mean(centre, log_scale):
             def one(rows, noise, key):
-                at = hyper + jnp.exp(log_scale) * noise
-                model = bind(params, coordinates.seen(at))
-                return problem.evaluate_outer(
-                    model, coordinates.hyper(at), rows, key, state
-                )
+                change = centre + jnp.exp(log_scale) * noise
+                model = bind(params, coordinates.seen(change))
+                at = coordinates.hyper(hyper + change)
+                value, aux = problem.evaluate_outer(model, at, rows, key, state)
+                return value, eqx.filter(aux, eqx.is_array)
 
             values, aux = groups.map(one, noise, keys)
             return jnp.mean(values), aux
 
         (value, aux), gradients = jax.value_and_grad(mean, (0, 1), has_aux=True)(
-            hyper, log_scale
+            jnp.zeros_like(hyper), log_scale
         )
         return OuterGradient(value, aux, *gradients)
-
-    def follow(self, params, change):
-        return params  # it answers to `hyper` itself
 
 
 class DeltaSTN(AbstractBestResponseMethod):
@@ -212,23 +215,24 @@ class DeltaSTN(AbstractBestResponseMethod):
     \lambda + \epsilon\big),$$
 
     so that neither disturbs the other, and what is differentiated in the outer loss is
-    the Jacobian of the best response itself. Where the loss is quadratic in what the
-    network predicts, the response that is found is that of the implicit function
-    theorem with the curvature of Gauss and Newton, whatever the scale of $\epsilon$.
+    the Jacobian of the best response itself. Where the criterion is quadratic in what the
+    network predicts, and `hyper` acts in the criterion alone, the response that is found
+    is that of the implicit function theorem with the curvature of Gauss and Newton,
+    whatever the scale of $\epsilon$. What acts in `predict`, as dropout does, is sampled
+    as it is, at the price of another forward pass, of noise, and of an error that grows
+    with the square of the scale.
 
-    Needs a loss in two parts, an [`metaopt.AbstractPredictionProblem`][]. There are three
-    differences from the paper: the criterion is linearised in `hyper` as well, which
-    removes an error that grows with the square of the scale (what acts inside `predict`,
-    as dropout does, is sampled as it is); the hypergradient is taken at the centre, and
-    not averaged over perturbations; and as `hyper` moves the general weights move along
-    the learned response.
+    Needs a loss in two parts, an [`metaopt.AbstractPredictionProblem`][], whose criterion
+    has a derivative in `hyper`. There are four differences from the paper: the criterion
+    is linearised in `hyper` as well, which removes an error that grows with the square of
+    the scale; a part of the loss whose mean over perturbations is zero is left out where
+    all of `hyper` acts in the criterion; the hypergradient is taken at the centre, and not
+    averaged over perturbations; and as `hyper` moves the general weights move along the
+    learned response.
     """
 
     def check(self, problem):
         _check_kind(problem, AbstractPredictionProblem, "AbstractPredictionProblem")
-
-    def response(self, params, hyper, change):
-        return ordinary(params, change)
 
     def train(
         self, problem, params, coordinates, hyper, perturbations, groups, keys, state
@@ -239,23 +243,28 @@ class DeltaSTN(AbstractBestResponseMethod):
         held = eqx.combine(response, stop_gradient(general))
         centre, zero = coordinates.hyper(hyper), jnp.zeros_like(hyper)
         samples = self._samples(problem, params, coordinates, hyper, groups, keys, state)
+        self._check_criterion(problem, params, coordinates, hyper, groups, keys, state)
 
         def one(rows, perturbation, key):
             perturbed = coordinates.hyper(hyper + perturbation)
 
-            def predict(params, change):
-                model = bind(params, change, centred=True)
-                out, new = problem.evaluate_predictions(model, perturbed, rows, key, state)
+            def predict(params, change, hyper):
+                model = bind_at_centre(params, coordinates.seen(change))
+                out, new = problem.evaluate_predictions(model, hyper, rows, key, state)
                 moving, rest = eqx.partition(out, eqx.is_inexact_array)
                 return moving, (rest, new)
 
-            # Once for the general weights and once for the response: XLA sees that the
-            # two forward passes are the same and keeps one.
-            moving, (rest, new) = predict(params, zero)
-            base, tangent, _ = jax.jvp(
-                lambda change: predict(held, change), (zero,), (perturbation,), has_aux=True
+            # Once for the general weights and once for the response: where `hyper` does
+            # not act here, XLA sees that the two are the same and keeps one.
+            moving, (unperturbed_rest, new) = predict(params, zero, centre)
+            base, tangent, (rest, _) = jax.jvp(
+                lambda change: predict(held, change, perturbed if samples else centre),
+                (zero,),
+                (perturbation,),
+                has_aux=True,
             )
             base, rest = stop_gradient((base, rest))
+            seen = coordinates.seen(perturbation)
 
             def criterion(out, change, at):
                 out, params = eqx.combine(out, rest), bind(held, change)
@@ -264,7 +273,7 @@ class DeltaSTN(AbstractBestResponseMethod):
 
             changed = jax.tree.map(jnp.add, base, tangent)
             value, change = jax.jvp(
-                lambda at: criterion(changed, perturbation, at), (hyper,), (perturbation,)
+                lambda at: criterion(changed, seen, at), (hyper,), (perturbation,)
             )
             response = value + change
             if not samples:
@@ -272,10 +281,10 @@ class DeltaSTN(AbstractBestResponseMethod):
                 _, linear = jax.jvp(
                     lambda out, change: criterion(out, change, hyper),
                     (base, zero),
-                    (tangent, perturbation),
+                    (tangent, seen),
                 )
                 response -= linear
-            out = eqx.combine(moving, rest)
+            out = eqx.combine(moving, unperturbed_rest)
             loss, _ = problem.evaluate_criterion(out, params, centre, rows, key)
             return loss, response, new
 
@@ -297,7 +306,7 @@ class DeltaSTN(AbstractBestResponseMethod):
         learns_scale,
     ):
         def at_centre(change):
-            model = bind(params, coordinates.seen(change), centred=True)
+            model = bind_at_centre(params, coordinates.seen(change))
             at = coordinates.hyper(hyper + change)
             return problem.evaluate_outer(model, at, groups.whole(), keys[0], state)
 
@@ -305,7 +314,7 @@ class DeltaSTN(AbstractBestResponseMethod):
             def one(rows, noise, key):
                 change = jnp.exp(log_scale) * noise
                 at = coordinates.hyper(hyper + change)
-                model = bind(params, change)
+                model = bind(params, coordinates.seen(change))
                 return problem.evaluate_outer(model, at, rows, key, state)[0]
 
             return jnp.mean(groups.map(one, noise, keys))
@@ -315,8 +324,35 @@ class DeltaSTN(AbstractBestResponseMethod):
         of_scale = jax.grad(mean)(log_scale) if learns_scale else zero
         return OuterGradient(value, aux, gradient, of_scale)
 
-    def follow(self, params, change):
-        return moved(params, change)
+    def _check_criterion(
+        self, problem, params, coordinates, hyper, groups, keys, state
+    ) -> None:
+        """What acts in the criterion must do so through its derivative."""
+
+        def criterion(trainable):
+            def one(rows, key):
+                at = coordinates.hyper(hyper)
+                out, _ = problem.evaluate_predictions(params, at, rows, key, state)
+                at = eqx.combine(trainable, coordinates.rest)
+                return problem.evaluate_criterion(out, params, at, rows, key)[0]
+
+            return groups.map(one, keys)
+
+        at = coordinates.trainable(hyper)
+        acts = influences(criterion, at, despite_stop_gradient=True)
+        slopes = influences(lambda t: jax.jvp(criterion, (at,), (t,))[1], at)
+        unseen = [
+            f"`{name}`"
+            for name, a, b in zip(leaf_names(at, "hyper"), acts, slopes, strict=True)
+            if any(a) and not any(b)
+        ]
+        if unseen:
+            raise ValueError(
+                "`DeltaSTN` takes the derivative of the criterion in `hyper`, which is "
+                f"zero by construction for {', '.join(unseen)} (rounding, comparisons, "
+                "random draws). Let it act in `predict`, which is sampled, or use "
+                "`method=metaopt.STN()`."
+            )
 
     def _samples(self, problem, params, coordinates, hyper, groups, keys, state) -> bool:
         """Whether `hyper` acts on what is predicted, so that its effect is sampled."""
@@ -329,7 +365,7 @@ class DeltaSTN(AbstractBestResponseMethod):
 
             return groups.map(one, keys)
 
-        return depends(predict, hyper)
+        return depends(predict, hyper, despite_stop_gradient=True)
 
 
 def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:
@@ -341,7 +377,7 @@ def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:
             f"`DeltaSTN` linearises what the network predicts, and `{given}` does not say "
             "what that is. Write the inner problem in two parts, as a "
             "`metaopt.AbstractPredictionProblem` or `metaopt.PredictionProblem`, or use "
-            "`response=metaopt.STN()`, which takes any loss."
+            "`method=metaopt.STN()`, which takes any loss."
         )
     raise ValueError(
         f"A best-response network is trained on an inner loss, and `{given}` has none: "

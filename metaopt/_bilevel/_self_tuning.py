@@ -1,5 +1,6 @@
 """The self-tuning solver: one run trains a best-response network and tunes `hyper`."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -53,6 +54,8 @@ class SelfTuningState(eqx.Module):
     - `general_state`, `response_state`, `hyper_state`, `scale_state`: the states of the
         optimizers.
     - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
+    - `method`: how the network is trained.
+    - `drawn`: whether the problem's `init` drew the initial params.
     """
 
     hyper: Hyper
@@ -65,6 +68,8 @@ class SelfTuningState(eqx.Module):
     scale_state: PyTree
     key: Key
     num_steps: IntScalar
+    method: AbstractBestResponseMethod
+    drawn: bool = eqx.field(static=True)
 
 
 class SelfTuningSolver(AbstractBilevelSolver):
@@ -179,8 +184,9 @@ class SelfTuningSolver(AbstractBilevelSolver):
         self.response = params if response is None else response
         self.method = method
         self.initial_scale = initial_scale
-        self.entropy_weight = entropy_weight
-        self.scale_bounds = scale_bounds
+        # Python numbers, whose weak type leaves `hyper` in its dtype.
+        self.entropy_weight = float(entropy_weight)
+        self.scale_bounds = float(scale_bounds[0]), float(scale_bounds[1])
         self.train_steps = train_steps
         self.valid_steps = valid_steps
         self.num_rounds = num_rounds
@@ -199,7 +205,8 @@ class SelfTuningSolver(AbstractBilevelSolver):
         self.method.check(problem)
         self._check_data(train, valid)
         init_key, convert_key, check_key, key = jax.random.split(key, 4)
-        if params is None:
+        drawn = params is None
+        if drawn:
             params, model_state = initialise(problem.inner, hyper, init_key)
         check_params(params)
         numbers = Coordinates.vector(hyper)
@@ -238,9 +245,16 @@ class SelfTuningSolver(AbstractBilevelSolver):
             scale_state=None if self.scale is None else self.scale.init(log_scale),
             key=key,
             num_steps=jnp.zeros((), int),
+            method=self.method,
+            drawn=drawn,
         )
 
     def step(self, problem, state, train, valid):
+        if type(state.method) is not type(self.method):
+            raise ValueError(
+                f"`state` comes from a run with `{type(state.method).__name__}()` and goes "
+                f"on with `{type(self.method).__name__}()` here. Use the same `method`."
+            )
         self._check_data(train, valid)  # of an iterator, the first alone is known to `init`
         unreached, left_out, answered = unreached_leaves(
             problem,
@@ -250,6 +264,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
             _one_batch(valid, state.key),
             state.key,
             state.model_state,
+            state.drawn,
         )
         key = jax.random.fold_in(state.key, state.num_steps)
         train_key, valid_key, key = jax.random.split(key, 3)
@@ -302,8 +317,8 @@ class SelfTuningSolver(AbstractBilevelSolver):
 
         A pytree like the params of the inner problem, without best-response layers.
         """
-        hyper = Coordinates.vector(state.hyper)
-        return self.method.response(state.params, hyper, jnp.zeros_like(hyper))
+        zero = jnp.zeros_like(Coordinates.vector(state.hyper))
+        return self.method.response(state.params, zero)
 
     def evaluate(self, problem, state, train, valid):
         params = self.params_at(state)
@@ -363,6 +378,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
             marks,
             gradient,
             trainable,
+            value,
             (self.params, state.general_state),
             (self.response, state.response_state),
         )
@@ -370,17 +386,12 @@ class SelfTuningSolver(AbstractBilevelSolver):
         params = eqx.combine(general.params, response.params, static)
         good = jnp.isfinite(norm) & jnp.isfinite(value) & tree_all_finite(params)
         keep = lambda new, old: tree_where_arrays(good, new, old)
-        new = SelfTuningState(
-            hyper=state.hyper,
+        new = dataclasses.replace(
+            state,
             params=keep(params, state.params),
             model_state=keep(model_state, state.model_state),
-            log_scale=state.log_scale,
             general_state=keep(general.state, state.general_state),
             response_state=keep(response.state, state.response_state),
-            hyper_state=state.hyper_state,
-            scale_state=state.scale_state,
-            key=state.key,
-            num_steps=state.num_steps,
         )
         return new, _Trained(value, norm, good)
 
@@ -414,11 +425,13 @@ class SelfTuningSolver(AbstractBilevelSolver):
         )
         gradient = coordinates.trainable(out.hyper)
         trainable, rest = split_trainable(state.hyper)
-        updates, hyper_state = self.hyper_optimizer.update(
-            gradient, state.hyper_state, trainable
+        optimizer = optax.with_extra_args_support(self.hyper_optimizer)
+        updates, hyper_state = optimizer.update(
+            gradient, state.hyper_state, trainable, value=out.value
         )
         new_hyper = eqx.combine(optax.apply_updates(trainable, updates), rest)
-        params = self.method.follow(state.params, coordinates.vector(new_hyper) - hyper)
+        change = coordinates.seen(coordinates.vector(new_hyper) - hyper)
+        params = self.method.follow(state.params, change)
         norm = tree_scaled_norm(out.hyper)
         good = jnp.isfinite(norm) & jnp.isfinite(out.value)
         # A step that is too long can overflow on the way of the params, too.
@@ -429,22 +442,18 @@ class SelfTuningSolver(AbstractBilevelSolver):
         if self.scale is not None:
             # The entropy of the perturbation is the sum of these, but for a constant.
             of_scale = out.log_scale - self.entropy_weight
-            of_scale = jnp.where(jnp.isfinite(of_scale), of_scale, 0)
+            of_scale = jnp.where(jnp.isfinite(of_scale), coordinates.seen(of_scale), 0)
             updates, scale_state = self.scale.update(of_scale, scale_state, log_scale)
             moved: Any = optax.apply_updates(log_scale, updates)
             low, high = (jnp.log(bound) for bound in self.scale_bounds)
             log_scale = jnp.clip(moved, low, high)
-        new = SelfTuningState(
+        new = dataclasses.replace(
+            state,
             hyper=keep(new_hyper, state.hyper),
             params=keep(params, state.params),
-            model_state=state.model_state,
             log_scale=keep(log_scale, state.log_scale),
-            general_state=state.general_state,
-            response_state=state.response_state,
             hyper_state=keep(hyper_state, state.hyper_state),
             scale_state=keep(scale_state, state.scale_state),
-            key=state.key,
-            num_steps=state.num_steps,
         )
         zeros = sum(jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient))
         return new, _Validated(out.value, out.aux, norm, jnp.asarray(zeros), good)
@@ -523,13 +532,14 @@ class _Updated(eqx.Module):
     state: PyTree
 
 
-def _updated(marks: PyTree, gradient: Vector, params: Vector, general, response):
+def _updated(marks: PyTree, gradient: Vector, params: Vector, value, general, response):
     """The params of two families, each after one step of its own optimizer."""
     out = []
-    for (optimizer, state), keep in ((response, True), (general, False)):
+    for (transform, state), keep in ((response, True), (general, False)):
         mine = jax.tree.map(lambda mark: mark == keep, marks)
         own, own_gradient = eqx.filter(params, mine), eqx.filter(gradient, mine)
-        updates, state = optimizer.update(own_gradient, state, own)
+        optimizer = optax.with_extra_args_support(transform)
+        updates, state = optimizer.update(own_gradient, state, own, value=value)
         out.append(_Updated(optax.apply_updates(own, updates), state))
     response, general = out
     return general, response
@@ -556,14 +566,19 @@ def _one_batch(data: AbstractData, key: Key | None = None) -> Any:
 
 
 def _check_scales(initial_scale: Any, bounds: Any) -> None:
-    if not isinstance(bounds, tuple) or len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+    for bound in bounds if pair else ():
+        check_tolerance(bound, "scale_bounds", optional=False)
+    if not pair or not 0 < bounds[0] < bounds[1]:
         raise ValueError(
             "`scale_bounds` must be a pair of positive numbers, the smaller first; got "
             f"{bounds!r}."
         )
     for scale in jax.tree.leaves(initial_scale):
-        inside = (bounds[0] <= np.asarray(scale)) & (np.asarray(scale) <= bounds[1])
-        if not np.all(inside):
+        number = np.asarray(scale)
+        if isinstance(scale, bool) or not np.issubdtype(number.dtype, np.number):
+            raise ValueError(f"`initial_scale` must be a number; got {scale!r}.")
+        if not np.all((bounds[0] <= number) & (number <= bounds[1])):
             raise ValueError(
                 f"`initial_scale` must lie within `scale_bounds`, {bounds}; got {scale!r}."
             )
@@ -572,7 +587,8 @@ def _check_scales(initial_scale: Any, bounds: Any) -> None:
 def _log_scale(initial: Any, trainable: Vector, numbers: Array) -> Array:
     if jax.tree.structure(initial) == jax.tree.structure(0.0) and np.ndim(initial) == 0:
         return jnp.full_like(numbers, np.log(initial))
-    initial = split_trainable(jax.tree.map(jnp.asarray, initial))[0]
+    as_array = lambda a: jnp.asarray(a, float if isinstance(a, int) else None)
+    initial = split_trainable(jax.tree.map(as_array, initial))[0]
     if jax.tree.structure(initial) != jax.tree.structure(trainable):
         raise ValueError(
             "`initial_scale` must be a number or a pytree like `hyper`, of structure "

@@ -70,7 +70,7 @@ def _judge(name: str, bounds, plains, wholes, means, pairs) -> None:
     # Two draws of dropout differ: by chance, where their mean does not.
     whole, mean = np.mean(wholes), np.mean(means)
     noise = np.std(wholes - means) / len(wholes) ** 0.5
-    if _differ(whole, mean, 6 * noise):
+    if _differ(whole, mean, 6 * noise) or np.isfinite(whole) != np.isfinite(mean):
         raise ValueError(
             f"{name.capitalize()} is no mean over the rows of a batch: it is {whole:.6g} "
             f"on all of them at once and {mean:.6g} on the mean over single ones. "
@@ -111,7 +111,9 @@ def _probe(
         jax.random.normal(k, a.shape, a.dtype) if eqx.is_inexact_array(a) else None
         for a, k in zip(leaves, keys)
     ]
-    vector = 0.3 * jax.random.normal(key, (best_responses(params)[0].num_hyper,))
+    # With these, the response of a weight is as large as the weight.
+    num_hyper = best_responses(params)[0].num_hyper
+    vector = jax.random.rademacher(key, (num_hyper,), float) / num_hyper**0.5
 
     def bound_and_plain(noise, vector):
         moved = [a if b is None else a + b for a, b in zip(leaves, noise)]
@@ -122,7 +124,7 @@ def _probe(
     # At zero any response is none: where it is large, even a small penalty that reads
     # it shows.
     vectors = jnp.stack([vector, jnp.zeros_like(vector)])
-    noises = jax.tree.map(lambda a: jnp.stack([0.3 * a, 100 * a]), noise)
+    noises = jax.tree.map(lambda a: jnp.stack([a, 100 * a]), noise)
     bounds, plains = jax.vmap(bound_and_plain)(noises, vectors)
 
     if groups.num_groups == 1:
@@ -165,9 +167,11 @@ def unreached_leaves(
     valid: Batch,
     key: Key,
     state: ModelState,
+    drawn: bool,
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[bool]]:
     """The leaves of `hyper` that influence nothing; what a learned response leaves out,
-    in words; and for each leaf whether the inner solution depends on it.
+    in words; and for each leaf whether the inner solution depends on it. `drawn` says
+    whether the problem's `init` drew the initial params.
 
     **Raises:**
 
@@ -194,13 +198,14 @@ def unreached_leaves(
         at = eqx.combine(trainable, rest)
         return eqx.filter(initialise(problem.inner, at, key), eqx.is_inexact_array)
 
-    in_inner = [any(row) for row in influences(gradient, trainable)]
+    # The response learns from samples: what has no derivative acts as well.
+    in_inner = [
+        any(row) for row in influences(gradient, trainable, despite_stop_gradient=True)
+    ]
     in_outer = [any(row) for row in influences(outer, trainable)]
     in_start = [False] * len(names)
-    try:
+    if drawn:
         in_start = [any(row) for row in influences(start, trainable)]
-    except ValueError:
-        pass  # a problem without `init`, whose params were handed over
     rows = list(zip(names, in_inner, in_outer, in_start, strict=True))
     zero = [f"`{name}`" for name, a, b, c in rows if c and not (a or b)]
     if zero:

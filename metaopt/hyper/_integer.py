@@ -19,8 +19,9 @@ _NO_DERIVATIVE = (
     "The `value` of a `metaopt.hyper.Integer` is differentiated with respect to `raw`. A "
     "whole number has no derivative: it would be zero whatever the problem, along a path "
     "as well as by implicit differentiation. Tune it with `metaopt.SelfTuningSolver`, "
-    "which perturbs it instead; read `.relaxed`, which has a derivative, in place of "
-    "`.value`; or hold it constant: `jax.lax.stop_gradient(hyper.x).value`."
+    "which perturbs it instead (by `STN()`, if a criterion reads it); read `.relaxed`, "
+    "which has a derivative, in place of `.value`; or hold it constant: "
+    "`jax.lax.stop_gradient(hyper.x).value`."
 )
 
 

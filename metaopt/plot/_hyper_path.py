@@ -42,8 +42,8 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
             "`history` holds no path of `hyper`: no step was taken, or `hyper` has more "
             "than 1000 numbers. Record what you need with `callback`."
         )
-    path = values(jax.tree.map(np.asarray, history.hyper))
-    path = eqx.filter(path, eqx.is_inexact_array_like)
+    path = values(history.hyper)
+    path = eqx.filter(path, lambda a: isinstance(a, np.ndarray | jax.Array) and a.ndim)
     names, leaves = leaf_names(path, ""), jax.tree.leaves(path)
     columns = min(_PER_ROW, len(leaves))
     rows = math.ceil(len(leaves) / columns)
@@ -53,7 +53,7 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
     for axes in grid[len(leaves) :]:
         axes.set_visible(False)
     for axes, name, leaf in zip(grid, names, leaves):
-        leaf = np.asarray(leaf)
+        leaf = np.asarray(leaf, np.float64)
         _draw(axes, leaf.reshape(len(leaf), -1))
         axes.set_title(name.removeprefix(".") or "hyper")
         tidy(axes)
