@@ -851,6 +851,17 @@ REFUSED_PROBLEMS = {
         in_one(mean_squared_error, initially),
         "`hyper` is zero by construction.*initial params.*UnrolledAdjoint",
     ),
+    # The outer loss reads it as well, which once hid that the other way is unseen.
+    "initial params and outer loss": (
+        in_one(
+            mean_squared_error,
+            initially,
+            lambda params, hyper, batch: (
+                mean_squared_error(params, hyper, batch) + 0.1 * hyper**2
+            ),
+        ),
+        "`hyper` is zero by construction.*initial params.*UnrolledAdjoint",
+    ),
     "nothing": (in_one(mean_squared_error), "Neither loss depends on `hyper`"),
 }
 

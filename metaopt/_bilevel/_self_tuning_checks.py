@@ -207,11 +207,11 @@ def unreached_leaves(
     if drawn:
         in_start = [any(row) for row in influences(start, trainable)]
     rows = list(zip(names, in_inner, in_outer, in_start, strict=True))
-    zero = [f"`{name}`" for name, a, b, c in rows if c and not (a or b)]
+    zero = [f"`{name}`" for name, a, b, c in rows if c and not a]
     if zero:
         raise ValueError(
             f"The derivative with respect to {', '.join(zero)} is zero by construction "
-            "under `SelfTuningSolver`: it acts on the initial params alone, and a "
+            "under `SelfTuningSolver` where it acts on the initial params, and a "
             "best-response network answers to what enters the inner loss. Use "
             "`metaopt.NestedSolver` with `metaopt.UnrolledAdjoint()`."
         )
