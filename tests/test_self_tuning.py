@@ -879,7 +879,10 @@ def test_dropout_alone_is_not_refused():
     data = mo.FullBatch(ROWS), mo.FullBatch(ROWS)
     for seed in range(10):
         key = jax.random.key(seed)
-        SOLVERS[DELTA].init(problem, HYPER, *data, params=None, model_state=None, key=key)
+        state = SOLVERS[DELTA].init(
+            problem, HYPER, *data, params=None, model_state=None, key=key
+        )
+        assert int(state.num_steps) == 0  # it began, and no `ValueError` was raised
 
 
 def test_the_state_of_another_method_is_refused():

@@ -99,6 +99,7 @@ def is_bias(name: str) -> bool:
 
 
 def is_best_response(x: Any) -> bool:
+    """Whether `x` is a best-response layer, for `is_leaf=`."""
     return isinstance(x, AbstractBestResponse)
 
 
