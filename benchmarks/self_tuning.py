@@ -17,7 +17,7 @@ import optax
 from _work import check_counter, Work
 
 import metaopt as mo
-from metaopt._bilevel import Coordinates, cut
+from metaopt._bilevel import Coordinates, cut, PerturbedBatch
 
 
 NETWORKS = {
@@ -90,18 +90,24 @@ def measured(gradient, params, *arguments):
     return Work(step, *everything).total, memory
 
 
+def perturbed(groups, hyper, noise, arrays, keys):
+    """A batch of these arrays with perturbations of scale 1."""
+    groups = eqx.tree_at(lambda g: g.arrays, groups, arrays)
+    no_logs = jnp.zeros_like(hyper)
+    return PerturbedBatch(groups, Coordinates(hyper), hyper, no_logs, noise, keys)
+
+
 def train_step(problem, method, params, hyper, batch, noise, keys):
     """One training step of a best-response network."""
-    coordinates, groups = Coordinates(hyper), cut(batch, 1, "train")
+    groups = cut(batch, 1, "train")
     trainable, static = eqx.partition(params, eqx.is_inexact_array)
 
     def gradient(trainable, hyper, noise, arrays):
+        batch = perturbed(groups, hyper, noise, arrays, keys)
+
         def loss(trainable):
             full = eqx.combine(trainable, static)
-            batch = eqx.tree_at(lambda g: g.arrays, groups, arrays)
-            return method.train(
-                problem, full, coordinates, hyper, noise, batch, keys, None
-            ).total
+            return method.train(problem, full, batch, None).total
 
         return jax.grad(loss)(trainable)
 
@@ -121,22 +127,13 @@ def plain_step(problem, params, hyper, batch):
 
 def valid_step(problem, method, params, hyper, batch, noise, keys):
     """The hypergradient of one validation step."""
-    coordinates, groups = Coordinates(hyper), cut(batch, 1, "valid")
+    groups = cut(batch, 1, "valid")
     dynamic, static = eqx.partition(params, eqx.is_inexact_array)
 
     def step(dynamic, hyper, noise, arrays):
-        return method.differentiate(
-            problem,
-            eqx.combine(dynamic, static),
-            coordinates,
-            hyper,
-            jnp.zeros_like(hyper),
-            noise,
-            eqx.tree_at(lambda g: g.arrays, groups, arrays),
-            keys,
-            None,
-            False,
-        ).hyper
+        batch = perturbed(groups, hyper, noise, arrays, keys)
+        params = eqx.combine(dynamic, static)
+        return method.differentiate(problem, params, batch, None, False).hyper
 
     return Work(step, dynamic, hyper, noise, groups.arrays).total
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt._bilevel import Coordinates, cut
+from metaopt._bilevel import Coordinates, cut, PerturbedBatch
 
 
 WIDTH, DEPTH, BATCH, NUM_HYPER = 384, 4, 128, 10
@@ -64,11 +64,11 @@ def best_response(problem, method, tied):
     params = mo.nn.self_tuning(MODEL, NUM_HYPER, tied=tied, key=jax.random.key(1))
     noise = jnp.ones((BATCH, NUM_HYPER), jnp.float32)
     keys = jax.random.split(jax.random.key(2), BATCH)
-    coordinates, groups = Coordinates(HYPER), cut(DATA, 1, "train")
+    groups, no_logs = cut(DATA, 1, "train"), jnp.zeros_like(HYPER)
+    batch = PerturbedBatch(groups, Coordinates(HYPER), HYPER, no_logs, noise, keys)
 
     def loss(params):
-        out = method.train(problem, params, coordinates, HYPER, noise, groups, keys, None)
-        return out.total
+        return method.train(problem, params, batch, None).total
 
     return cost(loss, params)
 

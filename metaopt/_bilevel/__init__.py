@@ -10,11 +10,13 @@ from ._best_response import (
     STN as STN,
 )
 from ._nested import NestedSolver as NestedSolver, NestedState as NestedState
-from ._perturbed import Coordinates as Coordinates, cut as cut
-from ._self_tuning import (
-    SelfTuningSolver as SelfTuningSolver,
-    SelfTuningState as SelfTuningState,
+from ._perturbed import (
+    Coordinates as Coordinates,
+    cut as cut,
+    PerturbedBatch as PerturbedBatch,
 )
+from ._self_tuning import SelfTuningSolver as SelfTuningSolver
+from ._self_tuning_steps import SelfTuningState as SelfTuningState
 from ._start import (
     AbstractStart as AbstractStart,
     ColdStart as ColdStart,

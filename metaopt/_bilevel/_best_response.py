@@ -6,18 +6,14 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from .._best_response import bind, bind_at_centre, moved, ordinary, response_filter
 from .._dependence import depends, influences
 from .._detach import stop_gradient
 from .._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
 from .._tree import leaf_names
-from .._types import Aux, FloatScalar, Key, ModelState, Params
-from ._perturbed import Coordinates, Groups, mean_state
-
-
-Numbers = Float[Array, " num_hyper"]
+from .._types import Aux, FloatScalar, ModelState, Params
+from ._perturbed import mean_state, Numbers, PerturbedBatch
 
 
 class TrainingLoss(NamedTuple):
@@ -85,11 +81,7 @@ class AbstractBestResponseMethod(eqx.Module):
         self,
         problem: AbstractInnerProblem,
         params: Params,
-        coordinates: Coordinates,
-        hyper: Numbers,
-        perturbations: Float[Array, "num_groups num_hyper"],
-        groups: Groups,
-        keys: Key,
+        batch: PerturbedBatch,
         state: ModelState,
     ) -> TrainingLoss:
         """The loss of one training step.
@@ -98,10 +90,7 @@ class AbstractBestResponseMethod(eqx.Module):
 
         - `problem`: the inner problem.
         - `params`: with best-response layers.
-        - `coordinates`, `hyper`: the outer variables as a vector.
-        - `perturbations`: for each group, how far `hyper` is moved.
-        - `groups`: the batch.
-        - `keys`: one for each group.
+        - `batch`: the batch, and how `hyper` is perturbed for its groups.
         - `state`: the model state.
 
         **Returns:**
@@ -114,12 +103,7 @@ class AbstractBestResponseMethod(eqx.Module):
         self,
         problem: BilevelProblem,
         params: Params,
-        coordinates: Coordinates,
-        hyper: Numbers,
-        log_scale: Numbers,
-        noise: Float[Array, "num_groups num_hyper"],
-        groups: Groups,
-        keys: Key,
+        batch: PerturbedBatch,
         state: ModelState,
         learns_scale: bool,
     ) -> OuterGradient:
@@ -128,8 +112,6 @@ class AbstractBestResponseMethod(eqx.Module):
         **Arguments:**
 
         - `problem`: the bilevel problem.
-        - `noise`: for each group a perturbation of scale 1.
-        - `log_scale`: the logarithm of the scale of each number.
         - `learns_scale`: whether the derivative in `log_scale` is wanted.
         - the others as for `train`.
 
@@ -161,32 +143,22 @@ class STN(AbstractBestResponseMethod):
     def check(self, problem):
         _check_kind(problem, AbstractInnerProblem, "AbstractInnerProblem")
 
-    def train(
-        self, problem, params, coordinates, hyper, perturbations, groups, keys, state
-    ):
+    def train(self, problem, params, batch, state):
+        coordinates, hyper = batch.coordinates, batch.hyper
+
         def one(rows, perturbation, key):
             perturbed = coordinates.hyper(hyper + perturbation)
             model = bind(params, coordinates.seen(perturbation))
             out = problem.evaluate(model, perturbed, rows, key, state)
             return out.value, out.state
 
-        values, states = groups.map(one, perturbations, keys)
+        values, states = batch.groups.map(one, batch.perturbations, batch.keys)
         loss = jnp.mean(values)
         return TrainingLoss(loss, loss, mean_state(states))
 
-    def differentiate(
-        self,
-        problem,
-        params,
-        coordinates,
-        hyper,
-        log_scale,
-        noise,
-        groups,
-        keys,
-        state,
-        learns_scale,
-    ):
+    def differentiate(self, problem, params, batch, state, learns_scale):
+        coordinates, hyper = batch.coordinates, batch.hyper
+
         def mean(centre, log_scale):
             def one(rows, noise, key):
                 change = centre + jnp.exp(log_scale) * noise
@@ -195,11 +167,11 @@ class STN(AbstractBestResponseMethod):
                 value, aux = problem.evaluate_outer(model, at, rows, key, state)
                 return value, eqx.filter(aux, eqx.is_array)
 
-            values, aux = groups.map(one, noise, keys)
+            values, aux = batch.groups.map(one, batch.noise, batch.keys)
             return jnp.mean(values), aux
 
         (value, aux), gradients = jax.value_and_grad(mean, (0, 1), has_aux=True)(
-            jnp.zeros_like(hyper), log_scale
+            jnp.zeros_like(hyper), batch.log_scale
         )
         return OuterGradient(value, aux, *gradients)
 
@@ -234,16 +206,15 @@ class DeltaSTN(AbstractBestResponseMethod):
     def check(self, problem):
         _check_kind(problem, AbstractPredictionProblem, "AbstractPredictionProblem")
 
-    def train(
-        self, problem, params, coordinates, hyper, perturbations, groups, keys, state
-    ):
+    def train(self, problem, params, batch, state):
         assert isinstance(problem, AbstractPredictionProblem)  # as `check` has seen
         is_response = response_filter(params)
         response, general = eqx.partition(params, is_response)
         held = eqx.combine(response, stop_gradient(general))
+        coordinates, hyper = batch.coordinates, batch.hyper
         centre, zero = coordinates.hyper(hyper), jnp.zeros_like(hyper)
-        samples = self._samples(problem, params, coordinates, hyper, groups, keys, state)
-        self._check_criterion(problem, params, coordinates, hyper, groups, keys, state)
+        samples = _samples(problem, params, batch, state)
+        _check_criterion(problem, params, batch, state)
 
         def one(rows, perturbation, key):
             perturbed = coordinates.hyper(hyper + perturbation)
@@ -288,27 +259,18 @@ class DeltaSTN(AbstractBestResponseMethod):
             loss, _ = problem.evaluate_criterion(out, params, centre, rows, key)
             return loss, response, new
 
-        losses, responses, states = groups.map(one, perturbations, keys)
+        losses, responses, states = batch.groups.map(one, batch.perturbations, batch.keys)
         loss = jnp.mean(losses)
         return TrainingLoss(loss + jnp.mean(responses), loss, mean_state(states))
 
-    def differentiate(
-        self,
-        problem,
-        params,
-        coordinates,
-        hyper,
-        log_scale,
-        noise,
-        groups,
-        keys,
-        state,
-        learns_scale,
-    ):
+    def differentiate(self, problem, params, batch, state, learns_scale):
+        coordinates, hyper = batch.coordinates, batch.hyper
+
         def at_centre(change):
             model = bind_at_centre(params, coordinates.seen(change))
             at = coordinates.hyper(hyper + change)
-            return problem.evaluate_outer(model, at, groups.whole(), keys[0], state)
+            rows = batch.groups.whole()
+            return problem.evaluate_outer(model, at, rows, batch.keys[0], state)
 
         def mean(log_scale):
             def one(rows, noise, key):
@@ -317,55 +279,56 @@ class DeltaSTN(AbstractBestResponseMethod):
                 model = bind(params, coordinates.seen(change))
                 return problem.evaluate_outer(model, at, rows, key, state)[0]
 
-            return jnp.mean(groups.map(one, noise, keys))
+            return jnp.mean(batch.groups.map(one, batch.noise, batch.keys))
 
         zero = jnp.zeros_like(hyper)
         (value, aux), gradient = jax.value_and_grad(at_centre, has_aux=True)(zero)
-        of_scale = jax.grad(mean)(log_scale) if learns_scale else zero
+        of_scale = jax.grad(mean)(batch.log_scale) if learns_scale else zero
         return OuterGradient(value, aux, gradient, of_scale)
 
-    def _check_criterion(
-        self, problem, params, coordinates, hyper, groups, keys, state
-    ) -> None:
-        """What acts in the criterion must do so through its derivative."""
 
-        def criterion(trainable):
-            def one(rows, key):
-                at = coordinates.hyper(hyper)
-                out, _ = problem.evaluate_predictions(params, at, rows, key, state)
-                at = eqx.combine(trainable, coordinates.rest)
-                return problem.evaluate_criterion(out, params, at, rows, key)[0]
+def _check_criterion(problem, params, batch, state) -> None:
+    """What acts in the criterion must do so through its derivative."""
+    coordinates, hyper = batch.coordinates, batch.hyper
 
-            return groups.map(one, keys)
+    def criterion(trainable):
+        def one(rows, key):
+            at = coordinates.hyper(hyper)
+            out, _ = problem.evaluate_predictions(params, at, rows, key, state)
+            at = eqx.combine(trainable, coordinates.rest)
+            return problem.evaluate_criterion(out, params, at, rows, key)[0]
 
-        at = coordinates.trainable(hyper)
-        acts = influences(criterion, at, despite_stop_gradient=True)
-        slopes = influences(lambda t: jax.jvp(criterion, (at,), (t,))[1], at)
-        unseen = [
-            f"`{name}`"
-            for name, a, b in zip(leaf_names(at, "hyper"), acts, slopes, strict=True)
-            if any(a) and not any(b)
-        ]
-        if unseen:
-            raise ValueError(
-                "`DeltaSTN` takes the derivative of the criterion in `hyper`, which is "
-                f"zero by construction for {', '.join(unseen)} (rounding, comparisons, "
-                "random draws). Let it act in `predict`, which is sampled, or use "
-                "`method=metaopt.STN()`."
-            )
+        return batch.groups.map(one, batch.keys)
 
-    def _samples(self, problem, params, coordinates, hyper, groups, keys, state) -> bool:
-        """Whether `hyper` acts on what is predicted, so that its effect is sampled."""
+    at = coordinates.trainable(hyper)
+    acts = influences(criterion, at, despite_stop_gradient=True)
+    slopes = influences(lambda t: jax.jvp(criterion, (at,), (t,))[1], at)
+    unseen = [
+        f"`{name}`"
+        for name, a, b in zip(leaf_names(at, "hyper"), acts, slopes, strict=True)
+        if any(a) and not any(b)
+    ]
+    if unseen:
+        raise ValueError(
+            "`DeltaSTN` takes the derivative of the criterion in `hyper`, which is "
+            f"zero by construction for {', '.join(unseen)} (rounding, comparisons, "
+            "random draws). Let it act in `predict`, which is sampled, or use "
+            "`method=metaopt.STN()`."
+        )
 
-        def predict(hyper):
-            def one(rows, key):
-                at = coordinates.hyper(hyper)
-                out, _ = problem.evaluate_predictions(params, at, rows, key, state)
-                return eqx.filter(out, eqx.is_array)
 
-            return groups.map(one, keys)
+def _samples(problem, params, batch, state) -> bool:
+    """Whether `hyper` acts on what is predicted, so that its effect is sampled."""
 
-        return depends(predict, hyper, despite_stop_gradient=True)
+    def predict(hyper):
+        def one(rows, key):
+            at = batch.coordinates.hyper(hyper)
+            out, _ = problem.evaluate_predictions(params, at, rows, key, state)
+            return eqx.filter(out, eqx.is_array)
+
+        return batch.groups.map(one, batch.keys)
+
+    return depends(predict, batch.hyper, despite_stop_gradient=True)
 
 
 def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:

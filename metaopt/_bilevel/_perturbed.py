@@ -1,4 +1,4 @@
-"""Outer variables as a vector that can be perturbed, and batches cut into groups."""
+"""Batches in groups of rows that each see a perturbation of the outer variables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from .._tree import split_trainable
-from .._types import Batch, Hyper, ModelState, PyTree
+from .._types import Batch, Hyper, Key, ModelState, PyTree
+
+
+Numbers = Float[Array, " num_hyper"]
 
 
 class Coordinates(eqx.Module):
@@ -42,15 +45,15 @@ class Coordinates(eqx.Module):
         return jnp.where(self.mask, vector, 0)
 
     @staticmethod
-    def vector(hyper: Hyper) -> Float[Array, " num_hyper"]:
+    def vector(hyper: Hyper) -> Numbers:
         """The floating-point numbers in `hyper`."""
         return ravel_pytree(split_trainable(hyper)[0])[0]
 
-    def trainable(self, vector: Float[Array, " num_hyper"]) -> PyTree:
+    def trainable(self, vector: Numbers) -> PyTree:
         """The trainable part of `hyper` from its numbers."""
         return self.unravel(vector)
 
-    def hyper(self, vector: Float[Array, " num_hyper"]) -> Hyper:
+    def hyper(self, vector: Numbers) -> Hyper:
         """`hyper` from its numbers."""
         return eqx.combine(self.trainable(vector), self.rest)
 
@@ -119,6 +122,43 @@ def cut(batch: Batch, size: int | None, name: str) -> Groups:
         return leaf.reshape(num_groups, leaf.shape[0] // num_groups, *leaf.shape[1:])
 
     return Groups(jax.tree.map(split, arrays), rest, num_groups)
+
+
+class PerturbedBatch(eqx.Module):
+    """A batch in groups, with a perturbation of `hyper` for each.
+
+    **Attributes:**
+
+    - `groups`: the batch.
+    - `coordinates`, `hyper`: the outer variables as a vector.
+    - `log_scale`: the logarithm of the scale of the perturbation of each number.
+    - `noise`: for each group a perturbation of scale 1.
+    - `keys`: for each group one for what is random in a loss.
+    """
+
+    groups: Groups
+    coordinates: Coordinates
+    hyper: Numbers
+    log_scale: Numbers
+    noise: Float[Array, "num_groups num_hyper"]
+    keys: Key
+
+    @property
+    def perturbations(self) -> Float[Array, "num_groups num_hyper"]:
+        """For each group, how far `hyper` is moved."""
+        return jnp.exp(self.log_scale) * self.noise
+
+
+def perturb(
+    groups: Groups, coordinates: Coordinates, hyper: Hyper, log_scale: Numbers, key: Key
+) -> PerturbedBatch:
+    """A batch with perturbations drawn for it."""
+    noise_key, loss_key = jax.random.split(key)
+    numbers = coordinates.vector(hyper)
+    shape = groups.num_groups, numbers.size
+    noise = coordinates.seen(jax.random.normal(noise_key, shape, numbers.dtype))
+    keys = jax.random.split(loss_key, groups.num_groups)
+    return PerturbedBatch(groups, coordinates, numbers, log_scale, noise, keys)
 
 
 def mean_state(states: ModelState) -> ModelState:

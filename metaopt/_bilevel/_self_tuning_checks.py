@@ -9,6 +9,7 @@ import numpy as np
 from .._best_response import best_responses, bind, conversion, ordinary, response_filter
 from .._dependence import influences
 from .._problem import AbstractInnerProblem, BilevelProblem, initialise
+from .._rewrite import inner_jaxprs
 from .._tree import leaf_names, split_trainable
 from .._types import Batch, Hyper, Key, ModelState, Params
 from ._perturbed import Groups
@@ -17,7 +18,8 @@ from ._perturbed import Groups
 _NUM_PROBES = 8  # groups that are looked at
 _NUM_DRAWS = 16  # of what is random in a loss
 _NUM_PAIRS = 4  # of rows, or groups of them
-_RTOL = 1e-2  # far above what float32 or a bfloat16 product leaves
+_RTOL = 1e-3  # far above what float32 leaves in full precision
+_HALF_RTOL = 5e-2  # and bfloat16, whose numbers are 0.004 apart
 
 _EACH_ITS_OWN = (
     "Each example sees `hyper` perturbed in its own way, so take `jnp.mean` over examples; "
@@ -45,19 +47,25 @@ def check_losses(
         (False, train, "the inner loss"),
         (True, valid, "the outer loss"),
     ):
-        values = _probe(
-            problem, outer, params, hyper, groups.first(_NUM_PROBES), key, state
-        )
+        # Accelerators round what enters a product otherwise.
+        with jax.default_matmul_precision("highest"):
+            values, in_half = _probe(
+                problem, outer, params, hyper, groups.first(_NUM_PROBES), key, state
+            )
         if any(isinstance(value, jax.core.Tracer) for value in values):
             continue  # inside somebody's own `jit`
-        bounds, plains, wholes, means, pairs = (np.asarray(v, float) for v in values)
+        rtol = _HALF_RTOL if in_half else _RTOL
         with np.errstate(invalid="ignore"):
-            _judge(name, bounds, plains, wholes, means, pairs)
+            _judge(name, rtol, *(np.asarray(value, float) for value in values))
 
 
-def _judge(name: str, bounds, plains, wholes, means, pairs) -> None:
+def _judge(name: str, rtol: float, bounds, plains, wholes, means, pairs) -> None:
+    def differ(a, b, atol=0.0):
+        # Infinite and NaN losses are the run's to report.
+        return abs(a - b) > rtol * max(abs(a), abs(b)) + 1e-6 + atol
+
     for bound, plain in zip(bounds, plains):
-        if _differ(bound, plain) or np.isfinite(bound) != np.isfinite(plain):
+        if differ(bound, plain) or np.isfinite(bound) != np.isfinite(plain):
             raise ValueError(
                 f"{name.capitalize()} does not see the response of the params: with "
                 f"best-response layers it is {bound:.6g}, with ordinary layers of the "
@@ -70,14 +78,14 @@ def _judge(name: str, bounds, plains, wholes, means, pairs) -> None:
     # Two draws of dropout differ: by chance, where their mean does not.
     whole, mean = np.mean(wholes), np.mean(means)
     noise = np.std(wholes - means) / len(wholes) ** 0.5
-    if _differ(whole, mean, 6 * noise) or np.isfinite(whole) != np.isfinite(mean):
+    if differ(whole, mean, 6 * noise) or np.isfinite(whole) != np.isfinite(mean):
         raise ValueError(
             f"{name.capitalize()} is no mean over the rows of a batch: it is {whole:.6g} "
             f"on all of them at once and {mean:.6g} on the mean over single ones. "
             f"{_EACH_ITS_OWN}"
         )
     for mixed, alike in pairs:
-        if _differ(mixed, alike):
+        if differ(mixed, alike):
             raise ValueError(
                 f"{name.capitalize()} is no mean over the rows of a batch, which are "
                 f"coupled in it: it is {mixed:.6g} on two rows together and {alike:.6g} on "
@@ -104,6 +112,7 @@ def _probe(
         return inner.evaluate(params, hyper, batch, key, state).value
 
     batch = groups.whole()
+    in_half = _computes_in_half(jax.make_jaxpr(lambda: loss(params, batch, key))())
     response, general = eqx.partition(params, response_filter(params))
     leaves, structure = jax.tree.flatten(response)
     keys = jax.random.split(key, len(leaves))
@@ -128,7 +137,8 @@ def _probe(
     bounds, plains = jax.vmap(bound_and_plain)(noises, vectors)
 
     if groups.num_groups == 1:
-        return bounds, plains, *(jnp.zeros((0,)),) * 2, jnp.zeros((0, 2))
+        none = jnp.zeros(0)
+        return (bounds, plains, none, none, jnp.zeros((0, 2))), in_half
 
     def whole_and_mean(key):
         keys = jax.random.split(key, groups.num_groups)
@@ -151,12 +161,18 @@ def _probe(
     four = jax.vmap(jax.vmap(pair))(jax.tree.map(pairs, groups.arrays))
     coupled = four.reshape(half, 2, 2).mean(axis=2)
     draws = jax.random.split(key, _NUM_DRAWS)
-    return bounds, plains, *jax.lax.map(whole_and_mean, draws), coupled
+    wholes, means = jax.lax.map(whole_and_mean, draws)
+    return (bounds, plains, wholes, means, coupled), in_half
 
 
-def _differ(a: float, b: float, atol: float = 0.0) -> bool:
-    # Infinite and NaN losses are the run's to report.
-    return abs(a - b) > _RTOL * max(abs(a), abs(b)) + 1e-6 + atol
+def _computes_in_half(jaxpr) -> bool:
+    is_half = lambda v: (
+        jnp.issubdtype(v.aval.dtype, jnp.floating) and (jnp.finfo(v.aval.dtype).bits < 32)
+    )
+    return any(
+        any(map(is_half, eqn.outvars)) or any(map(_computes_in_half, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def unreached_leaves(
