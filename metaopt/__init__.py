@@ -11,6 +11,7 @@ from ._adjoint import (
     Blocks as Blocks,
     DualWeighted as DualWeighted,
     ExactCurvature as ExactCurvature,
+    FirstOrderAdjoint as FirstOrderAdjoint,
     ForwardAdjoint as ForwardAdjoint,
     GaussNewton as GaussNewton,
     HypergradientOutput as HypergradientOutput,

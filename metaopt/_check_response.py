@@ -10,8 +10,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ._adjoint import AbstractCurvature, ExactCurvature, GaussNewton
+from ._best_response import ordinary
 from ._bilevel import Coordinates, SelfTuningState
 from ._data import AbstractData, as_data
+from ._dependence import without_derivative
 from ._linear import AbstractLinearSolver, CG, MINRES
 from ._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
 from ._report import BilevelSolution, table
@@ -146,10 +148,13 @@ def check_response(
     - `curvature`: what stands for the Hessian.
     - `step`: with a length, $\partial_{hyper}$ is a central difference of that step in
         each number of `hyper`. Needed where `hyper` acts through operations without a
-        derivative: dropout masks, numbers of things. By default it is exact.
+        derivative: numbers of things, dropout masks (whose rate has a derivative where it
+        rescales what is left, so that nothing shows that there is more). By default it is
+        exact.
     - `num_draws`: over how many draws of its randomness (dropout masks, augmentation) the
-        gradient of the training loss is averaged.
-    - `num_directions`: so many random unit directions instead of all numbers in `hyper`.
+        gradient of the training loss is averaged. The curvature is that of the first.
+    - `num_directions`: so many random unit directions instead of all numbers in `hyper`;
+        at least 5. Slopes and cosines are then over these.
     - `key`: for those draws and directions.
 
     **Returns:**
@@ -158,7 +163,8 @@ def check_response(
 
     **Raises:**
 
-    `ValueError` for arguments that do not fit.
+    `ValueError` for arguments that do not fit, and without `step` for a leaf of `hyper`
+    whose derivative is zero by construction.
     """
     check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
     check_tolerance(step, "step")
@@ -166,7 +172,8 @@ def check_response(
         raise ValueError("`step` must be positive, or `None` for no difference; got 0.")
     check_count(num_draws, "num_draws")
     if num_directions is not None:
-        check_count(num_directions, "num_directions")
+        # Of one or two any response agrees with any other, by chance.
+        check_count(num_directions, "num_directions", 5)
     state = solution.state if isinstance(solution, BilevelSolution) else solution
     check_kind(state, SelfTuningState, "solution", "the solution of a self-tuning run")
     key = canonical_key(key)
@@ -241,11 +248,10 @@ def _measure(
     numbers = coordinates.vector(state.hyper)
 
     def learned(change):
-        params = state.method.response(state.params, change)
-        return split_trainable(params)[0]
+        return split_trainable(ordinary(state.params, change))[0]
 
     zero = jnp.zeros_like(numbers)
-    params = state.method.response(state.params, zero)
+    params = ordinary(state.params, zero)
     trainable, static = split_trainable(params)
 
     def condition(key):
@@ -271,6 +277,17 @@ def _measure(
         ]
 
     slope = ravel_pytree(jax.grad(outer)(trainable))[0]
+    if step is None:
+        of_hyper = lambda hyper: residual(ravel_pytree(hyper)[0])
+        names, marks = leaf_names(hyper, "hyper"), without_derivative(of_hyper, hyper)
+        unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
+        if unseen:
+            raise ValueError(
+                f"The gradient of the training loss depends on {', '.join(unseen)} only "
+                "through operations without a derivative (rounding, comparisons, random "
+                "draws), so that the implicit response would be zero. Write `step=0.3`, "
+                "which takes differences of that step in `hyper`."
+            )
 
     def one(direction):
         if step is None:

@@ -136,12 +136,17 @@ class BatchSequence(AbstractData):
     arrays: PyTree[Any]
 
     @property
+    def num_batches(self) -> int:
+        """The number of batches."""
+        return _num_rows(self.arrays, "BatchSequence")
+
+    @property
     def varies(self):
         return True
 
     def check(self, num_steps):
         _check_arrays(self.arrays, "the data of `BatchSequence`")
-        rows = _num_rows(self.arrays, "BatchSequence")
+        rows = self.num_batches
         if rows < num_steps:
             raise ValueError(
                 f"`BatchSequence` holds {rows} batches but the inner solver takes "

@@ -12,7 +12,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from ._data import AbstractData
-from ._problem import AbstractInnerProblem, AbstractProblem
+from ._problem import AbstractInnerProblem, AbstractProblem, Evaluation, returned
 from ._rewrite import inner_jaxprs
 from ._tree import split_trainable, tree_dot, tree_zeros_like
 from ._types import FloatScalar, Vector
@@ -184,12 +184,7 @@ class _MixedMode(AbstractInnerProblem):
 
         value, extras = mixed_mode_value(evaluate, trainable)
         new_state, aux = eqx.combine(extras, static_extras)
-        parts = [value]
-        if self.has_state:
-            parts.append(new_state)
-        if self.has_aux:
-            parts.append(aux)
-        return tuple(parts) if len(parts) > 1 else value
+        return returned(self, Evaluation(value, new_state, aux))
 
 
 _FIRST = np.zeros((), np.int32)

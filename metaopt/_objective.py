@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
 from ._data import AbstractData, BatchSequence
-from ._dependence import depends, evaluate_tracing_scale
+from ._dependence import check_inner_loss, check_outer_loss, evaluate_tracing_scale
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import split_unreached, zero_message
 from ._report import Report
@@ -108,6 +108,32 @@ class Objective(eqx.Module):
 
         `ValueError` where a derivative is zero by construction.
         """
+        name, output, parts, idle = self.trace(adjoint, hyper, carry)
+        gradient = tree_add(*parts)
+        norm = tree_scaled_norm(gradient)
+        outcome = self.solve.checked(output.outcome, hyper)
+        output = dataclasses.replace(output, outcome=outcome)
+        result = _judge(output, norm)
+        # Where there is no solution there is no hypergradient: a linear solver that
+        # stops at once can leave a zero that looks like one.
+        gradient = _nan_where(_is_void(result), gradient)
+        report = _report(name, output, gradient, norm, result, idle)
+        return output, gradient, report
+
+    def trace(
+        self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
+    ) -> tuple[str, HypergradientOutput, tuple[Vector, Vector], tuple[str, ...]]:
+        """What the adjoint returned, with all that can be said before any number is known.
+
+        **Returns:**
+
+        The name of the adjoint, its output, the two parts of the hypergradient (by way of
+        the solution, and at fixed params), and the leaves that influence nothing.
+
+        **Raises:**
+
+        `ValueError` where a derivative is zero by construction.
+        """
         adjoint.check(self.solve.solver, self.solve.data)
         self._check_inner_loss(hyper)
         name = type(adjoint).__name__
@@ -136,16 +162,7 @@ class Objective(eqx.Module):
         output = eqx.combine(arrays, static_output)
         self._check_outer_loss(output.outcome, hyper)
         idle = self._check_reached(adjoint, hyper, *reached)
-        gradient = tree_add(*parts)
-        norm = tree_scaled_norm(gradient)
-        outcome = self.solve.checked(output.outcome, hyper)
-        output = dataclasses.replace(output, outcome=outcome)
-        result = _judge(output, norm)
-        # Where there is no solution there is no hypergradient: a linear solver that
-        # stops at once can leave a zero that looks like one.
-        gradient = _nan_where(_is_void(result), gradient)
-        report = _report(name, output, gradient, norm, result, idle)
-        return output, gradient, report
+        return name, output, parts, idle
 
     def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
         """The hypergradient as a function of `hyper`, without any checks."""
@@ -175,11 +192,7 @@ class Objective(eqx.Module):
             batch = data.batch(draw)
             return problem.evaluate(full, hyper, batch, self.init_key, model_state).value
 
-        if not depends(loss, trainable):
-            raise ValueError(
-                "The inner loss does not depend on `params`, so there is nothing to "
-                "solve. Compute it from its first argument."
-            )
+        check_inner_loss(loss, trainable)
 
     def _check_outer_loss(self, outcome: Outcome, hyper: Hyper) -> None:
         trainable, static = split_trainable(outcome.params)
@@ -188,11 +201,7 @@ class Objective(eqx.Module):
             full = eqx.combine(trainable, static)
             return self.outer(full, hyper, outcome.model_state)[0]
 
-        if not depends(loss, trainable):
-            raise ValueError(
-                "The outer loss does not depend on `params`, so the inner problem has no "
-                "effect on it. Compute it from its first argument."
-            )
+        check_outer_loss(loss, trainable)
 
     def _check_reached(
         self, adjoint: AbstractAdjoint, hyper: Hyper, solution: Vector, direct: Vector
@@ -201,9 +210,11 @@ class Objective(eqx.Module):
         as well would hide that its way through the inner solution is not."""
         outcome = lambda h: self.primal(h)[1]
         reached = jax.tree.leaves(solution)
-        zero, idle = split_unreached(reached, lambda h: _solution_of(outcome(h)), hyper)
-        if zero:
-            raise ValueError(zero_message(zero, adjoint))
+        if adjoint.sees_inner_loss:
+            acts = lambda h: _solution_of(outcome(h))
+            zero, _ = split_unreached(reached, acts, hyper)
+            if zero:
+                raise ValueError(zero_message(zero, adjoint))
         reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
         zero, idle = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
         if zero:

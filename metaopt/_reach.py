@@ -47,6 +47,12 @@ def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
     """The text of the error about a derivative that is zero by construction."""
     listed = ", ".join(names)
     kind = type(adjoint).__name__
+    if not adjoint.sees_inner_loss:
+        return (
+            f"The derivative with respect to {listed} is zero by construction under "
+            f"`{kind}`: it acts through the gradients of the inner loss, which are held "
+            "constant. Use `metaopt.UnrolledAdjoint()`."
+        )
     if adjoint.sees_path:
         return (
             f"The derivative with respect to {listed} is zero by construction: it acts on "

@@ -198,7 +198,7 @@ class History(eqx.Module):
         `hyper` is a column of its own, such as `hyper.log_decay[2]`.
         """
         columns = {name: column for name, column in vars(self).items() if name != "hyper"}
-        floats = eqx.filter(self.hyper, _is_float)
+        floats = eqx.filter(self.hyper, is_float_array)
         for name, leaf in zip(leaf_names(floats, "hyper"), jax.tree.leaves(floats)):
             for index in np.ndindex(leaf.shape[1:]):
                 column = f"{name}{list(index)}" if index else name
@@ -285,7 +285,8 @@ class BilevelSolution(eqx.Module):
         return float(finite.min()) if finite.size else float("nan")
 
 
-def _is_float(x: Any) -> bool:
+def is_float_array(x: Any) -> bool:
+    """Whether `x` is a floating-point array of JAX or NumPy."""
     # `equinox.is_inexact_array_like` does not know bfloat16 in NumPy.
     return isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
 

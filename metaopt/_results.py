@@ -114,6 +114,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "taken. Give one that goes on, such as `itertools.cycle(batches)`, or lower "
         "`num_steps`. What had been reached is returned."
     )
+    all_tasks_failed = (
+        "Every task of the batch diverged, or its loss or gradient is infinite or NaN, so "
+        "that there is nothing to learn from. Lower the inner learning rate, take fewer "
+        "inner steps, and look for NaN in the tasks (`stats.losses`)."
+    )
     interrupted = (
         "The run was interrupted from the keyboard. What had been reached is returned."
     )

@@ -12,7 +12,7 @@ import optax
 from ._adjoint import UnrolledAdjoint
 from ._best_response import best_responses, ordinary
 from ._data import AbstractData, as_data
-from ._problem import AbstractInnerProblem, BilevelProblem
+from ._problem import AbstractInnerProblem, BilevelProblem, returned
 from ._report import Solution
 from ._solve_inner import solve_inner
 from ._solver import Descent
@@ -41,8 +41,9 @@ def retrain(
 
     - `problem`: the inner problem, one that minimises a loss, or the bilevel problem.
     - `schedule`: a pytree like `hyper` whose arrays have a leading axis of stages, such
-        as `solution.history.hyper` (`hyper` after each outer step). Each stage is used for
-        an equal share of the steps.
+        as `solution.history.hyper`. That has `hyper` *after* each outer step, and so is one
+        step ahead of the run; put the initial `hyper` in front where this matters. Each
+        stage is used for an equal share of the steps.
     - `train`: arrays, or a source of batches.
     - `solver`: how to train, such as `metaopt.Descent(optax.adam(1e-3), num_steps=1000)`.
     - `params`, `model_state`, `key`, `throw`: as in [`metaopt.solve_inner`][]. The
@@ -121,7 +122,10 @@ class _InStages(AbstractData):
         return stage, self.data.batch(inner)
 
     def full(self):
-        raise ValueError("A schedule has no batch of its own.")
+        raise ValueError(
+            "`train` has no one batch for a whole schedule. Use a `solver` that takes a "
+            "fixed number of steps, such as `metaopt.Descent(..., num_steps=1000)`."
+        )
 
 
 class _Staged(AbstractInnerProblem):
@@ -142,12 +146,7 @@ class _Staged(AbstractInnerProblem):
     def loss(self, params, hyper, batch, *, key, state=None):
         stage, batch = batch
         out = self.problem.evaluate(params, _row(hyper, stage), batch, key, state)
-        parts = (out.value,)
-        if self.has_state:
-            parts += (out.state,)
-        if self.has_aux:
-            parts += (out.aux,)
-        return parts[0] if len(parts) == 1 else parts
+        return returned(self, out)
 
 
 def _row(schedule: Hyper, index: Any) -> Hyper:

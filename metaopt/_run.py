@@ -259,8 +259,9 @@ class _Run:
         row = {name: _scalar(fields[name], name) for name in _COLUMNS}
         self.rows.append({**row, "seconds": seconds})
         self.path += self._hyper_now()
-        self.num_skipped += int(not bool(info.updated))
-        if _failed(info.report.result) and not _failed(self.result):
+        failed = _failed(info.report.result)
+        self.num_skipped += int(failed and not bool(info.updated))
+        if failed and not _failed(self.result):
             self.result = info.report.result
 
     def _hyper_now(self) -> list[Hyper]:

@@ -168,11 +168,11 @@ def test_differences_come_to_the_derivative():
 
 
 def test_random_directions_in_place_of_all_numbers():
-    found = check(with_response(JACOBIAN), num_directions=2)
-    assert found.names == ("direction 0", "direction 1")
-    assert found.learned_norm.shape == (2,)
+    found = check(with_response(JACOBIAN), num_directions=5)
+    assert found.names == tuple(f"direction {i}" for i in range(5))
+    assert found.learned_norm.shape == (5,)
     assert found.agree and found.jacobian_error < 1e-10
-    other = check(with_response(JACOBIAN), num_directions=2, key=jax.random.key(1))
+    other = check(with_response(JACOBIAN), num_directions=5, key=jax.random.key(1))
     assert not np.allclose(other.learned_norm, found.learned_norm)
 
 
@@ -194,7 +194,7 @@ def test_defaults_and_a_solution_in_place_of_its_state():
         ({"solution": HYPER}, "`solution` must be something like"),
         ({"step": 0}, "`step` must be positive"),
         ({"step": -1.0}, "`step` must be a non-negative"),
-        ({"num_directions": 0}, "`num_directions` must be at least 1"),
+        ({"num_directions": 2}, "`num_directions` must be at least 5"),
         ({"num_draws": 0}, "`num_draws` must be at least 1"),
         ({"linear_solver": "cg"}, "`linear_solver` must be something like"),
         ({"curvature": mo.GaussNewton}, "`curvature` is the class"),

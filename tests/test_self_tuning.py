@@ -19,6 +19,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import metaopt as mo
+from metaopt._best_response import ordinary
 from metaopt._bilevel._perturbed import Coordinates, cut, PerturbedBatch
 
 
@@ -130,7 +131,7 @@ def at_convergence(method: Any) -> Any:
             step = jnp.linalg.solve(jax.hessian(loss)(found), jax.grad(loss)(found))
             found -= step
         params = eqx.tree_at(parts, start, unravel(found))
-        at = lambda change: method.response(params, change).weight[0]
+        at = lambda change: ordinary(params, change).weight[0]
         zero = jnp.zeros(1)
         return at(zero), jax.jacfwd(at)(zero)[:, 0]
 
@@ -531,6 +532,7 @@ def test_warmup_and_rounds():
 
     def callback(step, state, info):
         states.append(state)
+        assert info.updated == (step >= 2)
         assert info.report.hypergradient_norm > 0
         assert info.report.num_inner_steps == 12
 
@@ -907,10 +909,41 @@ def test_a_loss_in_half_precision_is_not_refused():
         )
 
 
-def test_the_state_of_another_method_is_refused():
-    state = solve(solver=SOLVERS[DELTA]).state
-    with pytest.raises(ValueError, match=r"`DeltaSTN\(\)` and goes on with `STN\(\)`"):
-        SOLVERS[STN].step(SMALL, state, *BATCHES)
+@each_method
+def test_an_outer_loss_that_ignores_the_params_is_refused(method):
+    # Its hypergradient was once zero for all that acts in the inner loss, and no word.
+    for outer in (
+        lambda params, hyper, batch: jnp.mean(batch[1] ** 2),
+        lambda params, hyper, batch: mean_squared_error(
+            jax.lax.stop_gradient(eqx.filter(params, eqx.is_array)), hyper, batch
+        ),
+    ):
+        problem = mo.BilevelProblem(SMALL.inner, outer)
+        with pytest.raises(ValueError, match="outer loss does not depend on `params`"):
+            solve(problem, solver=SOLVERS[method])
+
+
+def test_an_inner_loss_that_ignores_the_params_is_refused():
+    with pytest.raises(ValueError, match="inner loss does not depend on `params`"):
+        solve(in_one(lambda params, hyper, batch: jnp.exp(hyper) * jnp.mean(batch[1] ** 2)))
+
+
+@each_method
+def test_what_is_held_constant_stays_as_it_is(method):
+    def criterion(predictions, params, hyper, batch):
+        held = jnp.exp(jax.lax.stop_gradient(hyper["held"]))
+        penalty = (held + jnp.exp(hyper["moved"])) * mo.nn.squared_norm(params)
+        return jnp.mean((predictions - batch[1]) ** 2) + penalty
+
+    problem = mo.BilevelProblem(
+        mo.PredictionProblem(predict, criterion, linear), mean_squared_error
+    )
+    start = {"held": -1.0, "moved": -1.0}
+    solution = solve(problem, start, solver=SOLVERS[method], num_steps=3)
+    assert solution.hyper["held"] == -1.0  # it was once perturbed and tuned
+    assert solution.hyper["moved"] != -1.0
+    assert solution.report is not None
+    assert solution.report.unreached == ("hyper['held']",)
 
 
 def test_delta_refuses_a_loss_in_one_part():
@@ -966,6 +999,8 @@ def sequence(num_batches: int) -> mo.BatchSequence:
         ((BATCHES[0], mo.Minibatches(DATA[1], 2)), "`valid` has 2 rows"),
         ((mo.Minibatches(DATA[0], 13), BATCHES[1]), "`batch_size` must lie"),
         ((sequence(2), BATCHES[1]), "holds 2 batches.* 3 steps"),
+        # The other 4 were once never used, in a run of any length.
+        ((sequence(7), BATCHES[1]), "of 7 batches.* the same first 3 of them"),
         ((iter([]), BATCHES[1]), "`train` is an iterator that yields nothing"),
         # Of the second, the last batch was once used again and again.
         ((iter([sequence(3), sequence(2)]), BATCHES[1]), "holds 2 batches.* 3 steps"),

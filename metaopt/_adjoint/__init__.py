@@ -21,6 +21,7 @@ from ._error import (
     DualWeighted as DualWeighted,
     StrongConvexity as StrongConvexity,
 )
+from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint
 from ._memory import (

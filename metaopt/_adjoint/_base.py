@@ -110,6 +110,9 @@ class AbstractAdjoint(eqx.Module):
     sees_path: AbstractClassVar[bool]
     """Whether initial params and settings of the solver are within reach."""
 
+    sees_inner_loss: AbstractClassVar[bool]
+    """Whether what acts through the gradients of the inner loss is within reach."""
+
     heeds_tolerance: AbstractClassVar[bool]
     """Whether it does less where the inner solve says that less accuracy will do."""
 

@@ -24,6 +24,7 @@ class ForwardAdjoint(AbstractPathAdjoint):
     """
 
     sees_path: ClassVar[bool] = True
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
 
     @property

@@ -84,6 +84,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     error: AbstractErrorEstimate | None = None
     curvature: AbstractCurvature = ExactCurvature()
     sees_path: ClassVar[bool] = False
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = True
 
     def __check_init__(self):

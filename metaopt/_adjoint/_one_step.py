@@ -20,6 +20,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
     """
 
     sees_path: ClassVar[bool] = False
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
 
     @property

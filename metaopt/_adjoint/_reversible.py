@@ -45,6 +45,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     """
 
     sees_path: ClassVar[bool] = True
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
 
     def check(self, solver, data):

@@ -80,6 +80,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     memory: AbstractMemoryPlan = StoreAll()
     bound: TruncationBound | None = None
     sees_path: ClassVar[bool] = False
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
 
     def __check_init__(self):

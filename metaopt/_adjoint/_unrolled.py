@@ -35,6 +35,7 @@ class UnrolledAdjoint(AbstractPathAdjoint):
 
     memory: AbstractMemoryPlan | MemoryBudget
     sees_path: ClassVar[bool] = True
+    sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
 
     def __init__(self, memory: AbstractMemoryPlan | int | str = StoreAll()):

@@ -4,7 +4,7 @@ from ._base import (
     AbstractBilevelSolver as AbstractBilevelSolver,
     BilevelStep as BilevelStep,
 )
-from ._best_response import (
+from ._best_response_method import (
     AbstractBestResponseMethod as AbstractBestResponseMethod,
     DeltaSTN as DeltaSTN,
     STN as STN,

@@ -19,7 +19,7 @@ class BilevelStep(eqx.Module):
 
     - `report`: the report on the hypergradient.
     - `updated`: whether `hyper` was updated; it is left alone where the hypergradient
-        is not finite.
+        is not finite, and while a solver warms up.
     """
 
     report: Report

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._best_response import best_responses, self_tuning
+from .._best_response import best_responses, ordinary, self_tuning
 from .._data import AbstractData, BatchSequence
 from .._problem import initialise
 from .._report import Report
@@ -17,10 +17,11 @@ from .._tree import split_trainable, tree_strong
 from .._types import BoolScalar, Key, Params, PyTree
 from .._validate import check_count, check_kind, check_params, check_tolerance
 from ._base import AbstractBilevelSolver, BilevelStep
-from ._best_response import AbstractBestResponseMethod, STN
+from ._best_response_method import AbstractBestResponseMethod, STN
 from ._perturbed import Coordinates, cut
 from ._scale import check_scales, initial_log_scale
-from ._self_tuning_checks import check_losses, unreached_leaves
+from ._self_tuning_checks import check_losses
+from ._self_tuning_reach import unreached_leaves
 from ._self_tuning_steps import SelfTuningState, SelfTuningSteps, Trained, Validated
 
 
@@ -42,11 +43,16 @@ class SelfTuningSolver(AbstractBilevelSolver):
 
     Both losses have to be means over the rows of a batch (plus what does not depend on
     the batch), and to use the layers of the model by calling them; penalties on weights
-    are written with [`metaopt.nn.squared_norm`][]. Both is checked before the run.
+    are written with [`metaopt.nn.squared_norm`][]. Both are checked before the run, unless
+    it is inside of a `jax.jit` of your own.
+
+    In reports `inner_loss` and `inner_residual` are those of the last training step, before
+    it was taken; the residual is the norm of the gradient in all params, those of the
+    response included. Under [`metaopt.STN`][], `aux` has a leading axis of groups.
 
     **Arguments:**
 
-    - `params`: the optax transform for the weights.
+    - `params`: the optax transform for the general params.
     - `hyper`: the optax transform for `hyper`.
     - `scale`: the optax transform for the scales of the perturbation; `None` leaves
         them as they are.
@@ -183,12 +189,6 @@ class SelfTuningSolver(AbstractBilevelSolver):
         return self.steps.init(hyper, params, model_state, log_scale, key, drawn)
 
     def step(self, problem, state, train, valid):
-        before, now = type(state.method).__name__, type(self.steps.method).__name__
-        if before != now:
-            raise ValueError(
-                f"`state` comes from a run with `{before}()` and goes on with `{now}()` "
-                "here. Use the same `method`."
-            )
         self._check_data(train, valid)  # of an iterator, the first alone is known to `init`
         unreached, left_out, answered = unreached_leaves(
             problem,
@@ -236,7 +236,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
         new = eqx.combine(arrays, static)
         new = eqx.tree_at(lambda s: s.num_steps, new, state.num_steps + 1)
         report, good = self._report(trained, validated, unreached, left_out)
-        return new, BilevelStep(report, good)
+        return new, BilevelStep(report, moves & good)
 
     def params_at(self, state: SelfTuningState) -> Params:
         """The ordinary params that the network gives at the present `hyper`.
@@ -251,7 +251,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
         A pytree like the params of the inner problem, without best-response layers.
         """
         zero = jnp.zeros_like(Coordinates.vector(state.hyper))
-        return self.steps.method.response(state.params, zero)
+        return ordinary(state.params, zero)
 
     def evaluate(self, problem, state, train, valid):
         params = self.params_at(state)
@@ -319,14 +319,19 @@ class SelfTuningSolver(AbstractBilevelSolver):
             left_out=left_out,
             unreached=unreached,
         )
-        return report, jnp.all(validated.good)
+        return report, jnp.any(validated.good)
 
     def _check_data(self, train: AbstractData, valid: AbstractData) -> None:
-        train.check(self.num_rounds * self.train_steps)
-        valid.check(self.num_rounds * self.valid_steps)
-        for data, name in ((train, "train"), (valid, "valid")):
-            if not isinstance(data, BatchSequence):
-                cut(_one_batch(data), self.steps.examples_per_perturbation, name)
+        used = self.num_rounds * self.train_steps, self.num_rounds * self.valid_steps
+        for data, name, count in zip((train, valid), ("train", "valid"), used):
+            data.check(count)
+            if isinstance(data, BatchSequence) and data.num_batches > count:
+                raise ValueError(
+                    f"`{name}` is a `BatchSequence` of {data.num_batches} batches, and "
+                    f"each outer step would use the same first {count} of them. Use "
+                    "`Minibatches`, or give `solve_bilevel` an iterator that yields a "
+                    f"`BatchSequence` of {count} for each outer step."
+                )
 
 
 def _planned(data: AbstractData, key: Key, num_rounds: int, num_steps: int) -> PyTree:
@@ -336,6 +341,5 @@ def _planned(data: AbstractData, key: Key, num_rounds: int, num_steps: int) -> P
     )
 
 
-def _one_batch(data: AbstractData, key: Key | None = None) -> Any:
-    key = jax.random.key(0) if key is None else key
+def _one_batch(data: AbstractData, key: Key) -> Any:
     return data.batch(jax.tree.map(lambda leaf: leaf[0], data.plan(key, 1)))

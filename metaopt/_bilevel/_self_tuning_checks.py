@@ -6,12 +6,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .._best_response import best_responses, bind, conversion, ordinary, response_filter
-from .._dependence import influences
-from .._problem import AbstractInnerProblem, BilevelProblem, initialise
+from .._best_response import best_responses, bind, ordinary, response_filter
+from .._problem import AbstractInnerProblem, BilevelProblem
 from .._rewrite import inner_jaxprs
-from .._tree import leaf_names, split_trainable
-from .._types import Batch, Hyper, Key, ModelState, Params
+from .._types import Hyper, Key, ModelState, Params
 from ._perturbed import Groups
 
 
@@ -173,76 +171,3 @@ def _computes_in_half(jaxpr) -> bool:
         any(map(is_half, eqn.outvars)) or any(map(_computes_in_half, inner_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
-
-
-def unreached_leaves(
-    problem: BilevelProblem,
-    params: Params,
-    hyper: Hyper,
-    train: Batch,
-    valid: Batch,
-    key: Key,
-    state: ModelState,
-    drawn: bool,
-) -> tuple[tuple[str, ...], tuple[str, ...], list[bool]]:
-    """The leaves of `hyper` that influence nothing; what a learned response leaves out,
-    in words; and for each leaf whether the inner solution depends on it. `drawn` says
-    whether the problem's `init` drew the initial params.
-
-    **Raises:**
-
-    `ValueError` for a leaf whose derivative is zero by construction.
-    """
-    names = leaf_names(split_trainable(hyper)[0], "hyper")
-    trainable, rest = split_trainable(hyper)
-    moving, fixed = split_trainable(params)
-
-    def gradient(trainable):
-        at = eqx.combine(trainable, rest)
-
-        def loss(moving):
-            full = eqx.combine(moving, fixed)
-            return problem.inner.evaluate(full, at, train, key, state).value
-
-        return jax.grad(loss)(moving)
-
-    def outer(trainable):
-        at = eqx.combine(trainable, rest)
-        return problem.evaluate_outer(params, at, valid, key, state)[0]
-
-    def start(trainable):
-        at = eqx.combine(trainable, rest)
-        return eqx.filter(initialise(problem.inner, at, key), eqx.is_inexact_array)
-
-    # The response learns from samples: what has no derivative acts as well.
-    in_inner = [
-        any(row) for row in influences(gradient, trainable, despite_stop_gradient=True)
-    ]
-    in_outer = [any(row) for row in influences(outer, trainable)]
-    in_start = [False] * len(names)
-    if drawn:
-        in_start = [any(row) for row in influences(start, trainable)]
-    rows = list(zip(names, in_inner, in_outer, in_start, strict=True))
-    zero = [f"`{name}`" for name, a, b, c in rows if c and not a]
-    if zero:
-        raise ValueError(
-            f"The derivative with respect to {', '.join(zero)} is zero by construction "
-            "under `SelfTuningSolver` where it acts on the initial params, and a "
-            "best-response network answers to what enters the inner loss. Use "
-            "`metaopt.NestedSolver` with `metaopt.UnrolledAdjoint()`."
-        )
-    idle = tuple(name for name, a, b, c in rows if not (a or b or c))
-    if len(idle) == len(names):
-        raise ValueError(
-            "Neither loss depends on `hyper`: there is nothing to tune. Compute the inner "
-            "or the outer loss from `hyper`. (A best-response network cannot tune learning "
-            "rates and other settings of optimizers.)"
-        )
-    left_out = ["what the response has not learned or cannot represent"]
-    left = conversion(params).left
-    if left:
-        listed = ", ".join(name for name, _ in left[:4]) + (", ..." if left[4:] else "")
-        left_out.append(f"the response of {listed}")
-    if any(in_start):
-        left_out.append("the initial params")
-    return idle, tuple(left_out), in_inner

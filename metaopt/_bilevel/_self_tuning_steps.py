@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from .._best_response import response_filter
+from .._best_response import moved, response_filter
 from .._problem import BilevelProblem
 from .._tree import (
     split_trainable,
@@ -29,7 +29,7 @@ from .._types import (
     PyTree,
     Vector,
 )
-from ._best_response import AbstractBestResponseMethod
+from ._best_response_method import AbstractBestResponseMethod
 from ._perturbed import Coordinates, cut, perturb, PerturbedBatch
 
 
@@ -46,7 +46,6 @@ class SelfTuningState(eqx.Module):
     - `general_state`, `response_state`, `hyper_state`, `scale_state`: the states of the
         optimizers.
     - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
-    - `method`: how the network is trained.
     - `drawn`: whether the problem's `init` drew the initial params.
     """
 
@@ -60,7 +59,6 @@ class SelfTuningState(eqx.Module):
     scale_state: PyTree
     key: Key
     num_steps: IntScalar
-    method: AbstractBestResponseMethod
     drawn: bool = eqx.field(static=True)
 
 
@@ -102,7 +100,6 @@ class SelfTuningSteps(eqx.Module):
             scale_state=None if self.scale is None else self.scale.init(log_scale),
             key=key,
             num_steps=jnp.zeros((), int),
-            method=self.method,
             drawn=drawn,
         )
 
@@ -177,7 +174,7 @@ class SelfTuningSteps(eqx.Module):
         )
         new_hyper = eqx.combine(new_trainable, rest)
         change = coordinates.seen(coordinates.vector(new_hyper) - hyper)
-        params = self.method.follow(state.params, change)
+        params = moved(state.params, change)
         norm = tree_scaled_norm(out.hyper)
         good = jnp.isfinite(norm) & jnp.isfinite(out.value)
         # A step that is too long can overflow on the way of the params, too.
@@ -188,11 +185,11 @@ class SelfTuningSteps(eqx.Module):
             # The entropy of the perturbation is the sum of these, but for a constant.
             of_scale = out.log_scale - self.entropy_weight
             of_scale = jnp.where(jnp.isfinite(of_scale), coordinates.seen(of_scale), 0)
-            moved, scale_state = _updated(
+            new_log_scale, scale_state = _updated(
                 self.scale, of_scale, scale_state, log_scale, out.value
             )
             low, high = (jnp.log(bound) for bound in self.scale_bounds)
-            log_scale = jnp.clip(moved, low, high)
+            log_scale = jnp.clip(new_log_scale, low, high)
         new = dataclasses.replace(
             state,
             hyper=keep(new_hyper, state.hyper),

@@ -2,7 +2,11 @@
 
 from ._base import AbstractProblem as AbstractProblem, Evaluation as Evaluation
 from ._bilevel_problem import BilevelProblem as BilevelProblem
-from ._call import initialise as initialise
+from ._call import (
+    declared as declared,
+    initialise as initialise,
+    returned as returned,
+)
 from ._functions import (
     FixedPointProblem as FixedPointProblem,
     InnerProblem as InnerProblem,

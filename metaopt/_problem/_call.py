@@ -49,6 +49,16 @@ def call(
     return Evaluation(named["value"], named.get("state"), named.get("aux"))
 
 
+def returned(problem: AbstractProblem, out: Evaluation) -> Any:
+    """What a loss returns to say `out`: the inverse of what `call` takes apart."""
+    parts = (out.value,)
+    if problem.has_state:
+        parts += (out.state,)
+    if problem.has_aux:
+        parts += (out.aux,)
+    return parts if len(parts) > 1 else out.value
+
+
 def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> Any:
     """Calls a user's function, whose exceptions stay its own."""
     try:

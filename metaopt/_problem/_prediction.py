@@ -7,7 +7,8 @@ import jax
 
 from .._tree import split_trainable
 from .._types import Aux, Batch, FloatScalar, Hyper, Key, ModelState, Params, PyTree
-from ._call import check_scalar, declared, describe, unpack
+from ._base import Evaluation
+from ._call import check_scalar, declared, describe, returned, unpack
 from ._kinds import AbstractInnerProblem
 
 
@@ -80,12 +81,7 @@ class AbstractPredictionProblem(AbstractInnerProblem):
         """
         predictions, state = self.evaluate_predictions(params, hyper, batch, key, state)
         value, aux = self.evaluate_criterion(predictions, params, hyper, batch, key)
-        parts = (value,)
-        if self.has_state:
-            parts += (state,)
-        if self.has_aux:
-            parts += (aux,)
-        return value if len(parts) == 1 else parts
+        return returned(self, Evaluation(value, state, aux))
 
     def evaluate_predictions(
         self,

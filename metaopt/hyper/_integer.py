@@ -19,7 +19,8 @@ _NO_DERIVATIVE = (
     "The `value` of a `metaopt.hyper.Integer` is differentiated with respect to `raw`. A "
     "whole number has no derivative: it would be zero whatever the problem, along a path "
     "as well as by implicit differentiation. Tune it with `metaopt.SelfTuningSolver`, "
-    "which perturbs it instead (by `STN()`, if a criterion reads it); read `.relaxed`, "
+    "which perturbs it instead (by `STN()`, if a criterion reads it; check its response "
+    "with `check_response(step=0.3)`); read `.relaxed`, "
     "which has a derivative, in place of `.value`; or hold it constant: "
     "`jax.lax.stop_gradient(hyper.x).value`."
 )

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._report import History
+from .._report import History, is_float_array
 from .._tree import leaf_names
 from ..hyper import values
 from ._matplotlib import new_figure, tidy
@@ -43,7 +43,8 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
             "than 1000 numbers. Record what you need with `callback`."
         )
     path = values(history.hyper)
-    path = eqx.filter(path, lambda a: isinstance(a, np.ndarray | jax.Array) and a.ndim)
+    # What is no float is kept once, without an axis of steps.
+    path = eqx.filter(path, is_float_array)
     names, leaves = leaf_names(path, ""), jax.tree.leaves(path)
     columns = min(_PER_ROW, len(leaves))
     rows = math.ceil(len(leaves) / columns)

@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._best_response import bind, bind_at_centre, moved, ordinary, response_filter
-from .._dependence import depends, influences
+from .._best_response import bind, bind_at_centre, response_filter
+from .._dependence import depends, without_derivative
 from .._detach import stop_gradient
 from .._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
 from .._tree import leaf_names
@@ -53,28 +53,6 @@ class AbstractBestResponseMethod(eqx.Module):
     @abc.abstractmethod
     def check(self, problem: BilevelProblem) -> None:
         """Raises a `ValueError` for a problem that does not fit."""
-
-    def response(self, params: Params, change: Numbers) -> Params:
-        """The ordinary params that are the learned best response to a change of `hyper`.
-
-        **Arguments:**
-
-        - `params`: with best-response layers, trained around the present `hyper`.
-        - `change`: how far from that, of shape `(num_hyper,)`.
-
-        **Returns:**
-
-        A pytree with ordinary layers.
-        """
-        return ordinary(params, change)
-
-    def follow(self, params: Params, change: Numbers) -> Params:
-        """The params once `hyper` has changed: general weights gone along the response.
-
-        The function of `hyper` that they are stays the same and is written around the new
-        one: what changed before is no part of what the response answers to.
-        """
-        return moved(params, change)
 
     @abc.abstractmethod
     def train(
@@ -122,7 +100,7 @@ class AbstractBestResponseMethod(eqx.Module):
 
 
 class STN(AbstractBestResponseMethod):
-    r"""Self-tuning networks (MacKay et al., 2019).
+    r"""Self-tuning networks.
 
     General weights and response are trained together on the inner loss at perturbed
     `hyper`,
@@ -138,6 +116,12 @@ class STN(AbstractBestResponseMethod):
     same function written around the present $\lambda$ (general weights follow it). There,
     what trains the general weights trains the response as well, in proportion to
     $\lambda$: where that is far from zero, it is no response any more.
+
+    ??? cite "Source"
+
+        MacKay, Vicol, Lorraine, Duvenaud, Grosse: *Self-Tuning Networks: Bilevel
+        Optimization of Hyperparameters using Structured Best-Response Functions*,
+        ICLR 2019.
     """
 
     def check(self, problem):
@@ -177,7 +161,7 @@ class STN(AbstractBestResponseMethod):
 
 
 class DeltaSTN(AbstractBestResponseMethod):
-    r"""Self-tuning networks with a centred, linearised response (Bae and Grosse, 2020).
+    r"""Self-tuning networks with a centred, linearised response.
 
     The network answers to the *change* of `hyper`. Its general weights are trained on the
     inner loss at `hyper` as it is, and its response $\Theta$ on that of the linearised
@@ -201,6 +185,11 @@ class DeltaSTN(AbstractBestResponseMethod):
     all of `hyper` acts in the criterion; the hypergradient is taken at the centre, and not
     averaged over perturbations; and as `hyper` moves the general weights move along the
     learned response.
+
+    ??? cite "Source"
+
+        Bae, Grosse: *Delta-STN: Efficient Bilevel Optimization for Neural Networks using
+        Structured Response Jacobians*, NeurIPS 2020.
     """
 
     def check(self, problem):
@@ -284,7 +273,7 @@ class DeltaSTN(AbstractBestResponseMethod):
         zero = jnp.zeros_like(hyper)
         (value, aux), gradient = jax.value_and_grad(at_centre, has_aux=True)(zero)
         of_scale = jax.grad(mean)(batch.log_scale) if learns_scale else zero
-        return OuterGradient(value, aux, gradient, of_scale)
+        return OuterGradient(value, eqx.filter(aux, eqx.is_array), gradient, of_scale)
 
 
 def _check_criterion(problem, params, batch, state) -> None:
@@ -301,13 +290,8 @@ def _check_criterion(problem, params, batch, state) -> None:
         return batch.groups.map(one, batch.keys)
 
     at = coordinates.trainable(hyper)
-    acts = influences(criterion, at, despite_stop_gradient=True)
-    slopes = influences(lambda t: jax.jvp(criterion, (at,), (t,))[1], at)
-    unseen = [
-        f"`{name}`"
-        for name, a, b in zip(leaf_names(at, "hyper"), acts, slopes, strict=True)
-        if any(a) and not any(b)
-    ]
+    names, marks = leaf_names(at, "hyper"), without_derivative(criterion, at)
+    unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
     if unseen:
         raise ValueError(
             "`DeltaSTN` takes the derivative of the criterion in `hyper`, which is "
@@ -328,7 +312,7 @@ def _samples(problem, params, batch, state) -> bool:
 
         return batch.groups.map(one, batch.keys)
 
-    return depends(predict, batch.hyper, despite_stop_gradient=True)
+    return depends(predict, batch.hyper)
 
 
 def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:

@@ -1,0 +1,85 @@
+"""First-order differentiation: the gradients of the inner loss are held constant."""
+
+import dataclasses
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._detach import stop_gradient
+from .._problem import AbstractInnerProblem, Evaluation, returned
+from .._tree import split_trainable, tree_sub
+from ._base import AbstractPathAdjoint, check_iterative
+
+
+class FirstOrderAdjoint(AbstractPathAdjoint):
+    """Reverse mode through every step, with the gradients of the inner loss held constant.
+
+    The derivative in the initial params is then as cheap as one gradient, whatever the
+    number of steps, and that in settings of the solver (learning rates) is their effect
+    on the steps as they were taken. For few-shot learning this is first-order MAML (Finn,
+    Abbeel and Levine, 2017). Biased; and `hyper` that acts through the inner loss alone is
+    out of its reach.
+    """
+
+    sees_path: ClassVar[bool] = True
+    sees_inner_loss: ClassVar[bool] = False
+    heeds_tolerance: ClassVar[bool] = False
+
+    @property
+    def left_out(self):
+        return ("how the inner gradients change",)
+
+    def error_bound(self, hyper, outer_slope):
+        return None
+
+    def check(self, solver, data):
+        check_iterative(self, solver)
+
+    def solve(self, inner, params, hyper, model_state, throw):
+        if not isinstance(inner.problem, AbstractInnerProblem):
+            raise ValueError(
+                "`FirstOrderAdjoint` holds the gradients of an inner loss constant, and a "
+                f"`{type(inner.problem).__name__}` has none. Use "
+                "`metaopt.OneStepAdjoint()`."
+            )
+        held = dataclasses.replace(inner, problem=_HeldGradients(inner.problem))
+        outcome = held.loop(params).run(params, hyper, model_state)
+        return outcome
+
+
+class _HeldGradients(AbstractInnerProblem):
+    """A problem whose loss is, for derivatives, linear in the params and nothing else.
+
+    Its gradient is that of the loss, held constant; model state and auxiliary output
+    are differentiable as they were.
+    """
+
+    problem: AbstractInnerProblem
+    has_aux: bool = eqx.field(static=True)
+    has_state: bool = eqx.field(static=True)
+
+    def __init__(self, problem: AbstractInnerProblem):
+        self.problem = problem
+        self.has_aux = problem.has_aux
+        self.has_state = problem.has_state
+
+    def init(self, hyper, key):
+        return self.problem.init(hyper, key)
+
+    def loss(self, params, hyper, batch, *, key, state=None):
+        trainable, rest = split_trainable(params)
+
+        def loss(trainable):
+            full = eqx.combine(trainable, rest)
+            out = self.problem.evaluate(full, hyper, batch, key, state)
+            return out.value, out
+
+        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        value, gradient = stop_gradient((value, gradient))
+        change = tree_sub(trainable, stop_gradient(trainable))  # of value zero
+        slopes = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, change)
+        linear = sum(jax.tree.leaves(slopes), jnp.zeros_like(value))
+        value += linear.astype(value.dtype)
+        return returned(self, Evaluation(value, out.state, out.aux))
