@@ -1,6 +1,12 @@
 """Bilevel and meta-optimisation with hypergradients that can be trusted."""
 
-from . import datasets as datasets, hyper as hyper, nn as nn, plot as plot
+from . import (
+    datasets as datasets,
+    few_shot as few_shot,
+    hyper as hyper,
+    nn as nn,
+    plot as plot,
+)
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractCurvature as AbstractCurvature,
@@ -52,6 +58,7 @@ from ._check_response import (
     check_response as check_response,
     ResponseCheck as ResponseCheck,
 )
+from ._checkpoint import CheckpointError as CheckpointError, load as load, save as save
 from ._compare import (
     compare_hypergradients as compare_hypergradients,
     ComparedAdjoint as ComparedAdjoint,

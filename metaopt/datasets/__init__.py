@@ -1,7 +1,9 @@
 """Small real data sets for examples, as NumPy arrays."""
 
+from ._class_data import ClassData as ClassData
 from ._digits import load_digits as load_digits
 from ._fashion_mnist import load_fashion_mnist as load_fashion_mnist
 from ._files import DataError as DataError
 from ._image_data import ImageData as ImageData, split as split
 from ._mnist import load_mnist as load_mnist
+from ._omniglot import load_omniglot as load_omniglot

@@ -60,34 +60,37 @@ def _is_web_page(content: bytes) -> bool:
     return content.lstrip()[:1] == b"<"
 
 
-def check_sha256(content: bytes, sha256: str, source: str) -> None:
+def check_checksum(content: bytes, checksum: str, source: str) -> None:
     """Refuses content that is not what was published.
 
     **Arguments:**
 
     - `content`: the whole content of a file.
-    - `sha256`: the published checksum, in hexadecimal.
+    - `checksum`: the published one, in hexadecimal: an MD5 if it has 32 digits, and a
+        SHA-256 otherwise.
     - `source`: where the content came from (a path or an address), for the message.
     """
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256.lower():
+    is_md5 = len(checksum) == 32
+    name = "MD5" if is_md5 else "SHA-256"
+    found = (hashlib.md5 if is_md5 else hashlib.sha256)(content).hexdigest()
+    if found != checksum.lower():
         reason = (
             "is a web page, not the data"
             if _is_web_page(content)
             else "is damaged or another file"
         )
         raise DataError(
-            f"{source} {reason}: its SHA-256 is {found}, expected {sha256.lower()}."
+            f"{source} {reason}: its {name} is {found}, expected {checksum.lower()}."
         )
 
 
-def fetch(url: str, sha256: str, max_bytes: int, timeout: float = 30.0) -> bytes:
+def fetch(url: str, checksum: str, max_bytes: int, timeout: float = 30.0) -> bytes:
     """Downloads one small file into memory and checks it.
 
     **Arguments:**
 
     - `url`: where it is, an `http` or `https` address.
-    - `sha256`: its published checksum, in hexadecimal.
+    - `checksum`: its published checksum, as for `check_checksum`.
     - `max_bytes`: reading stops with an error beyond this size.
     - `timeout`: how many seconds the server may be silent.
 
@@ -105,7 +108,7 @@ def fetch(url: str, sha256: str, max_bytes: int, timeout: float = 30.0) -> bytes
         raise DataError(f"{url} could not be downloaded: {error!r}.") from error
     if len(content) > max_bytes:
         raise DataError(f"{url} is larger than the allowed {max_bytes:,} bytes.")
-    check_sha256(content, sha256, url)
+    check_checksum(content, checksum, url)
     return content
 
 

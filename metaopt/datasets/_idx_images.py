@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._files import (
-    check_sha256,
+    check_checksum,
     data_folder,
     DataError,
     fetch,
@@ -115,7 +115,7 @@ def _read_cached(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error!r}.") from error
         try:
-            check_sha256(packed[name], checksums[name], str(path))
+            check_checksum(packed[name], checksums[name], str(path))
         except DataError as error:
             raise DataError(f"{error} Delete it to download it anew.") from None
     return packed

@@ -16,3 +16,8 @@ from .._best_response import (
     Shift as Shift,
     squared_norm as squared_norm,
 )
+from .._layers import (
+    BatchNorm as BatchNorm,
+    Conv2d as Conv2d,
+    MaxPool2d as MaxPool2d,
+)

@@ -1,7 +1,9 @@
 """Plans that treat every step alike."""
 
+import equinox as eqx
 import jax
 
+from ..._validate import check_count
 from ._base import AbstractMemoryPlan, remade, with_mixed_mode
 
 
@@ -10,13 +12,23 @@ class StoreAll(AbstractMemoryPlan):
     `num_steps` times the activations of a step. Not for long runs of large models.
 
     The only plan whose hypergradient can be differentiated again.
+
+    **Arguments:**
+
+    - `unroll`: how many steps are compiled one after the other before they are repeated.
+        Loops of a few steps run a little faster so, and take longer to compile.
     """
+
+    unroll: int = eqx.field(default=1, static=True)
+
+    def __check_init__(self):
+        check_count(self.unroll, "unroll")
 
     def prepare(self, loop):
         return loop
 
     def scan(self, body, state, draws, length):
-        return jax.lax.scan(body, state, draws, length)
+        return jax.lax.scan(body, state, draws, length, unroll=min(self.unroll, length))
 
     def num_stored(self, length):
         return length

@@ -1,0 +1,78 @@
+"""Batch normalisation without model state."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._types import Key
+from .._validate import check_count
+
+
+class BatchNorm(eqx.Module):
+    """Batch normalisation by the batch at hand, in training and at test time alike.
+
+    What few-shot learning calls transductive: there are no running statistics, so the
+    prediction for one example depends on the others, and there is no model state. For
+    running statistics use `equinox.nn.BatchNorm` and a `state_policy` of the inner
+    solver.
+
+    The batch is the axis of a `jax.vmap` that is named: `jax.vmap(model,
+    axis_name="batch")`.
+
+    **Arguments:**
+
+    - `num_channels`: the length of the leading axis of one example.
+    - `axis_name`: the name of the axis of the batch.
+    - `eps`: what is added to the variance.
+
+    !!! example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import metaopt as mo
+
+        norm = mo.nn.BatchNorm(3)
+        x = jnp.arange(24.0).reshape(2, 3, 4)
+        jax.vmap(norm, axis_name="batch")(x)
+        ```
+    """
+
+    weight: Float[Array, " num_channels"]
+    bias: Float[Array, " num_channels"]
+    axis_name: str = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, num_channels: int, axis_name: str = "batch", eps: float = 1e-5):
+        check_count(num_channels, "num_channels")
+        self.weight = jnp.ones(num_channels)
+        self.bias = jnp.zeros(num_channels)
+        self.axis_name = axis_name
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "num_channels ..."], *, key: Key | None = None
+    ) -> Float[Array, "num_channels ..."]:
+        """The normalised example.
+
+        **Arguments:**
+
+        - `x`: one example of the batch, channels first.
+        - `key`: ignored; for compatibility with the layers of Equinox.
+
+        **Returns:**
+
+        An array like `x`.
+        """
+        if x.ndim == 0 or x.shape[0] != self.weight.size:
+            raise ValueError(
+                f"`BatchNorm` takes {self.weight.size} channels, along the leading axis of "
+                f"one example; got shape {x.shape}."
+            )
+        pixels = tuple(range(1, x.ndim))
+        mean = lambda a: jax.lax.pmean(jnp.mean(a, pixels, keepdims=True), self.axis_name)
+        centred = x - mean(x)
+        scale = jax.lax.rsqrt(mean(centred**2) + self.eps)
+        as_channels = lambda a: a.reshape(-1, *(1 for _ in pixels))
+        return centred * (scale * as_channels(self.weight)) + as_channels(self.bias)

@@ -1,0 +1,198 @@
+"""The inner problem of one task: a model that adapts, from where it was left."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .._model_state import AbstractStatePolicy
+from .._problem import AbstractInnerProblem, declared
+from .._tree import split_trainable, tree_dot, tree_dtype, tree_sub
+from .._types import (
+    Aux,
+    Batch,
+    FloatScalar,
+    IntScalar,
+    Key,
+    LossFn,
+    ModelState,
+    Params,
+    PyTree,
+    Vector,
+)
+from ._task import model_of
+
+
+class ModelLoss(AbstractInnerProblem):
+    """The loss of a model on a batch, without outer variables.
+
+    **Attributes:**
+
+    - `loss_fn`: `loss_fn(model, batch)`, with `key` and `state` as it declares them.
+    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    """
+
+    loss_fn: LossFn
+    has_aux: bool = eqx.field(static=True)
+    has_state: bool = eqx.field(static=True)
+
+    def init(self, hyper, key):
+        raise ValueError("A loss of a model does not say where the model starts.")
+
+    def loss(self, params, hyper, batch, *, key=None, **state):
+        optional = declared(self.loss_fn, {"key": key})
+        return self.loss_fn(params, batch, **optional, **state)
+
+
+class Adaptation(AbstractInnerProblem):
+    """What a model minimises as it adapts to a task.
+
+    The outer variables are what is learned over tasks: the model, or a
+    [`metaopt.few_shot.Learned`][]. The params are those leaves of the model that adapt,
+    and the batch is a [`metaopt.few_shot.Task`][].
+
+    **Attributes:**
+
+    - `model_loss`: the loss on support and query examples.
+    - `adapts`: the part of the model that adapts, as a function of the model; `None` for
+        all of it.
+    - `proximal`: what half the squared distance from the start is multiplied by, a number
+        or a function of what is learned; `None` for nothing.
+    - `step_weights`: what the query loss counts for after each step, of shape
+        `(num_steps,)`; `None` where only the last one counts.
+    - `initial_state`: the model state before adaptation.
+    """
+
+    model_loss: ModelLoss
+    adapts: Callable[[Any], Any] | None
+    proximal: Any
+    step_weights: Any
+    initial_state: ModelState
+
+    @property
+    def has_state(self):
+        return self.model_loss.has_state or self.step_weights is not None
+
+    def init(self, hyper, key):
+        params = adapting_part(model_of(hyper), self.adapts)[0]
+        state = self.initial_state
+        if self.step_weights is not None:
+            total = jnp.zeros((), tree_dtype(params))
+            state = _WithTotal(state, total, jnp.zeros((), int))
+        return (params, state) if self.has_state else params
+
+    def loss(self, params, hyper, batch, *, key, state=None):
+        start, rest = adapting_part(model_of(hyper), self.adapts)
+        model = eqx.combine(params, rest)
+        before = _model_state(state)
+        out = self.model_loss.evaluate(model, None, batch.support, key, before)
+        value, new = out.value, out.state
+        if self.proximal is not None:
+            strength: Any = self.proximal
+            strength = strength(hyper) if callable(strength) else strength
+            away = tree_sub(params, start)
+            value += (0.5 * strength * tree_dot(away, away)).astype(value.dtype)
+        if isinstance(state, _WithTotal):
+
+            def counted():
+                query = self.model_loss.evaluate(model, None, batch.query, key, before)
+                weight = jnp.asarray(self.step_weights)[state.step - 1]
+                return (weight * query.value).astype(state.total.dtype)
+
+            # At the start nothing has adapted yet.
+            nothing = lambda: jnp.zeros_like(state.total)
+            total = state.total + jax.lax.cond(state.step > 0, counted, nothing)
+            new = _WithTotal(new, total, state.step)
+        return (value, new) if self.has_state else value
+
+    def query_loss(
+        self, params: Params, hyper: Any, batch: Batch, *, key: Key, state: ModelState
+    ) -> tuple[FloatScalar, "Judged"]:
+        """What the adapted model is judged by, for a [`metaopt.BilevelProblem`][]."""
+        model = eqx.combine(params, adapting_part(model_of(hyper), self.adapts)[1])
+        out = self.model_loss.evaluate(model, None, batch, key, _model_state(state))
+        value = out.value
+        if isinstance(state, _WithTotal):
+            weight = jnp.asarray(self.step_weights)[-1]
+            value = (weight * value + state.total).astype(value.dtype)
+        return value, Judged(out.value, out.aux, out.state)
+
+
+class Judged(eqx.Module):
+    """What evaluating an adapted model came to.
+
+    **Attributes:**
+
+    - `loss`: the query loss after the last step.
+    - `aux`: what the loss returned beside it, or `None`.
+    - `state`: the model state afterwards, or `None`.
+    """
+
+    loss: FloatScalar
+    aux: Aux
+    state: ModelState
+
+
+def adapting_part(
+    model: Params, adapts: Callable[[Any], Any] | None
+) -> tuple[Vector, PyTree]:
+    """The arrays of a model that adapt, and all the rest of it.
+
+    **Raises:**
+
+    `ValueError` where nothing adapts.
+    """
+    trainable, rest = split_trainable(model)
+    if adapts is None:
+        return trainable, rest
+    marks = jax.tree.map(lambda _: False, trainable)
+    marked = lambda node: jax.tree.map(lambda _: True, node)
+    marks = eqx.tree_at(adapts, marks, replace_fn=marked)
+    adapting, fixed = eqx.partition(trainable, marks)
+    if not jax.tree.leaves(adapting):
+        raise ValueError(
+            "`adapts` chooses no floating-point array of the model, so nothing adapts. "
+            "Return a part that has some, as in `lambda model: model.layers[-1]`."
+        )
+    return adapting, eqx.combine(fixed, rest)
+
+
+class _WithTotal(eqx.Module):
+    """A model state, and the weighted query losses of the steps so far."""
+
+    state: ModelState
+    total: FloatScalar
+    step: IntScalar
+
+
+def _model_state(state: Any) -> ModelState:
+    return state.state if isinstance(state, _WithTotal) else state
+
+
+class WithTotalPolicy(AbstractStatePolicy):
+    """What becomes of a model state to which a total of query losses is added.
+
+    **Attributes:**
+
+    - `policy`: what becomes of the model state, or `None` if there is none.
+    """
+
+    policy: AbstractStatePolicy | None
+
+    def begin(self, state, num_steps):
+        inner = self.policy and self.policy.begin(state.state, num_steps)
+        return _WithTotal(inner, state.total, state.step)
+
+    def read(self, carried, step):
+        inner = self.policy and self.policy.read(carried.state, step)
+        return _WithTotal(inner, carried.total, step)
+
+    def write(self, carried, new, step):
+        inner = self.policy and self.policy.write(carried.state, new.state, step)
+        return _WithTotal(inner, new.total, carried.step)
+
+    def finish(self, carried, num_steps):
+        inner = self.policy and self.policy.finish(carried.state, num_steps)
+        return _WithTotal(inner, carried.total, carried.step)

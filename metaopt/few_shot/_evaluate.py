@@ -1,0 +1,142 @@
+"""How good a learner is on new tasks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._problem import declared
+from .._results import RESULTS
+from .._types import Key, ModelState
+from .._validate import canonical_key, check_count
+from ._episodes import Episodes
+from ._learner import AbstractLearner, adapt, as_tasks, canonical_meta, count_tasks
+from ._task import Task
+
+
+class Scores(eqx.Module):
+    """What adapted models scored on tasks. Printing it gives the mean and its interval.
+
+    **Attributes:**
+
+    - `values`: the score on each task, of shape `(num_tasks,)`; NaN where it failed.
+    - `num_failed`: how many tasks failed; they are left out of the mean.
+    - `mean`: the mean over the other tasks.
+    - `interval`: half the width of its 95 % confidence interval, 1.96 standard errors.
+    """
+
+    values: np.ndarray
+    num_failed: int
+    mean: float
+    interval: float
+
+    def __init__(self, values: np.ndarray):
+        good = values[np.isfinite(values)]
+        self.values = values
+        self.num_failed = len(values) - len(good)
+        self.mean = float(good.mean()) if len(good) else float("nan")
+        error = good.std(ddof=1) / len(good) ** 0.5 if len(good) > 1 else float("nan")
+        self.interval = float(1.96 * error)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.4g} +- {self.interval:.2g} on {len(self.values)} tasks"
+        if self.num_failed:
+            text += f", of which {self.num_failed} failed and are left out"
+        return text
+
+
+def evaluate(
+    learner: AbstractLearner,
+    meta: Any,
+    tasks: Any,
+    metric: Callable[..., Any],
+    *,
+    num_tasks: int | None = None,
+    num_steps: int | None = None,
+    key: Key | None = None,
+    model_state: ModelState = None,
+    chunk_size: int = 16,
+) -> Scores:
+    """Adapts to each task and measures the adapted model on the query examples.
+
+    With [`metaopt.few_shot.Episodes`][] the same key always draws the same tasks, so that
+    learners can be compared on them.
+
+    **Arguments:**
+
+    - `learner`, `meta`: how to adapt, and what was learned.
+    - `tasks`: a batch of tasks, as for `learner.value_and_grad`, or episodes to draw
+        `num_tasks` tasks from.
+    - `metric`: `metric(model, batch)`, a scalar such as an accuracy or a loss. May declare
+        arguments named `key` and `state`, the model state after adaptation.
+    - `num_tasks`: the number of tasks, with episodes only.
+    - `num_steps`: the number of inner steps; by default as in training, and 0 for the
+        model as it is.
+    - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `model_state`: the model state before adaptation.
+    - `chunk_size`: how many tasks are taken at a time.
+
+    **Returns:**
+
+    A [`metaopt.few_shot.Scores`][].
+
+    **Raises:**
+
+    `ValueError` for arguments that do not fit.
+    """
+    meta, key = canonical_meta(meta), canonical_key(key)
+    check_count(chunk_size, "chunk_size")
+    if num_steps is not None:
+        check_count(num_steps, "num_steps", 0)
+    if isinstance(tasks, Episodes):
+        check_count(num_tasks, "num_tasks")
+        assert num_tasks is not None
+    elif num_tasks is not None:
+        raise ValueError("`num_tasks` is for episodes; these tasks have a number already.")
+    else:
+        tasks = as_tasks(tasks)
+        num_tasks = count_tasks(tasks)
+    values = _scores(
+        learner, meta, tasks, metric, num_tasks, num_steps, key, model_state, chunk_size
+    )
+    return Scores(np.asarray(values))
+
+
+@eqx.filter_jit
+def _scores(
+    learner: AbstractLearner,
+    meta: Any,
+    tasks: Any,
+    metric: Callable[..., Any],
+    num_tasks: int,
+    num_steps: int | None,
+    key: Key,
+    model_state: ModelState,
+    chunk_size: int,
+) -> jax.Array:
+    draws = jax.random.split(key, num_tasks) if isinstance(tasks, Episodes) else tasks
+
+    def one(inputs):
+        draw, key = inputs
+        task: Task = tasks.draw(draw) if isinstance(tasks, Episodes) else draw
+        adapt_key, metric_key = jax.random.split(key)
+        found = adapt(learner, meta, task, adapt_key, model_state, num_steps)
+        optional = declared(metric, {"key": metric_key, "state": found.model_state})
+        score = jnp.asarray(metric(found.model, task.query, **optional))
+        if score.shape != ():
+            raise ValueError(
+                f"`metric` must return a scalar; it returned shape {score.shape}. Take "
+                "`jnp.mean` of it."
+            )
+        good = found.result == RESULTS.successful
+        return jnp.where(good, score.astype(jnp.result_type(float)), jnp.nan)
+
+    keys = jax.random.split(jax.random.fold_in(key, 1), num_tasks)
+    size = min(chunk_size, num_tasks)
+    return jax.lax.map(one, (draws, keys), batch_size=size)

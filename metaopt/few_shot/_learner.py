@@ -1,0 +1,343 @@
+"""What all few-shot learners share: batches of tasks, and adapting to one."""
+
+import abc
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._data import FullBatch
+from .._problem import initialise
+from .._raise import raise_on_failure
+from .._results import mask_result, RESULTS
+from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
+from .._tree import (
+    leaf_names,
+    tree_add,
+    tree_where,
+    tree_zeros_like,
+)
+from .._types import (
+    Aux,
+    Batch,
+    BoolScalar,
+    FloatScalar,
+    IntScalar,
+    Key,
+    ModelState,
+    Params,
+    Vector,
+)
+from .._validate import canonical_arrays, canonical_key, canonical_params, check_count
+from ._adaptation import Adaptation, adapting_part
+from ._task import Learned, model_of, Task
+
+
+class TaskGradient(eqx.Module):
+    """What one task says.
+
+    **Attributes:**
+
+    - `loss`: the query loss of the adapted model.
+    - `gradient`: the direction for what is learned, a vector like its trainable part.
+    - `aux`: what the loss returned beside its value, or `None`.
+    - `state`: the model state after the task, or `None`.
+    - `good`: whether adapting and differentiating went well.
+    """
+
+    loss: FloatScalar
+    gradient: Vector
+    aux: Aux
+    state: ModelState
+    good: BoolScalar
+
+
+class TaskStats(eqx.Module):
+    """What a batch of tasks came to, task by task.
+
+    **Attributes:**
+
+    - `losses`: the query loss of each task, of shape `(num_tasks,)`; NaN or infinite
+        where it diverged.
+    - `failed`: which tasks failed, of shape `(num_tasks,)`. They are left out of loss and
+        gradients.
+    - `num_failed`: how many did.
+    - `aux`: what the loss returned beside its value, stacked by task, or `None`.
+    - `model_state`: the mean over tasks of the model state after the query examples, or
+        `None`.
+    - `result`: whether any task was left.
+    - `left_out`: what the gradients leave out by construction, in words.
+    """
+
+    losses: Float[Array, " num_tasks"]
+    failed: Bool[Array, " num_tasks"]
+    num_failed: IntScalar
+    aux: Aux
+    model_state: ModelState
+    result: RESULTS
+    left_out: tuple[str, ...] = eqx.field(static=True)
+
+
+class AbstractLearner(eqx.Module):
+    """A way to learn over tasks, and to adapt to each.
+
+    [`metaopt.few_shot.MAML`][] and its family, or [`metaopt.few_shot.Reptile`][].
+    """
+
+    inner: eqx.AbstractVar[AbstractSolver]
+    chunk_size: eqx.AbstractVar[int | None]
+
+    @abc.abstractmethod
+    def adaptation(self, model_state: ModelState) -> Adaptation:
+        """The inner problem of a task, which starts from a model state."""
+
+    @property
+    @abc.abstractmethod
+    def left_out(self) -> tuple[str, ...]:
+        """What the gradients leave out by construction, in words."""
+
+    @abc.abstractmethod
+    def task_gradient(
+        self, meta: Any, task: Task, key: Key, model_state: ModelState
+    ) -> TaskGradient:
+        """What one task says; the tasks of a batch are mapped over it.
+
+        **Arguments:**
+
+        - `meta`: the model, or a [`metaopt.few_shot.Learned`][].
+        - `task`: one task.
+        - `key`: for everything random in it.
+        - `model_state`: the model state before it, or `None`.
+
+        **Returns:**
+
+        A `TaskGradient`.
+        """
+
+    def value_and_grad(
+        self,
+        meta: Any,
+        tasks: Task,
+        *,
+        key: Key | None = None,
+        model_state: ModelState = None,
+        throw: bool = True,
+    ) -> tuple[FloatScalar, Vector, TaskStats]:
+        """The mean query loss over a batch of tasks, and its gradient.
+
+        A task that diverges, or whose loss or gradient is not finite, is left out of
+        both, and counted. With `chunk_size` the tasks are taken so many at a time, which
+        takes the memory of one chunk; a sharded axis of tasks stays sharded.
+
+        **Arguments:**
+
+        - `meta`: what is learned: the model, or a [`metaopt.few_shot.Learned`][].
+        - `tasks`: a [`metaopt.few_shot.Task`][], or a pair of support and query
+            examples; each array has a leading axis of tasks and a second one of examples.
+        - `key`: for everything random, from `jax.random.key`; by default key 0.
+        - `model_state`: the model state before each task.
+        - `throw`: whether it raises if no task was left.
+
+        **Returns:**
+
+        A floating-point scalar, a pytree like `meta` with `None` for what is not
+        trained, and a [`metaopt.few_shot.TaskStats`][].
+
+        **Raises:**
+
+        `ValueError` for arguments that do not fit, and for a derivative that is zero by
+        construction; [`metaopt.SolveError`][] under `throw` where all tasks failed.
+        """
+        meta = canonical_meta(meta)
+        tasks = as_tasks(tasks)
+        num_tasks = count_tasks(tasks)
+        size = self.chunk_size
+        if size is not None and num_tasks % size:
+            raise ValueError(
+                f"`chunk_size`, {size}, does not divide the number of tasks, {num_tasks}."
+            )
+        out = _value_and_grad(self, meta, tasks, canonical_key(key), model_state)
+        return raise_on_failure(out, out[-1].result, throw)
+
+    def adapt(
+        self,
+        meta: Any,
+        support: Batch,
+        *,
+        num_steps: int | None = None,
+        key: Key | None = None,
+        model_state: ModelState = None,
+    ) -> Params:
+        """The model, adapted to one task. No derivative passes through it.
+
+        **Arguments:**
+
+        - `meta`: what was learned.
+        - `support`: the examples to adapt to.
+        - `num_steps`: the number of steps; by default as in training.
+        - `key`: for everything random, from `jax.random.key`; by default key 0.
+        - `model_state`: the model state at the start.
+
+        **Returns:**
+
+        A model like the one in `meta`.
+        """
+        meta = canonical_meta(meta)
+        task = Task(canonical_arrays(support, "support"), None)
+        return adapt(self, meta, task, canonical_key(key), model_state, num_steps).model
+
+
+class Adapted(eqx.Module):
+    """A model that has adapted to a task.
+
+    **Attributes:**
+
+    - `model`: the whole model.
+    - `model_state`: its state, or `None`.
+    - `result`: how adapting went.
+    """
+
+    model: Params
+    model_state: ModelState
+    result: RESULTS
+
+
+@eqx.filter_jit
+def adapt(
+    learner: AbstractLearner,
+    meta: Any,
+    task: Task,
+    key: Key,
+    model_state: ModelState,
+    num_steps: int | None,
+) -> Adapted:
+    """Adapts to the support examples of one task."""
+    problem, solver = learner.adaptation(model_state), learner.inner
+    if num_steps is not None:
+        check_count(num_steps, "num_steps", 0)
+        solver = with_num_steps(solver, num_steps)
+    init_key, solve_key = jax.random.split(key)
+    params, state = initialise(problem, meta, init_key)
+    result: Any = RESULTS.successful
+    if num_steps != 0:
+        data = FullBatch(task)
+        solver.check(problem, data)
+        solve = InnerSolve(problem, solver, data, solve_key)
+        outcome = solve.primal(params, meta, state)
+        params, state, result = outcome.params, outcome.model_state, outcome.result
+    rest = adapting_part(model_of(meta), problem.adapts)[1]
+    return Adapted(eqx.combine(params, rest), state, result)
+
+
+def with_num_steps(solver: AbstractSolver, num_steps: int) -> AbstractSolver:
+    """The same solver, taking another number of steps."""
+    if not isinstance(solver, AbstractIterativeSolver):
+        raise ValueError(
+            f"`{type(solver).__name__}` runs as a whole: its number of steps is its own."
+        )
+    return dataclasses.replace(solver, num_steps=num_steps)
+
+
+def canonical_meta(meta: Any) -> Any:
+    """What is learned, with NumPy arrays moved to JAX, checked for something to train."""
+    if isinstance(meta, Learned):
+        return Learned(
+            canonical_params(meta.model), canonical_arrays(meta.settings, "settings")
+        )
+    return canonical_params(meta)
+
+
+def as_tasks(tasks: Any) -> Task:
+    """A batch of tasks, from itself or from a pair."""
+    if not isinstance(tasks, Task):
+        if not isinstance(tasks, tuple | list) or len(tasks) != 2:
+            raise ValueError(
+                "`tasks` must be a `metaopt.few_shot.Task`, or a pair of support and query "
+                f"examples; got {type(tasks).__name__}."
+            )
+        tasks = Task(*tasks)
+    return Task(
+        canonical_arrays(tasks.support, "support"), canonical_arrays(tasks.query, "query")
+    )
+
+
+def count_tasks(tasks: Task) -> int:
+    """The length of the leading axis, which all arrays must share."""
+    names, leaves = leaf_names(tasks, "tasks"), jax.tree.leaves(tasks)
+    for name, leaf in zip(names, leaves):
+        if not eqx.is_array(leaf) or leaf.ndim == 0:
+            raise ValueError(
+                f"`{name}` must be an array with a leading axis of tasks; got {leaf!r}."
+            )
+    counts = {name: leaf.shape[0] for name, leaf in zip(names, leaves)}
+    if len(set(counts.values())) != 1:
+        listed = ", ".join(f"{count} in `{name}`" for name, count in counts.items())
+        raise ValueError(
+            "The arrays of `tasks` must share the length of their leading axis, the number "
+            f"of tasks; got {listed or 'no arrays'}."
+        )
+    return next(iter(counts.values()))
+
+
+@eqx.filter_jit
+def _value_and_grad(
+    learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
+) -> tuple[FloatScalar, Vector, TaskStats]:
+    num_tasks = count_tasks(tasks)
+    per_chunk = learner.chunk_size or num_tasks
+    keys = jax.random.split(key, num_tasks)
+    floats = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
+
+    def one(task, key):
+        out = learner.task_gradient(meta, task, key, model_state)
+        zeros = tree_zeros_like
+        return (
+            tree_where(out.good, out.gradient, zeros(out.gradient)),
+            jnp.where(out.good, out.loss, 0),
+            tree_where(out.good, floats(out.state), zeros(floats(out.state))),
+            eqx.filter(dataclasses.replace(out, gradient=None), eqx.is_array),
+        )
+
+    def chunk(tasks, keys):
+        *sums, each = jax.vmap(one)(tasks, keys)
+        each, state = dataclasses.replace(each, state=None), each.state
+        first = jax.tree.map(lambda leaf: leaf[0], state)
+        return [jax.tree.map(lambda leaf: jnp.sum(leaf, 0), s) for s in sums], each, first
+
+    if per_chunk == num_tasks:
+        sums, each, state = chunk(tasks, keys)
+    else:
+        # Every chunk has some of the tasks of every device, so that nothing is moved.
+        def cut(leaf):
+            return jnp.swapaxes(leaf.reshape(per_chunk, -1, *leaf.shape[1:]), 0, 1)
+
+        def add(total, chunk_of_tasks):
+            sums, each, state = chunk(*chunk_of_tasks)
+            return tree_add(total, sums), (each, state)
+
+        chunks = jax.tree.map(cut, (tasks, keys))
+        first = jax.tree.map(lambda leaf: leaf[0], chunks)
+        zeros = tree_zeros_like(jax.eval_shape(chunk, *first)[0])
+        sums, (each, state) = jax.lax.scan(add, zeros, chunks)
+        joined = lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(num_tasks, *leaf.shape[2:])
+        each = jax.tree.map(joined, each)
+        state = jax.tree.map(lambda leaf: leaf[0], state)
+
+    num_good = jnp.sum(each.good)
+    # Without any task left the mean is NaN.
+    mean = lambda total: total / num_good.astype(total.dtype)
+    gradient, loss, total_state = jax.tree.map(mean, sums)
+    counted = eqx.filter(state, eqx.is_inexact_array, inverse=True)
+    stats = TaskStats(
+        losses=each.loss,
+        failed=jnp.logical_not(each.good),
+        num_failed=num_tasks - num_good,
+        aux=each.aux,
+        model_state=eqx.combine(total_state, counted),
+        result=mask_result(num_good == 0, RESULTS.all_tasks_failed),
+        left_out=learner.left_out,
+    )
+    return loss, gradient, stats

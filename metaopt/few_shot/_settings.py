@@ -1,0 +1,163 @@
+"""Settings of the adaptation that are learned with the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from .._types import Params
+from .._validate import check_count, check_tolerance
+from ._adaptation import adapting_part
+from ._task import Learned
+
+
+def with_learned_rates(
+    model: Params,
+    rate: float,
+    *,
+    num_steps: int | None = None,
+    per_parameter: bool = True,
+    adapts: Callable[[Any], Any] | None = None,
+) -> Learned:
+    """A model with learning rates that are learned with it: the start of Meta-SGD (Li,
+    Zhou, Chen and Li, 2017), or of the rates of MAML++ (Antoniou, Edwards and Storkey,
+    2019). [`metaopt.few_shot.learned_rates`][] is the transform that uses them.
+
+    **Arguments:**
+
+    - `model`: the model before adaptation.
+    - `rate`: what all rates are at first.
+    - `num_steps`: the number of inner steps, where each is to have rates of its own.
+    - `per_parameter`: whether each parameter has a rate, or each array one for all.
+    - `adapts`: as in [`metaopt.few_shot.MAML`][].
+
+    **Returns:**
+
+    A [`metaopt.few_shot.Learned`][], whose `settings` are the rates.
+    """
+    check_tolerance(rate, "rate", optional=False)
+    steps = ()
+    if num_steps is not None:
+        check_count(num_steps, "num_steps")
+        steps = (num_steps,)
+
+    def rates(leaf):
+        shape = (*steps, *(leaf.shape if per_parameter else ()))
+        return jnp.full(shape, rate, leaf.dtype)
+
+    return Learned(model, jax.tree.map(rates, adapting_part(model, adapts)[0]))
+
+
+def learned_rates(
+    learned: Learned, *, per_step: bool = False
+) -> optax.GradientTransformation:
+    """Gradient descent at the rates in `learned.settings`.
+
+    !!! example
+
+        ```python
+        import metaopt as mo
+
+        mo.Descent(mo.few_shot.learned_rates, num_steps=1)
+        mo.Descent(lambda learned: mo.few_shot.learned_rates(learned, per_step=True), 5)
+        ```
+
+    **Arguments:**
+
+    - `learned`: as [`metaopt.few_shot.with_learned_rates`][] makes it.
+    - `per_step`: whether each step has rates of its own. Steps beyond those that were
+        learned, as at test time, take the last ones.
+
+    **Returns:**
+
+    An optax transform.
+    """
+
+    def update(updates, state, params=None):
+        at = lambda rate: rate[state] if per_step else rate
+        scaled = lambda g, rate: -(at(rate) * g).astype(g.dtype)
+        return jax.tree.map(scaled, updates, learned.settings), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
+
+
+def with_learned_curvature(
+    model: Params,
+    rate: float,
+    *,
+    max_size: int = 512,
+    adapts: Callable[[Any], Any] | None = None,
+) -> Learned:
+    """A model with a preconditioner that is learned with it: the start of Meta-Curvature
+    (Park and Oliva, 2019). [`metaopt.few_shot.learned_curvature`][] is the transform that
+    uses it.
+
+    **Arguments:**
+
+    - `model`: the model before adaptation.
+    - `rate`: the learning rate at first; the preconditioner begins as that multiple of
+        the identity.
+    - `max_size`: axes that are longer than this are left alone.
+    - `adapts`: as in [`metaopt.few_shot.MAML`][].
+
+    **Returns:**
+
+    A [`metaopt.few_shot.Learned`][], whose `settings` are the rate and, for each axis of
+    each array, a square matrix.
+    """
+    check_tolerance(rate, "rate", optional=False)
+    check_count(max_size, "max_size")
+
+    def curvature(leaf):
+        return _Curvature(
+            jnp.asarray(rate, leaf.dtype),
+            tuple(
+                jnp.eye(size, dtype=leaf.dtype) if 1 < size <= max_size else None
+                for size in leaf.shape
+            ),
+        )
+
+    return Learned(model, jax.tree.map(curvature, adapting_part(model, adapts)[0]))
+
+
+def learned_curvature(learned: Learned) -> optax.GradientTransformation:
+    """Gradient descent with the preconditioner in `learned.settings`: the gradient of
+    each array is multiplied by a learned matrix along each of its axes.
+
+    !!! example
+
+        ```python
+        import metaopt as mo
+
+        mo.Descent(mo.few_shot.learned_curvature, num_steps=1)
+        ```
+
+    **Arguments:**
+
+    - `learned`: as [`metaopt.few_shot.with_learned_curvature`][] makes it.
+
+    **Returns:**
+
+    An optax transform.
+    """
+
+    def transformed(gradient: Array, curvature: "_Curvature") -> Array:
+        out = gradient
+        for axis, matrix in enumerate(curvature.matrices):
+            if matrix is not None:
+                out = jnp.moveaxis(jnp.tensordot(matrix, out, (1, axis)), 0, axis)
+        return -curvature.rate * out
+
+    def update(updates, state, params=None):
+        return jax.tree.map(transformed, updates, learned.settings), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class _Curvature(eqx.Module):
+    rate: Array
+    matrices: tuple[Array | None, ...]
