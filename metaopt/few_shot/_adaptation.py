@@ -149,7 +149,8 @@ def adapting_part(
         return trainable, rest
     marks = jax.tree.map(lambda _: False, trainable)
     marked = lambda node: jax.tree.map(lambda _: True, node)
-    marks = eqx.tree_at(adapts, marks, replace_fn=marked)
+    if jax.tree.leaves(adapts(marks)):
+        marks = eqx.tree_at(adapts, marks, replace_fn=marked)
     adapting, fixed = eqx.partition(trainable, marks)
     if not jax.tree.leaves(adapting):
         raise ValueError(

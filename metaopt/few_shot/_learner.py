@@ -46,6 +46,7 @@ class TaskGradient(eqx.Module):
     - `aux`: what the loss returned beside its value, or `None`.
     - `state`: the model state after the task, or `None`.
     - `good`: whether adapting and differentiating went well.
+    - `left_out`: what the gradient leaves out by construction, in words.
     """
 
     loss: FloatScalar
@@ -53,6 +54,7 @@ class TaskGradient(eqx.Module):
     aux: Aux
     state: ModelState
     good: BoolScalar
+    left_out: tuple[str, ...] = eqx.field(static=True)
 
 
 class TaskStats(eqx.Module):
@@ -93,11 +95,6 @@ class AbstractLearner(eqx.Module):
     @abc.abstractmethod
     def adaptation(self, model_state: ModelState) -> Adaptation:
         """The inner problem of a task, which starts from a model state."""
-
-    @property
-    @abc.abstractmethod
-    def left_out(self) -> tuple[str, ...]:
-        """What the gradients leave out by construction, in words."""
 
     @abc.abstractmethod
     def task_gradient(
@@ -218,6 +215,7 @@ def adapt(
     problem, solver = learner.adaptation(model_state), learner.inner
     if num_steps is not None:
         check_count(num_steps, "num_steps", 0)
+    if num_steps:
         solver = with_num_steps(solver, num_steps)
     init_key, solve_key = jax.random.split(key)
     params, state = initialise(problem, meta, init_key)
@@ -338,6 +336,6 @@ def _value_and_grad(
         aux=each.aux,
         model_state=eqx.combine(total_state, counted),
         result=mask_result(num_good == 0, RESULTS.all_tasks_failed),
-        left_out=learner.left_out,
+        left_out=each.left_out,
     )
     return loss, gradient, stats

@@ -153,12 +153,14 @@ class MAML(AbstractLearner):
         # would take as long as some of them do.
         good = tree_all_finite((gradient, output.value))
         good &= output.info.result == RESULTS.successful
-        judged = output.aux
-        return TaskGradient(output.value, gradient, judged.aux, judged.state, good)
-
-    @property
-    def left_out(self):
-        return ()
+        return TaskGradient(
+            loss=output.value,
+            gradient=gradient,
+            aux=output.aux.aux,
+            state=output.aux.state,
+            good=good,
+            left_out=output.info.left_out,
+        )
 
 
 def _checked_weights(step_weights: Any, inner: AbstractSolver) -> jax.Array:

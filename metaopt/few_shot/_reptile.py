@@ -50,10 +50,6 @@ class Reptile(AbstractLearner):
         self.inner = inner
         self.chunk_size = chunk_size
 
-    @property
-    def left_out(self):
-        return ("everything but where adaptation led",)
-
     def adaptation(self, model_state):
         return Adaptation(self.model_loss, None, None, None, model_state)
 
@@ -71,4 +67,11 @@ class Reptile(AbstractLearner):
         )
         good = tree_all_finite((gradient, query.value))
         good &= found.result == RESULTS.successful
-        return TaskGradient(query.value, gradient, query.aux, query.state, good)
+        return TaskGradient(
+            loss=query.value,
+            gradient=gradient,
+            aux=query.aux,
+            state=query.state,
+            good=good,
+            left_out=("the query loss: this is no gradient of it",),
+        )

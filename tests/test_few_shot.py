@@ -1,0 +1,639 @@
+"""Few-shot learners against derivatives of loops written by hand."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+
+
+few_shot: Any = mo.few_shot  # whose arguments are of the wrong type in some tests
+NUM_TASKS, NUM_SHOTS = 4, 5
+
+
+def squared_error(model, batch):
+    x, y = batch
+    return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+
+def sinusoids(seed: int) -> Any:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    amplitude = jax.random.uniform(keys[0], (NUM_TASKS, 1), minval=0.5, maxval=2.0)
+    phase = jax.random.uniform(keys[1], (NUM_TASKS, 1), maxval=np.pi)
+    x = jax.random.uniform(keys[2], (2, NUM_TASKS, NUM_SHOTS), minval=-2.0, maxval=2.0)
+    y = amplitude * jnp.sin(x + phase)
+    return few_shot.Task((x[0], y[0]), (x[1], y[1]))
+
+
+TASKS = sinusoids(0)
+MODEL = eqx.nn.MLP("scalar", "scalar", 6, 2, jnp.tanh, key=jax.random.key(0))
+TRANSFORMS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+    "adam": optax.adam(0.05),
+}
+
+
+def by_hand(
+    model: Any,
+    tasks: Any,
+    transform: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    hold: Any = lambda g: g,
+    weights: Any = None,
+    adapts: Any = None,
+) -> Any:
+    """The mean query loss, by loops that nobody could mistake."""
+    if adapts is None:
+        adapting, rest = eqx.partition(model, eqx.is_inexact_array)
+    else:
+        nothing = jax.tree.map(lambda _: False, model)
+        mark = lambda node: jax.tree.map(eqx.is_inexact_array, node)
+        adapting, rest = eqx.partition(
+            model, eqx.tree_at(adapts, nothing, mark(adapts(model)))
+        )
+
+    def loss(part, batch):
+        return squared_error(eqx.combine(part, rest), batch)
+
+    def one(task):
+        part, state = adapting, transform.init(adapting)
+        queries = []
+        for _ in range(num_steps):
+            gradient = hold(jax.grad(loss)(part, task.support))
+            updates, state = transform.update(gradient, state, part)
+            part = optax.apply_updates(part, updates)
+            queries.append(loss(part, task.query))
+        last = [0.0] * (num_steps - 1) + [1.0]
+        return sum(w * q for w, q in zip(last if weights is None else weights, queries))
+
+    return jnp.mean(jax.vmap(one)(tasks))
+
+
+def assert_close(ours: Any, theirs: Any, rtol: float = 1e-10) -> None:
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.max(np.abs(b)) + 1e-15)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def cosine(a: Any, b: Any) -> float:
+    a, b = flat(a), flat(b)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def maml(transform: Any = TRANSFORMS["sgd"], num_steps: int = 1, **settings: Any):
+    inner = mo.Descent(transform, num_steps)
+    return few_shot.MAML(squared_error, inner, **settings)
+
+
+# The meta-gradient
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 5])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_are_those_of_the_loop(name, num_steps):
+    transform = TRANSFORMS[name]
+    expected = eqx.filter_jit(eqx.filter_value_and_grad(by_hand))(
+        MODEL, TASKS, transform, num_steps
+    )
+    cuts = [None, 2, 1] if (name, num_steps) == ("momentum", 3) else [2]
+    for chunk_size in cuts:
+        learner = maml(transform, num_steps, chunk_size=chunk_size)
+        value, gradient, stats = learner.value_and_grad(MODEL, TASKS)
+        assert_close(value, expected[0])
+        assert_close(gradient, expected[1])
+        assert stats.losses.shape == (NUM_TASKS,) and stats.num_failed == 0
+        np.testing.assert_allclose(jnp.mean(stats.losses), value, rtol=1e-12)
+        assert stats.left_out == ()
+
+
+@pytest.mark.parametrize("memory", [mo.StoreAll(), mo.RecomputeSteps(), mo.Blocks()])
+def test_every_memory_plan_gives_the_same(memory):
+    expected = maml(num_steps=4).value_and_grad(MODEL, TASKS)[1]
+    learner = maml(num_steps=4, adjoint=mo.UnrolledAdjoint(memory))
+    assert_close(learner.value_and_grad(MODEL, TASKS)[1], expected)
+
+
+def test_first_order_holds_the_inner_gradients_constant():
+    expected = eqx.filter_jit(eqx.filter_grad(by_hand))(
+        MODEL, TASKS, TRANSFORMS["sgd"], 3, hold=jax.lax.stop_gradient
+    )
+    learner = maml(num_steps=3, adjoint=mo.FirstOrderAdjoint())
+    _, gradient, stats = learner.value_and_grad(MODEL, TASKS)
+    assert_close(gradient, expected)
+    assert stats.left_out == ("how the inner gradients change",)
+    exact = maml(num_steps=3).value_and_grad(MODEL, TASKS)[1]
+    # It leads the same way, roughly: .65 here.
+    assert 0.5 < cosine(gradient, exact) < 0.9
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_part_of_the_model_adapts(first_order):
+    adapts = lambda model: model.layers[-1]
+    hold = jax.lax.stop_gradient if first_order else lambda g: g
+    expected = eqx.filter_jit(eqx.filter_grad(by_hand))(
+        MODEL, TASKS, TRANSFORMS["sgd"], 2, adapts=adapts, hold=hold
+    )
+    adjoint = mo.FirstOrderAdjoint() if first_order else mo.UnrolledAdjoint()
+    learner = maml(num_steps=2, adapts=adapts, adjoint=adjoint)
+    assert_close(learner.value_and_grad(MODEL, TASKS)[1], expected)
+    task = jax.tree.map(lambda leaf: leaf[0], TASKS)
+    adapted = learner.adapt(MODEL, task.support)
+    assert_close(adapted.layers[0], MODEL.layers[0], 0.0)
+    assert not np.allclose(adapted.layers[-1].weight, MODEL.layers[-1].weight)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_each_step_can_count(first_order):
+    weights = np.array([0.2, 0.3, 0.5])
+    hold = jax.lax.stop_gradient if first_order else lambda g: g
+    expected = eqx.filter_jit(eqx.filter_value_and_grad(by_hand))(
+        MODEL, TASKS, TRANSFORMS["momentum"], 3, weights=weights, hold=hold
+    )
+    adjoint = mo.FirstOrderAdjoint() if first_order else mo.UnrolledAdjoint()
+    learner = maml(TRANSFORMS["momentum"], 3, step_weights=weights, adjoint=adjoint)
+    value, gradient, _ = learner.value_and_grad(MODEL, TASKS)
+    assert_close((value, gradient), expected)
+    # All on the last step is as without.
+    learner = maml(TRANSFORMS["momentum"], 3, step_weights=[0, 0, 1])
+    plain = maml(TRANSFORMS["momentum"], 3)
+    assert_close(*(a.value_and_grad(MODEL, TASKS)[:2] for a in (learner, plain)))
+
+
+def test_learned_rates_and_their_derivative():
+    meta = few_shot.with_learned_rates(MODEL, 0.1)
+    inner = mo.Descent(few_shot.learned_rates, num_steps=2)
+    learner = few_shot.MAML(squared_error, inner)
+    value, gradient, _ = learner.value_and_grad(meta, TASKS)
+    expected = maml(optax.sgd(0.1), 2).value_and_grad(MODEL, TASKS)
+    assert_close((value, gradient.model), expected[:2])
+
+    def moved(step):
+        settings = jax.tree.map(lambda r, g: r + step * g, meta.settings, gradient.settings)
+        return learner.value_and_grad(few_shot.Learned(MODEL, settings), TASKS)[0]
+
+    slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
+    np.testing.assert_allclose(slope, np.sum(flat(gradient.settings) ** 2), rtol=1e-5)
+
+
+def test_rates_for_each_step():
+    meta = few_shot.with_learned_rates(MODEL, 0.1, num_steps=2, per_parameter=False)
+    assert all(leaf.shape == (2,) for leaf in jax.tree.leaves(meta.settings))
+    later = jax.tree.map(lambda leaf: leaf.at[1].set(0.03), meta.settings)
+    transform = lambda learned: few_shot.learned_rates(learned, per_step=True)
+    learner = few_shot.MAML(squared_error, mo.Descent(transform, 2))
+    value = learner.value_and_grad(few_shot.Learned(MODEL, later), TASKS)[0]
+    schedule = lambda count: jnp.where(count == 0, 0.1, 0.03)
+    np.testing.assert_allclose(
+        value, by_hand(MODEL, TASKS, optax.sgd(schedule), 2), rtol=1e-12
+    )
+
+
+def test_learned_curvature_begins_as_descent_and_is_learned():
+    meta = few_shot.with_learned_curvature(MODEL, 0.1)
+    inner = mo.Descent(few_shot.learned_curvature, num_steps=2)
+    learner = few_shot.MAML(squared_error, inner)
+    value, gradient, _ = learner.value_and_grad(meta, TASKS)
+    expected = maml(optax.sgd(0.1), 2).value_and_grad(MODEL, TASKS)
+    assert_close((value, gradient.model), expected[:2])
+    # A matrix for each axis: of a gradient G of shape (6, 6), L G R.
+    left, right = gradient.settings.layers[1].weight.matrices
+    assert left.shape == right.shape == (6, 6) and np.all(np.isfinite(left))
+    settings = jax.tree.map(lambda a: a, meta.settings)
+    matrices = jax.random.normal(jax.random.key(3), (2, 6, 6))
+    where = lambda s: s.layers[1].weight.matrices
+    settings = eqx.tree_at(where, settings, tuple(matrices))
+    transform = few_shot.learned_curvature(few_shot.Learned(MODEL, settings))
+    params = eqx.filter(MODEL, eqx.is_inexact_array)
+    updates, _ = transform.update(params, transform.init(params), params)
+    weight = MODEL.layers[1].weight
+    expected = -0.1 * matrices[0] @ weight @ matrices[1].T
+    np.testing.assert_allclose(updates.layers[1].weight, expected, rtol=1e-12)
+
+
+def test_reptile_goes_where_adaptation_leads():
+    learner = few_shot.Reptile(squared_error, mo.Descent(TRANSFORMS["adam"], 5))
+    value, gradient, stats = learner.value_and_grad(MODEL, TASKS)
+    adapted = [
+        learner.adapt(MODEL, jax.tree.map(lambda leaf: leaf[i], TASKS.support))
+        for i in range(NUM_TASKS)
+    ]
+    mean = jax.tree.map(lambda *a: sum(a) / NUM_TASKS, *map(arrays, adapted))
+    assert_close(gradient, jax.tree.map(jnp.subtract, arrays(MODEL), mean))
+    assert_close(value, by_hand(MODEL, TASKS, TRANSFORMS["adam"], 5))
+    with pytest.raises(ValueError, match="`Reptile` has no derivative in settings"):
+        learner.value_and_grad(few_shot.with_learned_rates(MODEL, 0.1), TASKS)
+
+
+def arrays(model):
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+# Implicit MAML
+
+
+def linear_task(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x = jax.random.normal(keys[0], (2, NUM_TASKS, 8, 3))
+    true = jax.random.normal(keys[1], (NUM_TASKS, 3))
+    y = jnp.einsum("stni,ti->stn", x, true)
+    return few_shot.Task((x[0], y[0]), (x[1], y[1]))
+
+
+def test_implicit_maml_is_the_converged_one():
+    model = eqx.nn.Linear(3, "scalar", key=jax.random.key(0))
+    tasks, strength = linear_task(1), 2.0
+
+    def solved(model):
+        """The minimum of each task in closed form."""
+        start = jnp.append(model.weight[0], model.bias)
+
+        def one(support, query):
+            (x, y), (xq, yq) = support, query
+            x, xq = (jnp.c_[a, jnp.ones(len(a))] for a in (x, xq))
+            matrix = 2 * x.T @ x / len(x) + strength * jnp.eye(4)
+            found = jnp.linalg.solve(matrix, 2 * x.T @ y / len(x) + strength * start)
+            return jnp.mean((xq @ found - yq) ** 2)
+
+        return jnp.mean(jax.vmap(one)(tasks.support, tasks.query))
+
+    expected = eqx.filter_value_and_grad(solved)(model)
+    inner = mo.Descent(optax.sgd(0.2), num_steps=200)
+    adjoint = mo.ImplicitAdjoint(mo.CG(rtol=1e-10))
+    learner = few_shot.MAML(squared_error, inner, adjoint, proximal=strength)
+    value, gradient, stats = learner.value_and_grad(model, tasks)
+    assert_close((value, gradient), expected, 1e-8)
+    assert stats.num_failed == 0
+    # As exact as the linear solver: the control is wrong by per cents.
+    rough = dataclasses.replace(adjoint, linear_solver=mo.CG(rtol=None, max_steps=1))
+    learner = few_shot.MAML(squared_error, inner, rough, proximal=strength)
+    off = flat(learner.value_and_grad(model, tasks)[1]) - flat(expected[1])
+    assert np.linalg.norm(off) > 1e-3 * np.linalg.norm(flat(expected[1]))
+    # Unrolled to the same minimum, in the same place.
+    unrolled = few_shot.MAML(squared_error, inner, proximal=strength)
+    assert_close(unrolled.value_and_grad(model, tasks)[1], expected[1], 1e-8)
+
+
+def test_an_implicit_adjoint_without_proximal_term_is_refused():
+    # Its gradient is zero by construction: the minimum does not know where it began.
+    learner = maml(num_steps=5, adjoint=mo.ImplicitAdjoint())
+    with pytest.raises(ValueError, match="zero by construction.*`ImplicitAdjoint`"):
+        learner.value_and_grad(MODEL, TASKS)
+
+
+def test_tasks_that_are_not_solved_are_counted():
+    adjoint = mo.ImplicitAdjoint(mo.CG(rtol=1e-10))
+    learner = maml(num_steps=1, adjoint=adjoint, proximal=2.0)
+    with pytest.raises(mo.SolveError, match="Every task") as error:
+        learner.value_and_grad(MODEL, TASKS)
+    assert error.value.value[2].num_failed == NUM_TASKS
+
+
+# Tasks that fail
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("part", ["support", "query"])
+def test_the_others_survive_a_task_that_diverges(part, chunk_size):
+    # The square of these overflows, and they are finite themselves.
+    x, y = getattr(TASKS, part)
+    tasks = dataclasses.replace(TASKS, **{part: (x, y.at[2].set(1e200))})
+    learner = maml(num_steps=2, chunk_size=chunk_size)
+    value, gradient, stats = learner.value_and_grad(MODEL, tasks)
+    assert stats.failed.tolist() == [False, False, True, False]
+    assert stats.num_failed == 1
+    keep = jnp.array([0, 1, 3])
+    rest = jax.tree.map(lambda leaf: leaf[keep], TASKS)
+    expected = maml(num_steps=2).value_and_grad(MODEL, rest)
+    assert_close((value, gradient), expected[:2])
+
+
+def test_nothing_is_left_when_all_diverge():
+    learner = maml(optax.sgd(1e200), 3)
+    with pytest.raises(mo.SolveError, match="Lower the inner learning rate"):
+        learner.value_and_grad(MODEL, TASKS)
+    value, gradient, stats = learner.value_and_grad(MODEL, TASKS, throw=False)
+    assert np.isnan(value) and np.all(np.isnan(flat(gradient)))
+    assert stats.num_failed == NUM_TASKS
+
+
+# What a loss can declare
+
+
+class Normalised(eqx.Module):
+    first: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    last: eqx.nn.Linear
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.first(x[None]), state)
+        return self.last(jnp.tanh(x))[0], state
+
+
+def with_state(model, batch, *, state):
+    x, y = batch
+    mapped = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    predictions, state = mapped(x, state)
+    return jnp.mean((predictions - y) ** 2), state
+
+
+def normalised():
+    keys = jax.random.split(jax.random.key(0))
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="ema")
+    first, last = eqx.nn.Linear(1, 3, key=keys[0]), eqx.nn.Linear(3, 1, key=keys[1])
+    return Normalised(first, norm, last), state
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("policy", [mo.CarriedState(), mo.FrozenState(), mo.PerStepState()])
+def test_model_state_is_a_choice(policy, chunk_size):
+    model, state = normalised()
+    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=policy)
+    learner = few_shot.MAML(with_state, inner, has_state=True, chunk_size=chunk_size)
+    value, gradient, stats = learner.value_and_grad(model, TASKS, model_state=state)
+    parts, rest = eqx.partition(model, eqx.is_inexact_array)
+
+    def one(parts, task):
+        now, start = parts, jax.tree.map(lambda a: a, state)
+        carried, last = start, start
+        for _ in range(2):
+            seen = carried if isinstance(policy, mo.CarriedState) else start
+            seen = jax.tree.map(lambda a: a, seen)
+
+            def loss(now):
+                return with_state(eqx.combine(now, rest), task.support, state=seen)
+
+            gradient, new = jax.grad(loss, has_aux=True)(now)
+            carried = last = jax.tree.map(lambda a: a, new)
+            now = jax.tree.map(lambda a, b: a - 0.05 * b, now, gradient)
+        at_query = start if isinstance(policy, mo.FrozenState) else last
+        at_query = jax.tree.map(lambda a: a, at_query)
+        return with_state(eqx.combine(now, rest), task.query, state=at_query)
+
+    def mean(parts):
+        values, states = jax.vmap(lambda task: one(parts, task))(TASKS)
+        return jnp.mean(values), states
+
+    (expected, states), slope = jax.jit(jax.value_and_grad(mean, has_aux=True))(parts)
+    assert_close((value, gradient), (expected, slope), 1e-9)
+    floats = eqx.filter(states, eqx.is_inexact_array)
+    average = jax.tree.map(lambda a: jnp.mean(a, axis=0), floats)
+    assert_close(eqx.filter(stats.model_state, eqx.is_inexact_array), average, 1e-9)
+
+
+def test_model_state_without_a_choice_is_refused():
+    model, state = normalised()
+    learner = few_shot.MAML(with_state, mo.Descent(optax.sgd(0.1), 2), has_state=True)
+    with pytest.raises(ValueError, match="state_policy"):
+        learner.value_and_grad(model, TASKS, model_state=state)
+
+
+def test_model_state_and_each_step_counting():
+    model, state = normalised()
+    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.CarriedState())
+    settings = {"has_state": True, "step_weights": [0.0, 1.0]}
+    learner = few_shot.MAML(with_state, inner, **settings)
+    plain = few_shot.MAML(with_state, inner, has_state=True)
+    a, b = (m.value_and_grad(model, TASKS, model_state=state) for m in (learner, plain))
+    assert_close(a[:2], b[:2])
+    assert_close(*(eqx.filter(s[2].model_state, eqx.is_inexact_array) for s in (a, b)))
+
+
+def test_auxiliary_output_is_stacked_by_task():
+    def loss(model, batch):
+        predictions = jax.vmap(model)(batch[0])
+        return jnp.mean((predictions - batch[1]) ** 2), {"largest": jnp.max(predictions)}
+
+    learner = few_shot.MAML(loss, mo.Descent(optax.sgd(0.1), 1), has_aux=True)
+    stats = learner.value_and_grad(MODEL, TASKS)[2]
+    assert stats.aux["largest"].shape == (NUM_TASKS,)
+
+
+def test_tasks_have_keys_of_their_own():
+    def loss(model, batch, *, key):
+        return squared_error(model, batch) + jax.random.normal(key)
+
+    learner = few_shot.MAML(loss, mo.Descent(optax.sgd(0.1), 1))
+    same = jax.tree.map(lambda leaf: jnp.stack(NUM_TASKS * [leaf[0]]), TASKS)
+    losses = learner.value_and_grad(MODEL, same)[2].losses
+    assert len(set(losses.tolist())) == NUM_TASKS
+    again = learner.value_and_grad(MODEL, same, key=jax.random.key(0))[2].losses
+    np.testing.assert_array_equal(losses, again)
+    other = learner.value_and_grad(MODEL, same, key=jax.random.key(1))[2].losses
+    assert not np.any(losses == other)
+
+
+# Compilation, devices
+
+
+def test_it_compiles_once():
+    learner, count = maml(chunk_size=2), 0
+
+    def loss(model, batch):
+        nonlocal count
+        count += 1
+        return squared_error(model, batch)
+
+    learner = few_shot.MAML(loss, learner.inner)
+    learner.value_and_grad(MODEL, TASKS)
+    traced = count
+    learner.value_and_grad(jax.tree.map(lambda a: a, MODEL), sinusoids(1))
+    assert count == traced
+
+
+def test_inside_jit_and_grad_free_of_surprises():
+    learner = maml(num_steps=2)
+    outside = learner.value_and_grad(MODEL, TASKS)[:2]
+    inside = eqx.filter_jit(lambda m, t: learner.value_and_grad(m, t)[:2])(MODEL, TASKS)
+    assert_close(inside, outside, 1e-12)
+
+
+# Adapting, measuring, training
+
+
+def test_adapting_takes_the_steps_it_is_told():
+    learner = maml(num_steps=1)
+    task = jax.tree.map(lambda leaf: leaf[0], TASKS)
+    now = MODEL
+    for count in range(4):
+        adapted = learner.adapt(MODEL, task.support, num_steps=count)
+        assert_close(arrays(adapted), arrays(now), 1e-12)
+        gradient = eqx.filter_grad(squared_error)(now, task.support)
+        now = eqx.apply_updates(now, jax.tree.map(lambda g: -0.1 * g, gradient))
+    assert_close(
+        arrays(learner.adapt(MODEL, task.support)),
+        arrays(learner.adapt(MODEL, task.support, num_steps=1)),
+        0.0,
+    )
+
+
+def test_scores_and_their_interval():
+    learner = maml(num_steps=2)
+    scores = few_shot.evaluate(learner, MODEL, TASKS, squared_error, chunk_size=3)
+    losses = learner.value_and_grad(MODEL, TASKS)[2].losses
+    np.testing.assert_allclose(scores.values, losses, rtol=1e-10)
+    np.testing.assert_allclose(scores.mean, np.mean(losses), rtol=1e-10)
+    error = np.std(losses, ddof=1) / NUM_TASKS**0.5
+    np.testing.assert_allclose(scores.interval, 1.96 * error, rtol=1e-10)
+    assert str(scores).endswith(f"on {NUM_TASKS} tasks")
+    x, y = TASKS.support
+    tasks = dataclasses.replace(TASKS, support=(x, y.at[0].set(1e200)))
+    scores = few_shot.evaluate(learner, MODEL, tasks, squared_error)
+    assert scores.num_failed == 1 and "1 failed and are left out" in str(scores)
+    np.testing.assert_allclose(scores.mean, np.mean(losses[1:]), rtol=1e-10)
+
+
+def digits_by_class():
+    data = mo.datasets.load_digits()
+    return mo.datasets.ClassData.from_labels(data.x, data.y, "digits")
+
+
+def cross_entropy(model, batch):
+    logits = jax.vmap(model)(batch[0])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
+
+
+EPISODES = few_shot.Episodes(digits_by_class(), 3, 1, 2, num_tasks=4)
+LEARNER = few_shot.MAML(cross_entropy, mo.Descent(optax.sgd(0.5), 1))
+CLASSIFIER = eqx.nn.MLP(64, 3, 8, 1, key=jax.random.key(0))
+
+
+def trained(**settings: Any):
+    settings = {
+        "optimizer": optax.adam(1e-2),
+        "num_steps": 6,
+        "steps_per_call": 3,
+    } | settings
+    tasks = settings.pop("tasks", EPISODES)
+    return few_shot.train(LEARNER, CLASSIFIER, tasks, **settings)
+
+
+def test_training_is_the_same_however_it_is_cut(tmp_path):
+    whole = trained()
+    assert whole.history.loss.shape == whole.history.num_failed.shape == (6,)
+    assert int(whole.state.num_steps) == 6
+    # In calls of another length: the same numbers but for rounding.
+    assert_close(arrays(trained(steps_per_call=2).meta), arrays(whole.meta), 1e-9)
+    # Stopped and taken up again, by state and by file: bit for bit.
+    half = trained(num_steps=3)
+    assert_same(trained(state=half.state).state, whole.state)
+    path = tmp_path / "folder" / "run.npz"
+    trained(num_steps=3, checkpoint=path)
+    again = trained(checkpoint=path)
+    assert_same(again.state, whole.state)
+    np.testing.assert_array_equal(again.history.loss, whole.history.loss[3:])
+    # Nothing is left to do.
+    assert len(trained(checkpoint=path).history.loss) == 0
+
+
+def assert_same(a, b):
+    as_numpy = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    a, b = (jax.tree.leaves(eqx.filter(x, eqx.is_array)) for x in (a, b))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(as_numpy(x), as_numpy(y))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    trained(num_steps=3, checkpoint=path)
+    other = eqx.nn.MLP(64, 3, 9, 1, key=jax.random.key(0))
+    with pytest.raises(mo.CheckpointError, match=r"`.meta.layers\[0\].weight`"):
+        few_shot.train(
+            LEARNER,
+            other,
+            EPISODES,
+            optimizer=optax.adam(1e-2),
+            num_steps=6,
+            checkpoint=path,
+        )
+
+
+def test_training_on_what_the_host_draws():
+    episodes = few_shot.HostEpisodes(digits_by_class(), 3, 1, 2, num_tasks=4)
+    whole = trained(tasks=iter(episodes))
+    half = trained(tasks=iter(episodes), num_steps=3)
+    rest = trained(tasks=episodes.starting_at(3), state=half.state)
+    assert_same(rest.state, whole.state)
+    few = iter([episodes.batch(0)])
+    with pytest.raises(mo.SolveError, match="iterator.*ended"):
+        trained(tasks=few, steps_per_call=1)
+
+
+def test_a_step_without_any_task_is_not_taken():
+    learner = few_shot.MAML(cross_entropy, mo.Descent(optax.sgd(1e200), 3))
+    settings = {"optimizer": optax.adam(1e-2), "num_steps": 2}
+    with pytest.raises(mo.SolveError, match="Every task"):
+        few_shot.train(learner, CLASSIFIER, EPISODES, **settings)
+    solution = few_shot.train(learner, CLASSIFIER, EPISODES, throw=False, **settings)
+    assert_same(solution.meta, CLASSIFIER)
+    assert solution.result == mo.RESULTS.all_tasks_failed
+    assert solution.history.num_failed.tolist() == [4, 4]
+
+
+def test_learning_lowers_the_loss_on_new_tasks():
+    solution = trained(num_steps=150, steps_per_call=50)
+    before, after = (
+        few_shot.evaluate(
+            LEARNER, meta, EPISODES, cross_entropy, num_tasks=40, key=jax.random.key(5)
+        ).mean
+        for meta in (CLASSIFIER, solution.meta)
+    )
+    assert after < before - 0.1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: maml(chunk_size=3).value_and_grad(MODEL, TASKS), "`chunk_size`, 3, does"),
+        (lambda: maml(chunk_size=0), "`chunk_size` must be at least 1"),
+        (lambda: few_shot.MAML(1, mo.Descent(optax.sgd(0.1), 1)), "`loss` must be a"),
+        (lambda: few_shot.MAML(squared_error, optax.sgd(0.1)), "`inner` must be some"),
+        (lambda: maml(adjoint=mo.UnrolledAdjoint), "`adjoint` is the class"),
+        (lambda: maml(num_steps=2, step_weights=[1.0]), "one entry for each of the 2"),
+        (lambda: maml().value_and_grad(MODEL, 3), "`tasks` must be a `metaopt.few_shot.T"),
+        (
+            lambda: maml().value_and_grad(
+                MODEL, (TASKS.support, jax.tree.map(lambda a: a[:2], TASKS.query))
+            ),
+            "number of tasks; got 4 in `tasks.support",
+        ),
+        (
+            lambda: maml(adapts=lambda m: m.activation).value_and_grad(MODEL, TASKS),
+            "nothing adapts",
+        ),
+        (lambda: maml().value_and_grad(jnp.arange(3), TASKS), "no floating-point array"),
+        (lambda: trained(tasks=TASKS), "`tasks` must be `metaopt.few_shot.Episodes`"),
+        (
+            lambda: few_shot.evaluate(maml(), MODEL, TASKS, lambda m, b: b[0]),
+            "`metric` must return a scalar",
+        ),
+        (
+            lambda: few_shot.evaluate(maml(), MODEL, TASKS, squared_error, num_tasks=2),
+            "`num_tasks` is for episodes",
+        ),
+        (
+            lambda: few_shot.evaluate(LEARNER, CLASSIFIER, EPISODES, cross_entropy),
+            "`num_tasks` must be an int",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
