@@ -16,17 +16,20 @@ _LOADERS = {
 }
 
 
-def parse_arguments(name: str, description: str, steps: int) -> argparse.Namespace:
-    """The options that every example takes."""
+def make_parser(
+    name: str, description: str, steps: int, data: Sequence[str] = tuple(_LOADERS)
+) -> argparse.ArgumentParser:
+    """The options that every example takes; `data` are the data sets it can run on."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        choices=tuple(_LOADERS),
-        default="digits",
-        help="digits ship with scikit-learn; the others are read from $METAOPT_DATA",
-    )
+    if data:
+        parser.add_argument(
+            "--data",
+            choices=tuple(data),
+            default=data[0],
+            help="digits ship with scikit-learn; the others are read from $METAOPT_DATA",
+        )
     parser.add_argument("--seed", type=int, default=0, help="fixes everything random")
     parser.add_argument("--steps", type=int, default=steps, help="outer steps")
     parser.add_argument("--quick", action="store_true", help="a few steps, as a test")
@@ -36,12 +39,24 @@ def parse_arguments(name: str, description: str, steps: int) -> argparse.Namespa
         default=pathlib.Path("runs") / name,
         help="folder for metrics.json and the picture",
     )
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as they were given."""
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.seed < 0:
         parser.error(f"--seed must not be negative, got {arguments.seed}")
     return arguments
+
+
+def parse_arguments(
+    name: str, description: str, steps: int, data: Sequence[str] = tuple(_LOADERS)
+) -> argparse.Namespace:
+    """The options that every example takes, as they were given."""
+    return parsed(make_parser(name, description, steps, data))
 
 
 def load(name: str) -> mo.datasets.ImageData:

@@ -18,7 +18,7 @@ from ._linear import AbstractLinearSolver, CG, MINRES
 from ._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
 from ._report import BilevelSolution, table
 from ._solver import problem_optimality
-from ._tree import leaf_names, split_trainable
+from ._tree import leaf_names, split_trainable, tree_dot
 from ._types import Key
 from ._validate import (
     canonical_arrays,
@@ -32,6 +32,7 @@ from ._validate import (
 _MAX_NUMBERS = 100
 _LOW_COSINE = 0.5
 _LOW_ERROR = 0.2
+_UNSURE = 0.25  # of the length of the slopes
 
 
 class ResponseCheck(eqx.Module):
@@ -51,11 +52,17 @@ class ResponseCheck(eqx.Module):
     - `learned_slope`, `implicit_slope`: how the outer loss changes with the params along
         each direction, `(num_directions,)`: the hypergradient, without what `hyper` does
         to the outer loss directly.
-    - `slope_cosine`: the cosine between these two: 1 or -1 for a single direction.
+    - `slope_cosine`: the cosine between these two.
+    - `slope_error`: the uncertainty of `implicit_slope`: its standard error over the draws
+        of what is random, and the difference between two ways to compute it, which is what
+        the linear solver left; `(num_directions,)`. Of a single draw the former is not
+        known and taken as zero.
     - `linear_residual`: the relative residuals of the linear systems behind the implicit
         response, `(num_directions,)`. It is no better than these.
     - `agree`: whether each hypergradient is a descent direction of the other by a margin
         (a cosine of 0.5), or the Jacobians differ by a fifth at most.
+    - `certain`: whether that can be told: `slope_error` is at most a quarter as long as
+        `implicit_slope`.
     """
 
     names: tuple[str, ...] = eqx.field(static=True)
@@ -68,14 +75,19 @@ class ResponseCheck(eqx.Module):
     learned_slope: np.ndarray
     implicit_slope: np.ndarray
     slope_cosine: float
+    slope_error: np.ndarray
     linear_residual: np.ndarray
     agree: bool
+    certain: bool
 
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        head = ("", "learned", "implicit", "error", "cosine", "slope", "implicit", "resid.")
+        head = (
+            *("", "learned", "implicit", "error", "cosine"),
+            *("slope", "implicit", "+-", "resid."),
+        )
         columns = (
             self.learned_norm,
             self.implicit_norm,
@@ -83,6 +95,7 @@ class ResponseCheck(eqx.Module):
             self.cosine,
             self.learned_slope,
             self.implicit_slope,
+            self.slope_error,
             self.linear_residual,
         )
         rows: list[tuple[str, ...]] = [head]
@@ -99,7 +112,9 @@ class ResponseCheck(eqx.Module):
         aligned.append(("Jacobian error", f"{self.jacobian_error:.3g}"))
         aligned.append(("Jacobian cosine", f"{self.jacobian_cosine:.3g}"))
         aligned.append(("slopes' cosine", f"{self.slope_cosine:.3g}"))
-        text = "They lead the same way." if self.agree else _DISAGREE
+        text = _UNCERTAIN
+        if self.certain:
+            text = "They lead the same way." if self.agree else _DISAGREE
         if not np.all(self.linear_residual <= 0.1):
             text += (
                 " The implicit one leaves more than a tenth of some of its systems "
@@ -108,6 +123,11 @@ class ResponseCheck(eqx.Module):
         return table("Learned best response against the implicit one", aligned, text)
 
 
+_UNCERTAIN = (
+    "Whether they lead the same way is uncertain: the slopes of the implicit one are known "
+    "to `+-` only. Average over more draws of what is random in the "
+    "training loss (`num_draws`), or solve its systems further (`resid.`)."
+)
 _DISAGREE = (
     "They do NOT lead the same way. Train longer at the final `hyper` (more `train_steps`, "
     "a faster optimizer for the response), give the response weights of its own "
@@ -125,7 +145,7 @@ def check_response(
     linear_solver: AbstractLinearSolver | None = None,
     curvature: AbstractCurvature | None = None,
     step: float | None = None,
-    num_draws: int = 1,
+    num_draws: int = 8,
     num_directions: int | None = None,
     key: Key | None = None,
 ) -> ResponseCheck:
@@ -134,7 +154,7 @@ def check_response(
     $$\frac{d\,params^*}{d\,hyper} = - H^{-1} \, \partial_{hyper} \nabla_{params} loss ,$$
 
     by one linear solve for each number in `hyper`, at the end of a self-tuning run. Warns
-    where the two would lead `hyper` in different directions.
+    where the two would lead `hyper` in different directions, and where that is uncertain.
 
     **Arguments:**
 
@@ -198,7 +218,13 @@ def check_response(
         jax.random.split(key, num_draws),
     )
     check = _checked(names, *(np.asarray(m, np.float64) for m in measured))
-    if not check.agree:
+    if not check.certain:
+        warnings.warn(
+            "Whether the learned best response and the implicit one would lead `hyper` the "
+            "same way is uncertain. Print the `ResponseCheck` to see why.",
+            stacklevel=2,
+        )
+    elif not check.agree:
         warnings.warn(
             "The learned best response and the implicit one would lead `hyper` in "
             f"different directions (cosine {check.slope_cosine:.2g} between their "
@@ -262,13 +288,6 @@ def _measure(
     _, operator, _ = curvature.linearise(condition(keys[0]), trainable, hyper)
     linear_solver.check(operator)
 
-    def residual(numbers):
-        def one(key):
-            return condition(key)(trainable, coordinates.trainable(numbers))
-
-        draws = jax.lax.map(one, keys)
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws)
-
     def outer(trainable):
         full = eqx.combine(trainable, static)
         batch = valid.full()
@@ -276,9 +295,21 @@ def _measure(
             0
         ]
 
-    slope = ravel_pytree(jax.grad(outer)(trainable))[0]
+    gradient = jax.grad(outer)(trainable)
+    slope = ravel_pytree(gradient)[0]
+    # A second way to the slopes of the implicit response, for each draw alone.
+    dual = linear_solver.solve(operator, jax.tree.map(jnp.negative, gradient)).value
+
+    def residual(numbers):
+        def one(key):
+            of_draw = condition(key)(trainable, coordinates.trainable(numbers))
+            return of_draw, tree_dot(of_draw, dual)
+
+        draws, dots = jax.lax.map(one, keys)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws), dots
+
     if step is None:
-        of_hyper = lambda hyper: residual(ravel_pytree(hyper)[0])
+        of_hyper = lambda hyper: residual(ravel_pytree(hyper)[0])[0]
         names, marks = leaf_names(hyper, "hyper"), without_derivative(of_hyper, hyper)
         unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
         if unseen:
@@ -291,23 +322,37 @@ def _measure(
 
     def one(direction):
         if step is None:
-            crossed = jax.jvp(residual, (numbers,), (direction,))[1]
+            crossed, dots = jax.jvp(residual, (numbers,), (direction,))[1]
         else:
             ahead, behind = (residual(numbers + s * direction) for s in (step, -step))
             width = 2 * step
-            crossed = jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
+            crossed, dots = jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
         solution = linear_solver.solve(operator, jax.tree.map(jnp.negative, crossed))
         implicit = ravel_pytree(solution.value)[0]
         moved = ravel_pytree(jax.jvp(learned, (zero,), (direction,))[1])[0]
         dot = jnp.sum(moved * implicit)
         squares = jnp.sum(moved**2), jnp.sum(implicit**2), jnp.sum((moved - implicit) ** 2)
         slopes = jnp.sum(slope * moved), jnp.sum(slope * implicit)
-        return dot, *squares, *slopes, solution.residual
+        # What chance left, and what the linear solver did.
+        chance = jnp.std(dots) / max(len(dots) - 1, 1) ** 0.5
+        error = jnp.hypot(chance, slopes[1] - jnp.mean(dots))
+        return dot, *squares, *slopes, error, solution.residual
 
     return jax.lax.map(one, directions)
 
 
-def _checked(names, dot, learned, implicit, difference, slope, implicit_slope, residual):
+def _checked(
+    names,
+    dot,
+    learned,
+    implicit,
+    difference,
+    slope,
+    implicit_slope,
+    slope_error,
+    residual,
+):
+    length = np.linalg.norm(implicit_slope)
     with np.errstate(invalid="ignore", divide="ignore"):
         slopes = np.linalg.norm(slope) * np.linalg.norm(implicit_slope)
         slope_cosine = float(np.sum(slope * implicit_slope) / slopes)
@@ -323,8 +368,10 @@ def _checked(names, dot, learned, implicit, difference, slope, implicit_slope, r
             learned_slope=slope,
             implicit_slope=implicit_slope,
             slope_cosine=slope_cosine,
+            slope_error=slope_error,
             linear_residual=residual,
             # NaN, from a response of zero length, fails. At an optimum both slopes are
             # near zero, and only the responses themselves can be compared.
             agree=bool(slope_cosine >= _LOW_COSINE or jacobian_error <= _LOW_ERROR),
+            certain=bool(np.linalg.norm(slope_error) <= _UNSURE * length),
         )

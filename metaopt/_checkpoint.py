@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._tree import leaf_names
-from .datasets import DataError
 from .datasets._files import read_npz, write_atomically
 
 
@@ -35,13 +35,14 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 
     **Raises:**
 
-    `OSError` where the file cannot be written.
+    `OSError` where the file cannot be written; `ValueError` for an array of Python objects.
     """
     entries, rows = {}, []
     for index, (name, leaf) in enumerate(_arrays(tree)):
-        kind = _kind(leaf)
-        data = np.asarray(jax.random.key_data(leaf) if kind == "key" else leaf)
-        rows.append({"name": name, "kind": kind, "shape": list(data.shape)})
+        data = _data(leaf)
+        if data.dtype.hasobject:
+            raise ValueError(f"`{name}` holds Python objects, which are not written.")
+        rows.append({"name": name, "kind": _kind(leaf), "shape": list(data.shape)})
         # Bytes, since NumPy has no names for some dtypes of JAX.
         entries[str(index)] = np.frombuffer(data.tobytes(), np.uint8)
     header = json.dumps({"version": _VERSION, "leaves": rows}).encode()
@@ -72,36 +73,26 @@ def load(path: str | os.PathLike, like: T) -> T:
     """
     path = Path(path)
     wanted = _arrays(like)
-    try:
-        header = read_npz(path, [_HEADER], _MAX_HEADER)[_HEADER]
-        described = json.loads(header.tobytes())
-        version, rows = described["version"], described["leaves"]
-    except (DataError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no sound checkpoint: {error}") from error
-    if version != _VERSION:
-        raise CheckpointError(
-            f"{path} has version {version} of the format; this metaopt reads {_VERSION}."
-        )
-    _check_same(path, rows, wanted)
-    sizes = [int(np.prod(row["shape"])) * 16 for row in rows]
-    keys = [str(index) for index in range(len(rows))]
-    try:
-        entries = read_npz(path, keys, max(sizes, default=0) + 1024)
-    except DataError as error:
-        raise CheckpointError(f"{path} is no sound checkpoint: {error}") from error
+    _check_same(path, _described(path), wanted)
+    templates = [_data(leaf) for _, leaf in wanted]
+    keys = [str(index) for index in range(len(wanted))]
+    entries = _read(path, keys, max((t.nbytes for t in templates), default=0) + 1024)
     leaves = []
-    for key, (name, leaf) in zip(keys, wanted):
-        kind = _kind(leaf)
-        template = np.asarray(jax.random.key_data(leaf) if kind == "key" else leaf)
-        if entries[key].size != template.nbytes:
+    for key, (name, leaf), template in zip(keys, wanted, templates):
+        content = entries[key].tobytes()
+        if len(content) != template.nbytes:
             raise CheckpointError(
-                f"{path}: `{name}` has {entries[key].size} bytes, not {template.nbytes}."
+                f"{path}: `{name}` has {len(content)} bytes, not {template.nbytes}."
             )
-        data = np.frombuffer(entries[key].tobytes(), template.dtype)
-        array = jnp.asarray(data.reshape(template.shape))
-        if kind == "key":
-            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-        leaves.append(np.asarray(array) if isinstance(leaf, np.ndarray) else array)
+        data = np.frombuffer(content, template.dtype).reshape(template.shape)
+        if _is_key(leaf):
+            kind = jax.random.key_impl(leaf)
+            leaves.append(jax.random.wrap_key_data(jnp.asarray(data), impl=kind))
+        elif isinstance(leaf, jax.Array):
+            leaves.append(jnp.asarray(data))
+        else:
+            # JAX has not all dtypes of NumPy, and without 64 bits not even float64.
+            leaves.append(data[()] if isinstance(leaf, np.generic) else data.copy())
     arrays, rest = eqx.partition(like, eqx.is_array)
     structure = jax.tree.structure(arrays)
     return eqx.combine(jax.tree.unflatten(structure, leaves), rest)
@@ -115,18 +106,63 @@ def _arrays(tree: Any) -> list[tuple[str, Any]]:
     return list(zip(leaf_names(arrays, ""), jax.tree.leaves(arrays)))
 
 
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
 def _kind(leaf: Any) -> str:
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return "key" if is_key else str(leaf.dtype)
+    # Keys of two kinds can have data of the same shape.
+    return f"{jax.random.key_impl(leaf)} key" if _is_key(leaf) else str(leaf.dtype)
 
 
-def _check_same(path: Path, rows: Any, wanted: list[tuple[str, Any]]) -> None:
-    found = {row["name"]: (row["kind"], tuple(row["shape"])) for row in rows}
-    expected = {}
-    for name, leaf in wanted:
-        kind = _kind(leaf)
-        shape = jax.random.key_data(leaf).shape if kind == "key" else leaf.shape
-        expected[name] = (kind, tuple(shape))
+def _read(path: Path, keys: list[str], max_bytes: int) -> dict[str, np.ndarray]:
+    try:
+        entries = read_npz(path, keys, max_bytes)
+        # NumPy reads as much as an array should take. Where a damaged entry has more to
+        # it, that is short of the end, and so its checksum was not compared.
+        with zipfile.ZipFile(path) as archive:
+            for key in keys:
+                with archive.open(f"{key}.npy") as entry:
+                    while entry.read(2**20):
+                        pass
+    except Exception as error:
+        # Of a dozen kinds, from `zipfile`, NumPy and the tokenizer of Python. Of what the
+        # system said, such as that there is no such file, only the cause has the text.
+        cause = error.__cause__
+        reason = cause if isinstance(cause, OSError) else error
+        raise CheckpointError(f"{path} is no sound checkpoint: {reason}") from error
+    return entries
+
+
+def _described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, kind and shape of the arrays in the file, in their order."""
+    header = _read(path, [_HEADER], _MAX_HEADER)[_HEADER]
+    try:
+        described = json.loads(header.tobytes())
+        version = described["version"]
+        if version == _VERSION:
+            return [
+                (str(row["name"]), str(row["kind"]), tuple(row["shape"]))
+                for row in described["leaves"]
+            ]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no sound checkpoint: {error!r}") from error
+    raise CheckpointError(
+        f"{path} has version {version} of the format; this metaopt reads {_VERSION}."
+    )
+
+
+def _check_same(
+    path: Path,
+    rows: list[tuple[str, str, tuple[int, ...]]],
+    wanted: list[tuple[str, Any]],
+) -> None:
+    found = {name: (kind, shape) for name, kind, shape in rows}
+    expected = {name: (_kind(leaf), _data(leaf).shape) for name, leaf in wanted}
     for name, (kind, shape) in expected.items():
         if name not in found:
             raise CheckpointError(f"{path} holds no `{name}`, which this run has.")
@@ -138,5 +174,13 @@ def _check_same(path: Path, rows: Any, wanted: list[tuple[str, Any]]) -> None:
     for name in found:
         if name not in expected:
             raise CheckpointError(f"{path} holds `{name}`, which this run has not.")
-    if [row["name"] for row in rows] != [name for name, _ in wanted]:
-        raise CheckpointError(f"{path} holds its arrays in another order.")
+    if len(rows) != len(wanted):
+        raise CheckpointError(
+            f"{path} holds {len(rows)} arrays; this run has {len(wanted)}."
+        )
+    for (name, _, _), (other, _) in zip(rows, wanted):
+        if name != other:
+            raise CheckpointError(
+                f"{path} holds its arrays in another order: `{name}` is there where "
+                f"`{other}` is here."
+            )

@@ -114,7 +114,7 @@ class Minibatches(AbstractData):
         return order.reshape(-1, self.batch_size)[:num_steps]
 
     def batch(self, draw):
-        return jax.tree.map(lambda a: a[draw], self.arrays)
+        return jax.tree.map(lambda a: jnp.asarray(a)[draw], self.arrays)
 
     def full(self):
         return self.arrays

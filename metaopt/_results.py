@@ -21,9 +21,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     inner_nonfinite = (
         "The inner loss or its gradient became infinite or NaN (`stats` and the report "
         "say at which step). At step 0 look for NaN in the data, the params or the "
-        "hyper (an outer step that is too long can overflow it); later, for an operation "
-        "whose gradient is infinite there (`sqrt` at 0, `log` at 0): guard its argument "
-        "with `jnp.where` on the inside as well."
+        "hyper (an outer step that is too long can overflow it); later, lower the learning "
+        "rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
+        "`log` at 0): guard its argument with `jnp.where` on the inside as well."
     )
     inner_diverged = (
         "The inner solver diverged: its iterates grew until they were no longer finite. "

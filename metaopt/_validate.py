@@ -68,7 +68,8 @@ def _canonical_leaf(name: str, leaf: Any) -> Any:
     ):
         raise TypeError(
             f"`{name}` is {leaf!r}: an integer or bool cannot be tuned by hypergradient. "
-            f"Write it as a float, or keep it out of `hyper` (as a static field)."
+            "Write it as a float, or keep it out of `hyper` (as a static field). A "
+            "`metaopt.SelfTuningSolver` can tune a `metaopt.hyper.Integer`."
         )
     if isinstance(leaf, (float, np.generic, np.ndarray)):
         leaf = _to_jax(leaf, name)

@@ -312,7 +312,7 @@ def _samples(problem, params, batch, state) -> bool:
 
         return batch.groups.map(one, batch.keys)
 
-    return depends(predict, batch.hyper)
+    return depends(predict, batch.hyper, despite_stop_gradient=True)
 
 
 def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:

@@ -46,6 +46,10 @@ class SelfTuningSolver(AbstractBilevelSolver):
     are written with [`metaopt.nn.squared_norm`][]. Both are checked before the run, unless
     it is inside of a `jax.jit` of your own.
 
+    What acts on the training loss is perturbed and tuned, with or without a derivative:
+    the rate of an `equinox.nn.Dropout`, too, which is behind a `jax.lax.stop_gradient`.
+    So that holds nothing constant here; keep what is to stay as it is out of `hyper`.
+
     In reports `inner_loss` and `inner_residual` are those of the last training step, before
     it was taken; the residual is the norm of the gradient in all params, those of the
     response included. Under [`metaopt.STN`][], `aux` has a leading axis of groups.

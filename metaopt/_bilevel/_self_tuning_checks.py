@@ -20,9 +20,9 @@ _RTOL = 1e-3  # far above what float32 leaves in full precision
 _HALF_RTOL = 5e-2  # and bfloat16, whose numbers are 0.004 apart
 
 _EACH_ITS_OWN = (
-    "Each example sees `hyper` perturbed in its own way, so take `jnp.mean` over examples; "
-    "where rows are coupled, as by batch normalisation, use "
-    "`examples_per_perturbation=None`."
+    "Each example sees `hyper` perturbed in its own way, so take `jnp.mean` over examples, "
+    "and look for shapes that broadcast, such as (n, 1) and (n,). Where rows are coupled "
+    "on purpose, as by batch normalisation, use `examples_per_perturbation=None`."
 )
 
 

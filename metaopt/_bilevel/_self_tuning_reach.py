@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 
 from .._best_response import conversion
-from .._dependence import check_inner_loss, check_outer_loss, influences
+from .._dependence import check_inner_loss, check_outer_loss, leaves_with_influence
 from .._problem import BilevelProblem, initialise
 from .._tree import leaf_names, split_trainable
 from .._types import Batch, Hyper, Key, ModelState, Params
@@ -54,12 +54,13 @@ def unreached_leaves(
     )[0]
     check_inner_loss(of_inner, moving)
     check_outer_loss(of_outer, moving)
-    # The response learns from samples: what has no derivative acts as well.
-    in_inner = [any(row) for row in influences(gradient, trainable)]
-    in_outer = [any(row) for row in influences(outer, trainable)]
+    # The response learns from samples: what has no derivative acts as well. (The rate of
+    # `equinox.nn.Dropout` is behind a `stop_gradient`.)
+    in_inner = leaves_with_influence(gradient, trainable, despite_stop_gradient=True)
+    in_outer = leaves_with_influence(outer, trainable)
     in_start = [False] * len(names)
     if drawn:
-        in_start = [any(row) for row in influences(start, trainable)]
+        in_start = leaves_with_influence(start, trainable)
     rows = list(zip(names, in_inner, in_outer, in_start, strict=True))
     zero = [f"`{name}`" for name, a, b, c in rows if c and not a]
     if zero:

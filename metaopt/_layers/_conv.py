@@ -29,7 +29,8 @@ class Conv2d(eqx.Module):
 
     **Raises:**
 
-    `ValueError` for an image whose number of channels is another.
+    `ValueError` for an image whose number of channels is another, or that is smaller
+    than the kernel.
 
     !!! example
 
@@ -95,17 +96,24 @@ class Conv2d(eqx.Module):
                 f"`Conv2d` takes one image of shape ({self.conv.in_channels}, height, "
                 f"width); got shape {x.shape}. Use `jax.vmap` for a batch of them."
             )
+        conv = self.conv
+        padding = _pairs(conv.padding, x.shape[1:], conv.kernel_size, conv.stride)
+        padded = [size + sum(pads) for size, pads in zip(x.shape[1:], padding)]
+        if any(size < k for size, k in zip(padded, conv.kernel_size)):
+            raise ValueError(
+                f"An image of {padded[0]} x {padded[1]} pixels, padding included, is "
+                f"smaller than a kernel of {conv.kernel_size[0]} x {conv.kernel_size[1]}."
+            )
         if jax.default_backend() != "cpu":
-            return self.conv(x)
-        return convolved_by_products(self.conv, x)
+            return conv(x)
+        return convolved_by_products(conv, x, padding)
 
 
 def convolved_by_products(
-    conv: eqx.nn.Conv2d, x: Float[Array, "in_channels height width"]
+    conv: eqx.nn.Conv2d, x: Float[Array, "in_channels height width"], padding: Any
 ) -> Float[Array, "out_channels new_height new_width"]:
     """The convolution as one product of matrices: a row for each pixel that comes out."""
     kernel, strides = conv.kernel_size, conv.stride
-    padding = _pairs(conv.padding, x.shape[1:], kernel, strides)
     x = jnp.pad(jnp.moveaxis(x, 0, -1), (*padding, (0, 0)))
     height, width = ((size - k) // s + 1 for size, k, s in zip(x.shape, kernel, strides))
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -50,10 +51,25 @@ _PARTS = ("train", "valid", "test")
 _FILE = "omniglot28.npz"
 _KEYS = ("images", "vinyals_split")
 _SIZE = 28
+_PUBLISHED_SIZE = 105
 _NUM_DRAWERS = 20
 _MAX_PACKED = 16 * 1024**2
 _MAX_UNPACKED = 64 * 1024**2
 _MAX_IMAGE = 64 * 1024
+
+# What `zipfile` and Pillow raise for something damaged: RuntimeError where it seems to be
+# encrypted or compressed in another way, SyntaxError for a broken PNG.
+_READ_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    IndexError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+)
 
 
 def load_omniglot(
@@ -147,6 +163,8 @@ def _downloaded(base_url: str, checksums: Mapping[str, str]) -> bytes:
         packed = fetch(source, checksums[name], _MAX_PACKED)
         for (alphabet, character), drawer, image in _images(packed, source):
             characters.setdefault((alphabet, character), {})[drawer] = image
+    if not characters:
+        raise DataError(f"{base_url} has archives without any image in them.")
     for (alphabet, character), drawn in characters.items():
         if sorted(drawn) != list(range(1, _NUM_DRAWERS + 1)):
             raise DataError(
@@ -181,14 +199,21 @@ def _images(packed: bytes, source: str):
                 if info.file_size > _MAX_IMAGE:
                     raise DataError(f"{source}: {info.filename} is no small image.")
                 with Image.open(io.BytesIO(archive.read(info)), formats=("PNG",)) as image:
+                    # Before memory is taken for it: little can unpack to very much.
+                    if image.size != (_PUBLISHED_SIZE, _PUBLISHED_SIZE):
+                        raise DataError(
+                            f"{source}: {info.filename} has {image.width} x "
+                            f"{image.height} pixels, not {_PUBLISHED_SIZE} x "
+                            f"{_PUBLISHED_SIZE}."
+                        )
                     small = image.resize((_SIZE, _SIZE), Image.Resampling.NEAREST)
                     ink = 255 - np.asarray(small.convert("L"))
                 character = int(parts[2].removeprefix("character"))
                 drawer = int(parts[3].removesuffix(".png").split("_")[1])
                 yield (parts[1], character), drawer, ink
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, IndexError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (*_READ_ERRORS, Image.DecompressionBombError) as error:
         raise DataError(f"{source} is no sound archive of images: {error}.") from error
 
 
