@@ -30,7 +30,7 @@ from ._validate import (
 
 
 _MAX_NUMBERS = 100
-_LOW_COSINE = 0.5
+_LOW_COSINE = 0.25
 _LOW_ERROR = 0.2
 _UNSURE = 0.25  # of the length of the slopes
 
@@ -60,7 +60,7 @@ class ResponseCheck(eqx.Module):
     - `linear_residual`: the relative residuals of the linear systems behind the implicit
         response, `(num_directions,)`. It is no better than these.
     - `agree`: whether each hypergradient is a descent direction of the other by a margin
-        (a cosine of 0.5), or the Jacobians differ by a fifth at most.
+        (a cosine of 0.25), or the Jacobians differ by a fifth at most.
     - `certain`: whether that can be told: `slope_error` is at most a quarter as long as
         `implicit_slope`.
     """
