@@ -31,7 +31,7 @@ _OPTIMIZED = ("test_budgets", "test_memory", "test_reversible", "test_self_tunin
 @pytest.fixture(autouse=True, scope="module")
 def _compile_quickly(request):
     """Most of the time of a test is the compiler's, and a third of that is spent on fast
-    machine code. METAOPT_TEST_OPTIMIZED=1 does that as well; two of the three
+    machine code. METAOPT_TEST_OPTIMIZED=1 does that as well; one of the three
     environments that are tested on every change have it."""
     name = request.module.__name__.rsplit(".", 1)[-1]
     optimized = name in _OPTIMIZED or os.environ.get("METAOPT_TEST_OPTIMIZED") == "1"

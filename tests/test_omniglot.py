@@ -398,8 +398,8 @@ BAD_MEMBERS: dict[str, tuple[dict[str, bytes | None], str]] = {
     # It once was an error of Pillow.
     "very many pixels": ({MEMBER: blank(14_000)}, "no sound archive.*exceeds limit"),
     "JPEG": ({MEMBER: noise("L", (105, 105), "JPEG")}, "no sound archive.*identify"),
-    "text": ({MEMBER: b"text"}, "no sound archive of images: cannot identify"),
-    "nothing": ({MEMBER: b""}, "no sound archive of images: cannot identify"),
+    "text": ({MEMBER: b"text"}, "no sound archive of images.*cannot identify"),
+    "nothing": ({MEMBER: b""}, "no sound archive of images.*cannot identify"),
     "cut short": (
         {MEMBER: png(drawing("Latin", 2, 20))[:-40]},
         "no sound archive of images",
@@ -408,11 +408,11 @@ BAD_MEMBERS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "broken chunk": ({MEMBER: broken_chunk()}, "no sound archive.*broken PNG"),
     "path out of the folder": (
         {"../../../escaped.png": png(drawing("Latin", 2, 1))},
-        "no sound archive of images: invalid literal",
+        "no sound archive of images.*invalid literal",
     ),
     "no number of a character": (
         {"images_background/Latin/characterA/0001_01.png": png(drawing("Latin", 2, 1))},
-        "no sound archive of images: invalid literal",
+        "no sound archive of images.*invalid literal",
     ),
     "no number of a drawer": (
         {"images_background/Latin/character02/0001.png": png(drawing("Latin", 2, 1))},
@@ -446,7 +446,12 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda c: c[:5000] + bytes(b ^ 255 for b in c[5000:5300]) + c[5300:],
         "no sound archive of images",
     ),
-    # These three once were errors of another kind, without the name of a file.
+    "damaged before an image": (
+        lambda c: c[: c.index(b".png") + 4] + b"\7" + c[c.index(b".png") + 5 :],
+        "no sound archive of images.*block type",
+    ),
+    # These four once were errors of another kind, without the name of a file.
+    "too short an entry": (patched(20, 1), "no sound archive of images.*EOFError"),
     "encrypted": (patched(8, 1), "no sound archive of images.*encrypted"),
     "of a later version": (patched(6, 200), "no sound archive.*zip file version"),
     "compressed otherwise": (patched(10, 77), "no sound archive.*not supported"),

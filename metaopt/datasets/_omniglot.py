@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -62,7 +61,6 @@ _MAX_IMAGE = 64 * 1024
 _READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
-    struct.error,
     EOFError,
     IndexError,
     OSError,
@@ -214,7 +212,7 @@ def _images(packed: bytes, source: str):
     except DataError:
         raise
     except (*_READ_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} is no sound archive of images: {error}.") from error
+        raise DataError(f"{source} is no sound archive of images: {error!r}.") from error
 
 
 def _part_of(alphabet: str, character: int) -> int:
