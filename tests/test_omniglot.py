@@ -428,11 +428,12 @@ def test_bad_images_are_refused(case, tmp_path, served):
     refused(tmp_path, served, files, message)
 
 
-def patched(place: int, value: int) -> Callable[[bytes], bytes]:
-    """Another number in the last entry of the list at the end of an archive."""
+def patched(place: int, value: int, kind: bytes = b"PK\1\2") -> Callable[[bytes], bytes]:
+    """Another number in the last entry of the list at the end of an archive, or before
+    the entry itself."""
 
     def change(content):
-        start = content.rindex(b"PK\1\2") + place
+        start = content.rindex(kind) + place
         return content[:start] + bytes([value]) + content[start + 1 :]
 
     return change
@@ -451,7 +452,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "no sound archive of images.*block type",
     ),
     # These four once were errors of another kind, without the name of a file.
-    "too short an entry": (patched(20, 1), "no sound archive of images.*EOFError"),
+    "beyond the end": (patched(29, 255, b"PK\3\4"), "no sound archive.*EOFError"),
     "encrypted": (patched(8, 1), "no sound archive of images.*encrypted"),
     "of a later version": (patched(6, 200), "no sound archive.*zip file version"),
     "compressed otherwise": (patched(10, 77), "no sound archive.*not supported"),
