@@ -1,6 +1,9 @@
 """Few-shot learners against derivatives of loops written by hand."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -637,3 +640,40 @@ def test_learning_lowers_the_loss_on_new_tasks():
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+_ON_EIGHT_DEVICES = """
+import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
+import metaopt as mo
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+jax.config.update("jax_enable_x64", True)
+
+def loss(model, batch):
+    return jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2)
+
+x = jax.random.normal(jax.random.key(0), (2, 32, 5))
+tasks = mo.few_shot.Task((x[0], jnp.sin(x[0])), (x[1], jnp.sin(x[1])))
+model = eqx.nn.MLP("scalar", "scalar", 6, 1, jnp.tanh, key=jax.random.key(1))
+mesh = jax.make_mesh((8,), ("tasks",), axis_types=(AxisType.Auto,))
+spread = jax.device_put(tasks, NamedSharding(mesh, PartitionSpec("tasks")))
+for chunk_size in (None, 16):
+    learner = mo.few_shot.MAML(loss, mo.Descent(optax.sgd(0.1), 2), chunk_size=chunk_size)
+    alone, together = (learner.value_and_grad(model, t) for t in (tasks, spread))
+    for a, b in zip(*(jax.tree.leaves(out[:2]) for out in (alone, together))):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+    gradient = eqx.filter_jit(lambda m, t: learner.value_and_grad(m, t, throw=False))
+    text = gradient.lower(model, spread).compile().compiled.as_text()
+    # Sums over devices, and no task goes from one to another.
+    assert " all-reduce(" in text
+    for moves in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {moves}(" not in text, moves
+"""
+
+
+def test_tasks_on_eight_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _ON_EIGHT_DEVICES]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
