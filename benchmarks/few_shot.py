@@ -1,19 +1,20 @@
 """Times and weighs meta-gradients of metaopt beside the same written by hand in plain JAX.
 
-Sine waves: 25 tasks, 5 inner steps, two layers of 40. Images: 32 tasks of five classes, one
-image of each to adapt to and one or fifteen of each to be judged by, one inner step, four
-strided convolutions of 64 channels with transductive batch normalisation. By hand is what one
-would write: `jax.vmap` over tasks, and convolutions by strided slices and products (those of
-XLA take five times as long on CPUs, and are not shown).
+Sine waves: 25 tasks, 5 inner steps, two layers of 40. Images: 32 tasks of five classes,
+one image of each to adapt to and one or fifteen of each to be judged by, one inner step,
+four strided convolutions of 64 channels with transductive batch normalisation. By hand is
+what one would write: `jax.vmap` over tasks, and convolutions by strided slices and products
+(those of XLA take five times as long on CPUs, and are not shown).
 
-All are compiled, checked to agree, and run in turn. Printed are ratios to the one by hand: of
-the least of the times, and of the temporary memory that XLA plans for.
+All are compiled, checked to agree, and run in turn. Printed are ratios to the one by hand,
+of the least of the times, and the temporary memory that XLA plans for.
 
     python benchmarks/few_shot.py [--repeats 10]
 """
 
 import argparse
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -44,10 +45,11 @@ class ByHand(eqx.Module):
 
     def __call__(self, x, *, key=None):
         (rows, columns), (down, right) = self.conv.kernel_size, self.conv.stride
-        x = jnp.pad(x, ((0, 0), *self.conv.padding))
+        padding: Any = self.conv.padding
+        x = jnp.pad(x, ((0, 0), *padding))
         height = (x.shape[1] - rows) // down + 1
         width = (x.shape[2] - columns) // right + 1
-        out = self.conv.bias
+        out: Any = self.conv.bias
         for i in range(rows):
             for j in range(columns):
                 part = x[:, i : i + down * height : down, j : j + right * width : right]
@@ -134,7 +136,8 @@ def compare(title, contenders, tasks, repeats):
     runs, times, notes = {}, {}, {}
     for name, (fn, model) in contenders.items():
         begin = time.process_time()
-        runs[name] = eqx.filter_jit(fn).lower(model, tasks).compile()
+        jitted: Any = eqx.filter_jit(fn)
+        runs[name] = jitted.lower(model, tasks).compile()
         seconds = time.process_time() - begin
         analysis = runs[name].compiled.memory_analysis()
         assert analysis is not None

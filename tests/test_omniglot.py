@@ -452,7 +452,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "no sound archive of images.*block type",
     ),
     # These four once were errors of another kind, without the name of a file.
-    "beyond the end": (patched(29, 255, b"PK\3\4"), "no sound archive.*EOFError"),
+    "beyond the end": (patched(29, 255, b"PK\3\4"), "no sound.*(EOFError|Overlapped)"),
     "encrypted": (patched(8, 1), "no sound archive of images.*encrypted"),
     "of a later version": (patched(6, 200), "no sound archive.*zip file version"),
     "compressed otherwise": (patched(10, 77), "no sound archive.*not supported"),
