@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._tree import leaf_names
+from .datasets import DataError
 from .datasets._files import read_npz, write_atomically
 
 
@@ -121,21 +121,9 @@ def _kind(leaf: Any) -> str:
 
 def _read(path: Path, keys: list[str], max_bytes: int) -> dict[str, np.ndarray]:
     try:
-        entries = read_npz(path, keys, max_bytes)
-        # NumPy reads as much as an array should take. Where a damaged entry has more to
-        # it, that is short of the end, and so its checksum was not compared.
-        with zipfile.ZipFile(path) as archive:
-            for key in keys:
-                with archive.open(f"{key}.npy") as entry:
-                    while entry.read(2**20):
-                        pass
-    except Exception as error:
-        # Of a dozen kinds, from `zipfile`, NumPy and the tokenizer of Python. Of what the
-        # system said, such as that there is no such file, only the cause has the text.
-        cause = error.__cause__
-        reason = cause if isinstance(cause, OSError) else error
-        raise CheckpointError(f"{path} is no sound checkpoint: {reason}") from error
-    return entries
+        return read_npz(path, keys, max_bytes)
+    except DataError as error:
+        raise CheckpointError(f"{path} is no sound checkpoint: {error}") from error
 
 
 def _described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:

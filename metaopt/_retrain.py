@@ -13,7 +13,7 @@ from ._adjoint import UnrolledAdjoint
 from ._best_response import best_responses, ordinary
 from ._data import AbstractData, as_data
 from ._problem import AbstractInnerProblem, BilevelProblem, returned
-from ._report import Solution
+from ._report import History, Solution
 from ._solve_inner import solve_inner
 from ._solver import Descent
 from ._types import Hyper, Key, ModelState, Params
@@ -62,6 +62,11 @@ def retrain(
     check_kind(inner, AbstractInnerProblem, "problem", "metaopt.InnerProblem(loss)")
     assert isinstance(inner, AbstractInnerProblem)
     check_kind(solver, Descent, "solver", DESCENT_EXAMPLE)
+    if isinstance(schedule, History):
+        raise ValueError(
+            "`schedule` must be the path of `hyper`; got a `History`, which has it as "
+            "`history.hyper`."
+        )
     schedule = canonical_arrays(schedule, "schedule")
     leaves = [leaf for leaf in jax.tree.leaves(schedule) if eqx.is_inexact_array(leaf)]
     lengths = {leaf.shape[:1] for leaf in leaves}

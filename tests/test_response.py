@@ -297,6 +297,12 @@ FIXED_POINT = mo.FixedPointProblem(lambda params, hyper, batch: params)
     "problem, schedule, solver, message",
     [
         (FIXED_POINT, jnp.ones(2), DESCENT, "`problem` must be something like"),
+        (
+            Noisy(),
+            mo.History(*9 * [np.zeros(3)], hyper=None),
+            DESCENT,
+            "got a `History`, which has it as `history.hyper`",
+        ),
         (Noisy(), 0.1, DESCENT, "`schedule` must share a leading axis"),
         (Noisy(), jnp.asarray(0.1), DESCENT, r"leading axis.*got shapes \[\(\)\]"),
         (Noisy(), {"a": jnp.ones(2), "b": jnp.ones(3)}, DESCENT, "must share a leading"),
@@ -443,6 +449,13 @@ def _close_figures():
 def history_of(hyper: Any) -> mo.History:
     zeros = np.zeros(3)
     return mo.History(*9 * [zeros], hyper=hyper)
+
+
+def test_pictures_of_something_else_are_refused():
+    with pytest.raises(ValueError, match="`history` must be something like `solution.hist"):
+        mo.plot.hyper_path(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="`check` must be something like `metaopt.check_r"):
+        mo.plot.response(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
 
 
 def test_hyper_path_draws_a_panel_for_each_leaf():

@@ -11,6 +11,7 @@ import http.client
 import math
 import os
 import tempfile
+import tokenize
 import urllib.parse
 import urllib.request
 import zipfile
@@ -25,7 +26,10 @@ import numpy as np
 # axes; the first two are zero. http://yann.lecun.com/exdb/mnist/ defines the format.
 _IDX_UINT8 = 0x08
 
-_READ_ERRORS = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+_READ_ERRORS = (
+    *(OSError, EOFError, KeyError, ValueError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 class DataError(ValueError):
@@ -221,8 +225,13 @@ def read_npz(path: Path, keys: Sequence[str], max_bytes: int) -> dict[str, np.nd
         with zipfile.ZipFile(path) as archive:
             for key in keys:
                 _check_npz_member(archive, key, max_bytes)
+                # NumPy reads as much as an array should take. Where a damaged member has
+                # more to it, that is short of the end, and its checksum is not compared.
+                with archive.open(f"{key}.npy") as member:
+                    while member.read(2**20):
+                        pass
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in keys}
     except _READ_ERRORS as error:
-        reason = error.args[0] if error.args else repr(error)
+        reason = str(error) or repr(error)
         raise DataError(f"{path} cannot be read: {reason}.") from error

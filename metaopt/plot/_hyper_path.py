@@ -9,6 +9,7 @@ import numpy as np
 
 from .._report import History, is_float_array
 from .._tree import leaf_names
+from .._validate import check_kind
 from ..hyper import values
 from ._matplotlib import new_figure, tidy
 
@@ -35,8 +36,10 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
 
     **Raises:**
 
-    `ValueError` for a history without a path of `hyper`; `ImportError` without matplotlib.
+    `ValueError` for anything else, or a history without a path of `hyper`; `ImportError`
+    without matplotlib.
     """
+    check_kind(history, History, "history", "solution.history")
     if history.hyper is None:
         raise ValueError(
             "`history` holds no path of `hyper`: no step was taken, or `hyper` has more "

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from .._check_response import ResponseCheck
+from .._validate import check_kind
 from ._matplotlib import new_figure, tidy
 
 
@@ -23,8 +24,9 @@ def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
 
     **Raises:**
 
-    `ImportError` without matplotlib.
+    `ValueError` for anything else; `ImportError` without matplotlib.
     """
+    check_kind(check, ResponseCheck, "check", "metaopt.check_response(...)")
     count = len(check.names)
     if figure is None:
         figure = new_figure(9.0, 1.4 + 0.32 * count)
