@@ -171,7 +171,7 @@ def main():
             key=test_key,
         )
 
-    # The curve is on some of the test tasks; nothing is chosen by it.
+    # The curve is on some of the test tasks; a run chooses nothing by it.
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, every = arguments.out / "curve.json", max(steps // 20, 1)
     curve = json.loads(path.read_text()) if path.exists() else []
