@@ -173,7 +173,11 @@ def main():
 
     # The curve is on some of the test tasks; a run chooses nothing by it.
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path, every = arguments.out / "curve.json", max(steps // 20, 1)
+    # A run is taken up again by one with the same options, and by no other.
+    order = "first-order" if arguments.first_order else "exact"
+    run = f"{arguments.data}-{arguments.net}-{arguments.ways}-{arguments.shots}-{order}"
+    run += f"-{arguments.seed}-{steps}"
+    path, every = arguments.out / f"{run}.json", max(steps // 20, 1)
     curve = json.loads(path.read_text()) if path.exists() else []
 
     def follow(step, state):
@@ -188,7 +192,7 @@ def main():
         optimizer=optax.adam(optax.cosine_decay_schedule(3e-3, steps)),
         num_steps=steps,
         key=train_key,
-        checkpoint=arguments.out / "checkpoint.npz",
+        checkpoint=arguments.out / f"{run}.npz",
         progress=True,
         callback=follow,
     )

@@ -55,8 +55,7 @@ class ResponseCheck(eqx.Module):
     - `slope_cosine`: the cosine between these two.
     - `slope_error`: the uncertainty of `implicit_slope`: its standard error over the draws
         of what is random, and the difference between two ways to compute it, which is what
-        the linear solver left; `(num_directions,)`. Of a single draw the former is not
-        known and taken as zero.
+        the linear solver left; `(num_directions,)`.
     - `linear_residual`: the relative residuals of the linear systems behind the implicit
         response, `(num_directions,)`. It is no better than these.
     - `agree`: whether each hypergradient is a descent direction of the other by a margin
@@ -172,7 +171,8 @@ def check_response(
         rescales what is left, so that nothing shows that there is more). By default it is
         exact.
     - `num_draws`: over how many draws of its randomness (dropout masks, augmentation) the
-        gradient of the training loss is averaged. The curvature is that of the first.
+        gradient of the training loss is averaged; at least 2. The
+        curvature is that of the first.
     - `num_directions`: so many random unit directions instead of all numbers in `hyper`;
         at least 5. Slopes and cosines are then over these.
     - `key`: for those draws and directions.
@@ -190,7 +190,7 @@ def check_response(
     check_tolerance(step, "step")
     if step == 0:
         raise ValueError("`step` must be positive, or `None` for no difference; got 0.")
-    check_count(num_draws, "num_draws")
+    check_count(num_draws, "num_draws", 2)  # of one, nobody knows how certain it is
     if num_directions is not None:
         # Of one or two any response agrees with any other, by chance.
         check_count(num_directions, "num_directions", 5)
@@ -334,7 +334,7 @@ def _measure(
         squares = jnp.sum(moved**2), jnp.sum(implicit**2), jnp.sum((moved - implicit) ** 2)
         slopes = jnp.sum(slope * moved), jnp.sum(slope * implicit)
         # What chance left, and what the linear solver did.
-        chance = jnp.std(dots) / max(len(dots) - 1, 1) ** 0.5
+        chance = jnp.std(dots) / (len(dots) - 1) ** 0.5
         error = jnp.hypot(chance, slopes[1] - jnp.mean(dots))
         return dot, *squares, *slopes, error, solution.residual
 

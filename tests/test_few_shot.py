@@ -203,9 +203,9 @@ def test_learned_rates_and_their_derivative():
 def test_rates_for_each_step():
     meta = few_shot.with_learned_rates(MODEL, 0.1, num_steps=2, per_parameter=False)
     assert all(leaf.shape == (2,) for leaf in jax.tree.leaves(meta.settings))
+    assert meta.settings.per_step
     later = jax.tree.map(lambda leaf: leaf.at[1].set(0.03), meta.settings)
-    transform = lambda learned: few_shot.learned_rates(learned, per_step=True)
-    learner = few_shot.MAML(squared_error, mo.Descent(transform, 2))
+    learner = few_shot.MAML(squared_error, mo.Descent(few_shot.learned_rates, 2))
     value = learner.value_and_grad(few_shot.Learned(MODEL, later), TASKS)[0]
     schedule = lambda count: jnp.where(count == 0, 0.1, 0.03)
     np.testing.assert_allclose(
@@ -221,11 +221,11 @@ def test_learned_curvature_begins_as_descent_and_is_learned():
     expected = maml(optax.sgd(0.1), 2).value_and_grad(MODEL, TASKS)
     assert_close((value, gradient.model), expected[:2])
     # A matrix for each axis: of a gradient G of shape (6, 6), L G R.
-    left, right = gradient.settings.layers[1].weight.matrices
+    left, right = gradient.settings.arrays.layers[1].weight.matrices
     assert left.shape == right.shape == (6, 6) and np.all(np.isfinite(left))
     settings = jax.tree.map(lambda a: a, meta.settings)
     matrices = jax.random.normal(jax.random.key(3), (2, 6, 6))
-    where = lambda s: s.layers[1].weight.matrices
+    where = lambda s: s.arrays.layers[1].weight.matrices
     settings = eqx.tree_at(where, settings, tuple(matrices))
     transform = few_shot.learned_curvature(few_shot.Learned(MODEL, settings))
     params = eqx.filter(MODEL, eqx.is_inexact_array)
@@ -607,6 +607,26 @@ def test_learning_lowers_the_loss_on_new_tasks():
     assert after < before - 0.1
 
 
+def test_a_model_that_diverged_is_not_handed_over():
+    # It was once, full of NaN, without a word.
+    learner, (x, y) = maml(optax.sgd(1e200), 3), TASKS.support
+    with pytest.raises(mo.SolveError, match="infinite or NaN.*lower the learning rate"):
+        learner.adapt(MODEL, (x[0], y[0]))
+    adapted = learner.adapt(MODEL, (x[0], y[0]), throw=False)
+    assert not np.all(np.isfinite(flat(arrays(adapted))))
+
+
+def test_rates_cannot_be_read_in_another_way():
+    # Six steps and a width of six once broadcast to rates for each parameter.
+    meta = few_shot.with_learned_rates(MODEL, 0.1, num_steps=6, per_parameter=False)
+    schedule = jnp.linspace(0.0, 0.1, 6)
+    settings = jax.tree.map(lambda leaf: schedule, meta.settings)
+    learner = few_shot.MAML(squared_error, mo.Descent(few_shot.learned_rates, 6))
+    value = learner.value_and_grad(few_shot.Learned(MODEL, settings), TASKS)[0]
+    transform = optax.sgd(lambda count: schedule[count])
+    np.testing.assert_allclose(value, by_hand(MODEL, TASKS, transform, 6), rtol=1e-12)
+
+
 # What is refused
 
 
@@ -619,6 +639,32 @@ def test_learning_lowers_the_loss_on_new_tasks():
         (lambda: few_shot.MAML(squared_error, optax.sgd(0.1)), "`inner` must be some"),
         (lambda: maml(adjoint=mo.UnrolledAdjoint), "`adjoint` is the class"),
         (lambda: maml(num_steps=2, step_weights=[1.0]), "one entry for each of the 2"),
+        # Its gradient was once three hundred times too small.
+        (
+            lambda: maml(step_weights=[1.0], adjoint=mo.ImplicitAdjoint(), proximal=2.0),
+            "`ImplicitAdjoint` does not see what the query loss was",
+        ),
+        # Weights of steps that were not taken were once left out.
+        (
+            lambda: few_shot.MAML(
+                squared_error,
+                mo.Descent(optax.sgd(0.1), 2, atol=0.1),
+                step_weights=[0.5, 0.5],
+            ),
+            "`step_weights` need a fixed number of steps",
+        ),
+        (lambda: maml(proximal=-1.0), "`proximal` must be a non-negative"),
+        (
+            lambda: maml(few_shot.learned_rates).value_and_grad(MODEL, TASKS),
+            "Start from `metaopt.few_shot.with_learned_rates",
+        ),
+        (
+            lambda: maml(few_shot.learned_curvature).value_and_grad(
+                few_shot.with_learned_rates(MODEL, 0.1), TASKS
+            ),
+            "Start from `metaopt.few_shot.with_learned_curvature",
+        ),
+        (lambda: few_shot.Reptile(1, mo.Descent(optax.sgd(0.1), 1)), "`loss` must be a"),
         (lambda: maml().value_and_grad(MODEL, 3), "`tasks` must be a `metaopt.few_shot.T"),
         (
             lambda: maml().value_and_grad(

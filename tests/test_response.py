@@ -195,7 +195,7 @@ def test_defaults_and_a_solution_in_place_of_its_state():
         ({"step": 0}, "`step` must be positive"),
         ({"step": -1.0}, "`step` must be a non-negative"),
         ({"num_directions": 2}, "`num_directions` must be at least 5"),
-        ({"num_draws": 0}, "`num_draws` must be at least 1"),
+        ({"num_draws": 1}, "`num_draws` must be at least 2"),
         ({"linear_solver": "cg"}, "`linear_solver` must be something like"),
         ({"curvature": mo.GaussNewton}, "`curvature` is the class"),
         ({"key": 3}, "`key` must come from"),

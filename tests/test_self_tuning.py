@@ -899,7 +899,7 @@ def test_a_loss_in_half_precision_is_not_refused():
         return loss + jnp.exp(hyper) * mo.nn.squared_norm(params)
 
     for seed in range(10):
-        SOLVERS[STN].init(
+        state = SOLVERS[STN].init(
             in_one(halved),
             jnp.asarray(LOG_L2),
             *BATCHES,
@@ -907,6 +907,7 @@ def test_a_loss_in_half_precision_is_not_refused():
             model_state=None,
             key=jax.random.key(seed),
         )
+        assert int(state.num_steps) == 0  # it began, and no `ValueError` was raised
 
 
 @each_method

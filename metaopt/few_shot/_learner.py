@@ -167,6 +167,7 @@ class AbstractLearner(eqx.Module):
         num_steps: int | None = None,
         key: Key | None = None,
         model_state: ModelState = None,
+        throw: bool = True,
     ) -> Params:
         """The model, adapted to one task. No derivative passes through it.
 
@@ -177,14 +178,21 @@ class AbstractLearner(eqx.Module):
         - `num_steps`: the number of steps; by default as in training.
         - `key`: for everything random, from `jax.random.key`; by default key 0.
         - `model_state`: the model state at the start.
+        - `throw`: whether a failure raises.
 
         **Returns:**
 
         A model like the one in `meta`.
+
+        **Raises:**
+
+        `ValueError` for arguments that do not fit; [`metaopt.SolveError`][] under `throw`
+        where it diverged, or did not meet the tolerance of the inner solver.
         """
         meta = canonical_meta(meta)
         task = Task(canonical_arrays(support, "support"), None)
-        return adapt(self, meta, task, canonical_key(key), model_state, num_steps).model
+        found = adapt(self, meta, task, canonical_key(key), model_state, num_steps)
+        return raise_on_failure(found.model, found.result, throw)
 
 
 class Adapted(eqx.Module):

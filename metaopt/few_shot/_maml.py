@@ -16,7 +16,13 @@ from .._results import RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver
 from .._tree import tree_add, tree_all_finite
 from .._types import LossFn
-from .._validate import ADJOINT_EXAMPLE, check_count, check_kind, DESCENT_EXAMPLE
+from .._validate import (
+    ADJOINT_EXAMPLE,
+    check_count,
+    check_kind,
+    check_tolerance,
+    DESCENT_EXAMPLE,
+)
 from ._adaptation import Adaptation, ModelLoss, WithTotalPolicy
 from ._learner import AbstractLearner, TaskGradient
 
@@ -115,7 +121,9 @@ class MAML(AbstractLearner):
         if chunk_size is not None:
             check_count(chunk_size, "chunk_size")
         if step_weights is not None:
-            step_weights = _checked_weights(step_weights, inner)
+            step_weights = _checked_weights(step_weights, inner, adjoint)
+        if isinstance(proximal, int | float):
+            check_tolerance(proximal, "proximal")
         self.model_loss = ModelLoss(loss, has_aux, has_state)
         self.inner = inner
         self.adjoint = adjoint
@@ -163,11 +171,24 @@ class MAML(AbstractLearner):
         )
 
 
-def _checked_weights(step_weights: Any, inner: AbstractSolver) -> jax.Array:
+def _checked_weights(
+    step_weights: Any, inner: AbstractSolver, adjoint: AbstractAdjoint
+) -> jax.Array:
     if not isinstance(inner, AbstractIterativeSolver):
         raise ValueError(
             f"`step_weights` are for a solver that proceeds by steps; "
             f"`{type(inner).__name__}` runs as a whole."
+        )
+    if inner.stops_early:
+        raise ValueError(
+            "`step_weights` need a fixed number of steps, and `inner` may stop before. "
+            "Drop its tolerance."
+        )
+    if not adjoint.sees_path:
+        raise ValueError(
+            f"`{type(adjoint).__name__}` does not see what the query loss was after each "
+            "step, so that `step_weights` would have next to no gradient. Use "
+            "`metaopt.UnrolledAdjoint()`."
         )
     shape = np.shape(step_weights)
     if shape != (inner.num_steps,):

@@ -43,6 +43,10 @@ class Reptile(AbstractLearner):
         has_aux: bool = False,
         has_state: bool = False,
     ):
+        if not callable(loss):
+            raise ValueError(
+                f"`loss` must be a function `loss(model, batch)`; got {loss!r}."
+            )
         check_kind(inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
         if chunk_size is not None:
             check_count(chunk_size, "chunk_size")

@@ -37,7 +37,7 @@ def with_learned_rates(
 
     **Returns:**
 
-    A [`metaopt.few_shot.Learned`][], whose `settings` are the rates.
+    A [`metaopt.few_shot.Learned`][], whose `settings.rates` are a pytree like what adapts.
     """
     check_tolerance(rate, "rate", optional=False)
     steps = ()
@@ -49,13 +49,19 @@ def with_learned_rates(
         shape = (*steps, *(leaf.shape if per_parameter else ()))
         return jnp.full(shape, rate, leaf.dtype)
 
-    return Learned(model, jax.tree.map(rates, adapting_part(model, adapts)[0]))
+    adapting = adapting_part(model, adapts)[0]
+    return Learned(model, _Rates(jax.tree.map(rates, adapting), num_steps is not None))
 
 
-def learned_rates(
-    learned: Learned, *, per_step: bool = False
-) -> optax.GradientTransformation:
-    """Gradient descent at the rates in `learned.settings`.
+class _Rates(eqx.Module):
+    rates: Any
+    # Kept with them: read in the other way, rates of some shapes would broadcast.
+    per_step: bool = eqx.field(static=True)
+
+
+def learned_rates(learned: Learned) -> optax.GradientTransformation:
+    """Gradient descent at the rates in `learned.settings`. Where each step has rates of
+    its own, steps beyond those that were learned, as at test time, take the last ones.
 
     !!! example
 
@@ -63,24 +69,29 @@ def learned_rates(
         import metaopt as mo
 
         mo.Descent(mo.few_shot.learned_rates, num_steps=1)
-        mo.Descent(lambda learned: mo.few_shot.learned_rates(learned, per_step=True), 5)
         ```
 
     **Arguments:**
 
     - `learned`: as [`metaopt.few_shot.with_learned_rates`][] makes it.
-    - `per_step`: whether each step has rates of its own. Steps beyond those that were
-        learned, as at test time, take the last ones.
 
     **Returns:**
 
     An optax transform.
+
+    **Raises:**
+
+    `ValueError` for something else.
     """
+    settings = _settings(learned, _Rates, "with_learned_rates")
 
     def update(updates, state, params=None):
-        at = lambda rate: rate[state] if per_step else rate
-        scaled = lambda g, rate: -(at(rate) * g).astype(g.dtype)
-        return jax.tree.map(scaled, updates, learned.settings), state + 1
+        def scaled(gradient, rate):
+            if settings.per_step:
+                rate = rate[jnp.minimum(state, len(rate) - 1)]
+            return -(rate * gradient).astype(gradient.dtype)
+
+        return jax.tree.map(scaled, updates, settings.rates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
 
@@ -121,7 +132,8 @@ def with_learned_curvature(
             ),
         )
 
-    return Learned(model, jax.tree.map(curvature, adapting_part(model, adapts)[0]))
+    adapting = adapting_part(model, adapts)[0]
+    return Learned(model, _Curvatures(jax.tree.map(curvature, adapting)))
 
 
 def learned_curvature(learned: Learned) -> optax.GradientTransformation:
@@ -143,7 +155,12 @@ def learned_curvature(learned: Learned) -> optax.GradientTransformation:
     **Returns:**
 
     An optax transform.
+
+    **Raises:**
+
+    `ValueError` for something else.
     """
+    settings = _settings(learned, _Curvatures, "with_learned_curvature")
 
     def transformed(gradient: Array, curvature: "_Curvature") -> Array:
         out = gradient
@@ -153,7 +170,7 @@ def learned_curvature(learned: Learned) -> optax.GradientTransformation:
         return -curvature.rate * out
 
     def update(updates, state, params=None):
-        return jax.tree.map(transformed, updates, learned.settings), state
+        return jax.tree.map(transformed, updates, settings.arrays), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -161,3 +178,16 @@ def learned_curvature(learned: Learned) -> optax.GradientTransformation:
 class _Curvature(eqx.Module):
     rate: Array
     matrices: tuple[Array | None, ...]
+
+
+class _Curvatures(eqx.Module):
+    arrays: Any
+
+
+def _settings(learned: Any, kind: type, maker: str) -> Any:
+    if not isinstance(learned, Learned) or not isinstance(learned.settings, kind):
+        raise ValueError(
+            "The settings of the inner solver are not learned, or are others. Start from "
+            f"`metaopt.few_shot.{maker}(model, rate)` in place of the model."
+        )
+    return learned.settings
