@@ -10,9 +10,13 @@ classes to learn from it shows how things work, and little else.
 convolutions, both with transductive batch normalisation. What has been learned is kept in
 `--out`: a run that was stopped goes on where it was. Beside the accuracy after adaptation:
 the nearest neighbour by pixels, and the same network without learning over tasks.
+
+The curve is on classes for validation, which neither training nor the test has; choose
+options by it.
 """
 
 import json
+import time
 
 import equinox as eqx
 import jax
@@ -30,8 +34,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 RATE = 0.4
-NUM_QUERIES = 15
-NUM_TASKS = 16
+NUM_QUERIES = 15  # in tests
 TEST_STEPS = 3
 WIDTHS = (256, 128, 64, 64)
 NUM_CHANNELS = 64
@@ -83,15 +86,15 @@ def nearest_neighbour(task):
 
 
 def load(name):
-    """Classes to learn from, and classes to be tested on."""
+    """Classes to learn from, classes for validation, and classes to be tested on."""
     if name == "omniglot":
-        parts = (mo.datasets.load_omniglot(part=part) for part in ("train", "test"))
-        learn, test = parts
-        return learn.with_rotations(), test
+        learn = mo.datasets.load_omniglot(part="train").with_rotations()
+        valid = mo.datasets.load_omniglot(part="valid").with_rotations()
+        return learn, valid, mo.datasets.load_omniglot(part="test")
     digits = mo.datasets.load_digits()
     images = digits.x.reshape(-1, 8, 8)
     classes = mo.datasets.ClassData.from_labels(images, digits.y, digits.name)
-    return classes[:7].with_rotations(), classes[7:].with_rotations()
+    return tuple(part.with_rotations() for part in (classes[:6], classes[6:8], classes[8:]))
 
 
 def learner(arguments):
@@ -113,10 +116,10 @@ def picture(out, curve, baselines, maml, meta, task, title):
     figure = plt.figure(figsize=(13, 5), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.3)))
     axis = left.subplots()
-    axis.plot(*zip(*curve), color="C0", label="MAML")
+    axis.plot(*zip(*(point[:2] for point in curve)), color="C0", label="MAML, validation")
     for color, (name, value) in zip(("0.4", "C1"), baselines.items()):
         axis.axhline(value, linestyle=":", color=color, label=name)
-    axis.set(title=title, xlabel="meta-step", ylabel="accuracy on new classes")
+    axis.set(title=title, xlabel="meta-step", ylabel="accuracy on classes not learned from")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     shown = [np.flatnonzero(labels == label)[:6] for label in range(num_ways)]
@@ -137,6 +140,16 @@ def picture(out, curve, baselines, maml, meta, task, title):
     figure.savefig(out / "maml_images.png", dpi=120)
 
 
+def run_name(arguments, steps):
+    """What a run is kept under: it is taken up again with the same options alone."""
+    order = "first-order" if arguments.first_order else "exact"
+    options = (
+        *(arguments.data, arguments.net, arguments.ways, arguments.shots, order),
+        *(arguments.queries, arguments.tasks, arguments.rate, arguments.seed, steps),
+    )
+    return "-".join(map(str, options))
+
+
 def main():
     parser = make_parser(
         "maml_images", str(__doc__), steps=3000, data=("digits", "omniglot")
@@ -144,14 +157,20 @@ def main():
     parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="the network")
     parser.add_argument("--ways", type=int, default=5, help="classes in a task")
     parser.add_argument("--shots", type=int, default=1, help="images of each to adapt to")
+    parser.add_argument("--queries", type=int, default=15, help="and to learn from")
+    parser.add_argument("--tasks", type=int, default=16, help="tasks in a meta-step")
+    parser.add_argument("--rate", type=float, default=3e-3, help="the first, of Adam")
     parser.add_argument("--first-order", action="store_true", help="first-order MAML")
     arguments = parsed(parser)
     steps = 20 if arguments.quick else arguments.steps
     num_test = 40 if arguments.quick else 600
-    learn, test = load(arguments.data)
-    sizes = arguments.ways, arguments.shots, NUM_QUERIES
-    episodes = mo.few_shot.Episodes(learn, *sizes, num_tasks=NUM_TASKS)
-    new = mo.few_shot.Episodes(test, *sizes)
+    learn, valid, test = load(arguments.data)
+    sizes = arguments.ways, arguments.shots
+    episodes = mo.few_shot.Episodes(
+        learn, *sizes, arguments.queries, num_tasks=arguments.tasks
+    )
+    valid = mo.few_shot.Episodes(valid, *sizes, NUM_QUERIES)
+    new = mo.few_shot.Episodes(test, *sizes, NUM_QUERIES)
     model_key, train_key = jax.random.split(jax.random.key(arguments.seed))
     if arguments.net == "conv":
         model = convolutions(arguments.ways, model_key)
@@ -160,36 +179,35 @@ def main():
         model = multilayer_perceptron(num_pixels, arguments.ways, model_key)
     maml, test_key = learner(arguments), jax.random.key(TEST_SEED)
 
-    def measured(meta, num_tasks, num_steps):
+    def measured(meta, episodes, num_tasks, num_steps):
         return mo.few_shot.evaluate(
             maml,
             meta,
-            new,
+            episodes,
             accuracy,
             num_tasks=num_tasks,
             num_steps=num_steps,
             key=test_key,
         )
 
-    # The curve is on some of the test tasks; a run chooses nothing by it.
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # A run is taken up again by one with the same options, and by no other.
-    order = "first-order" if arguments.first_order else "exact"
-    run = f"{arguments.data}-{arguments.net}-{arguments.ways}-{arguments.shots}-{order}"
-    run += f"-{arguments.seed}-{steps}"
+    run = run_name(arguments, steps)
     path, every = arguments.out / f"{run}.json", max(steps // 20, 1)
     curve = json.loads(path.read_text()) if path.exists() else []
+    # Of all that this process does, and of those that the run was begun with.
+    before = (curve[-1][2] if curve else 0) - time.process_time()
 
     def follow(step, state):
         if step // every > (curve[-1][0] // every if curve else 0):
-            curve.append([step, measured(state.meta, num_test // 3, TEST_STEPS).mean])
+            score = measured(state.meta, valid, num_test // 3, TEST_STEPS)
+            curve.append([step, score.mean, before + time.process_time()])
             path.write_text(json.dumps(curve))
 
     solution = mo.few_shot.train(
         maml,
         model,
         episodes,
-        optimizer=optax.adam(optax.cosine_decay_schedule(3e-3, steps)),
+        optimizer=optax.adam(optax.cosine_decay_schedule(arguments.rate, steps)),
         num_steps=steps,
         key=train_key,
         checkpoint=arguments.out / f"{run}.npz",
@@ -199,11 +217,11 @@ def main():
     keys = jax.random.split(test_key, num_test)
     nearest = jax.lax.map(lambda key: nearest_neighbour(new.draw(key)), keys, batch_size=16)
     rows = {"nearest neighbour by pixels": mo.few_shot.Scores(np.asarray(nearest))}
-    rows["no learning over tasks"] = measured(model, num_test, TEST_STEPS)
+    rows["no learning over tasks"] = measured(model, new, num_test, TEST_STEPS)
     name = "first-order MAML" if arguments.first_order else "MAML"
     for num_steps in (1, TEST_STEPS):
         text = f"{name}, {num_steps} step" + "s" * (num_steps > 1)
-        rows[text] = measured(solution.meta, num_test, num_steps)
+        rows[text] = measured(solution.meta, new, num_test, num_steps)
     title = f"{learn.name.split(' (')[0]}, {arguments.ways}-way {arguments.shots}-shot"
     print_table(
         f"{title}, {arguments.net}: {num_test} tasks of new classes, {steps:,} meta-steps",
@@ -211,6 +229,14 @@ def main():
         [
             (text, f"{100 * score.mean:.2f} %", f"+- {100 * score.interval:.2f}")
             for text, score in rows.items()
+        ],
+    )
+    print_table(
+        f"On {num_test // 3} tasks of classes for validation, {TEST_STEPS} steps",
+        ("meta-steps", "accuracy", "CPU seconds"),
+        [
+            (f"{step:,}", f"{100 * value:.2f} %", f"{seconds:,.0f}")
+            for step, value, seconds in curve
         ],
     )
     failed = int(solution.history.num_failed.sum())
