@@ -4,7 +4,8 @@ Sine waves: 25 tasks, 5 inner steps, two layers of 40. Images: 32 tasks of five 
 one image of each to adapt to and one or fifteen of each to be judged by, one inner step,
 four strided convolutions of 64 channels with transductive batch normalisation. By hand is
 what one would write: `jax.vmap` over tasks, and convolutions by strided slices and products
-(those of XLA take five times as long on CPUs, and are not shown).
+(those of XLA take five times as long on CPUs, and are not shown). TorchOpt and higher take
+part where they are installed, one task after the other as their own examples do.
 
 All are compiled, checked to agree, and run in turn. Printed are ratios to the one by hand,
 of the least of the times, and the temporary memory that XLA plans for.
@@ -19,7 +20,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from _torch_tasks import contenders as torch_contenders
 
 import metaopt as mo
 
@@ -109,7 +112,7 @@ def waves():
         "by hand": (by_hand(squared_error, 0.01, 5), model),
         "metaopt": (ours(squared_error, 0.01, 5), model),
     }
-    return contenders, tasks
+    return contenders, tasks, torch_contenders("waves", model, tasks, 0.01, 5)
 
 
 def images(num_queries):
@@ -119,7 +122,8 @@ def images(num_queries):
         (jax.random.uniform(keys[0], (32, 5, 1, 28, 28)), labels[:, :5]),
         (jax.random.uniform(keys[1], (32, 5 * num_queries, 1, 28, 28)), labels),
     )
-    contenders = {"by hand": (by_hand(cross_entropy, 0.4, 1), network(True, keys[2]))}
+    model = network(True, keys[2])
+    contenders = {"by hand": (by_hand(cross_entropy, 0.4, 1), model)}
     contenders["metaopt, all at once"] = (
         ours(cross_entropy, 0.4, 1),
         network(False, keys[2]),
@@ -129,37 +133,46 @@ def images(num_queries):
             ours(cross_entropy, 0.4, 1, size),
             network(False, keys[2]),
         )
-    return contenders, tasks
+    return contenders, tasks, torch_contenders("images", model, tasks, 0.4, 1)
 
 
-def compare(title, contenders, tasks, repeats):
-    runs, times, notes = {}, {}, {}
+def compare(title, contenders, tasks, in_torch, repeats):
+    runs, notes = {}, {}
     for name, (fn, model) in contenders.items():
         begin = time.process_time()
         jitted: Any = eqx.filter_jit(fn)
-        runs[name] = jitted.lower(model, tasks).compile()
+        compiled = jitted.lower(model, tasks).compile()
         seconds = time.process_time() - begin
-        analysis = runs[name].compiled.memory_analysis()
+        analysis = compiled.compiled.memory_analysis()
         assert analysis is not None
-        notes[name] = analysis.temp_size_in_bytes / 2**20, seconds
-        times[name] = []
-    values = {name: runs[name](model, tasks)[0] for name, (_, model) in contenders.items()}
-    for value in values.values():
-        assert jnp.allclose(value, values["by hand"], rtol=1e-4), values
+        notes[name] = f"{analysis.temp_size_in_bytes / 2**20:8.0f}{seconds:16.1f}"
+        runs[name] = lambda run=compiled, model=model: jax.block_until_ready(
+            run(model, tasks)
+        )
+    runs |= in_torch
+    expected, gradient = runs["by hand"]()
+    expected_norm = norm(gradient)
+    for name, run in runs.items():
+        value, gradient = run()
+        np.testing.assert_allclose(value, expected, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(norm(gradient), expected_norm, rtol=1e-3, err_msg=name)
+    times = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, (_, model) in contenders.items():
+        for name, run in runs.items():
             begin = time.perf_counter()
-            jax.block_until_ready(runs[name](model, tasks))
+            run()
             times[name].append(time.perf_counter() - begin)
     print(f"\n{title}")
     print(f"  {'':26}{'time':>8}{'ms':>9}{'MiB':>8}{'compile, CPU s':>16}")
     least = min(times["by hand"])
     for name, row in times.items():
-        memory, seconds = notes[name]
-        print(
-            f"  {name:26}{min(row) / least:8.2f}{1e3 * min(row):9.1f}{memory:8.0f}"
-            f"{seconds:16.1f}"
-        )
+        note = notes.get(name, "")
+        print(f"  {name:26}{min(row) / least:8.2f}{1e3 * min(row):9.1f}{note}")
+
+
+def norm(gradient):
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(gradient)]
+    return np.linalg.norm(np.concatenate(leaves))
 
 
 def main():

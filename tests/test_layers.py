@@ -359,8 +359,8 @@ def test_norm_gradient():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_norm_of_constant_channels_is_finite(dtype):
     norm = cast(make_norm(), dtype)
-    # All alike, and a batch of one: the variance is zero, where a root has no derivative.
-    for x in (jnp.full((4, 3, 2), 7, dtype), jnp.ones((1, 3), dtype)):
+    # All alike: the variance is zero, where a root has no derivative.
+    for x in (jnp.full((4, 3, 2), 7, dtype), jnp.ones((2, 3), dtype)):
         total = lambda pair: jnp.sum(jax.vmap(pair[0], axis_name="batch")(pair[1]))
         out = jax.vmap(norm, axis_name="batch")(x)
         assert out.dtype == dtype
@@ -394,5 +394,22 @@ def test_norm_refuses_a_number_of_channels(num_channels):
 
 
 def test_norm_without_its_axis():
-    with pytest.raises(NameError, match="unbound axis name: batch"):
+    with pytest.raises(ValueError, match=r"jax\.vmap\(model, axis_name='batch'\)"):
         mo.nn.BatchNorm(3)(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match="axis_name='examples'"):
+        norm = mo.nn.BatchNorm(3, axis_name="examples")
+        jax.vmap(norm, axis_name="batch")(jnp.ones((2, 3)))
+
+
+def test_norm_of_one_number_a_channel():
+    norm = jax.vmap(mo.nn.BatchNorm(3), axis_name="batch")
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        with pytest.raises(ValueError, match="makes zero of a batch of one example"):
+            norm(jnp.ones(shape))
+    assert norm(jnp.ones((1, 3, 2))).shape == (1, 3, 2)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf"), None, "1e-5"])
+def test_norm_refuses_an_eps(eps):
+    with pytest.raises(ValueError, match="`eps` must be"):
+        mo.nn.BatchNorm(3, eps=eps)

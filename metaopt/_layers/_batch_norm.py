@@ -1,12 +1,14 @@
 """Batch normalisation without model state."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._types import Key
-from .._validate import check_count
+from .._validate import check_count, check_tolerance
 
 
 class BatchNorm(eqx.Module):
@@ -24,7 +26,13 @@ class BatchNorm(eqx.Module):
 
     - `num_channels`: the length of the leading axis of one example.
     - `axis_name`: the name of the axis of the batch.
-    - `eps`: what is added to the variance.
+    - `eps`: what is added to the variance, 0 or more.
+
+    **Raises:**
+
+    `ValueError` where arguments do not fit; when called, for another number of channels,
+    outside of a `jax.vmap` over that axis, and for a batch of one number a channel, which
+    would become zero whatever it is.
 
     !!! example
 
@@ -46,6 +54,7 @@ class BatchNorm(eqx.Module):
 
     def __init__(self, num_channels: int, axis_name: str = "batch", eps: float = 1e-5):
         check_count(num_channels, "num_channels")
+        check_tolerance(eps, "eps", optional=False)
         self.weight = jnp.ones(num_channels)
         self.bias = jnp.zeros(num_channels)
         self.axis_name = axis_name
@@ -71,8 +80,24 @@ class BatchNorm(eqx.Module):
                 f"one example; got shape {x.shape}."
             )
         pixels = tuple(range(1, x.ndim))
+        if self._size_of_batch() * math.prod(x.shape[1:]) < 2:
+            raise ValueError(
+                "`BatchNorm` makes zero of a batch of one example with one number a "
+                "channel, whatever it is. Give it more examples at a time, as in "
+                "`num_ways * num_shots` of a task."
+            )
         mean = lambda a: jax.lax.pmean(jnp.mean(a, pixels, keepdims=True), self.axis_name)
         centred = x - mean(x)
         scale = jax.lax.rsqrt(mean(centred**2) + self.eps)
         as_channels = lambda a: a.reshape(-1, *(1 for _ in pixels))
         return centred * (scale * as_channels(self.weight)) + as_channels(self.bias)
+
+    def _size_of_batch(self) -> int:
+        try:
+            return jax.lax.psum(1, self.axis_name)
+        except NameError as error:
+            name = self.axis_name
+            raise ValueError(
+                f"`BatchNorm` normalises over the axis named {name!r}, and there is none: "
+                f"call the model under `jax.vmap(model, axis_name={name!r})`."
+            ) from error

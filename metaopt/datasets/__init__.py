@@ -5,5 +5,6 @@ from ._digits import load_digits as load_digits
 from ._fashion_mnist import load_fashion_mnist as load_fashion_mnist
 from ._files import DataError as DataError
 from ._image_data import ImageData as ImageData, split as split
+from ._image_folder import load_image_folder as load_image_folder
 from ._mnist import load_mnist as load_mnist
 from ._omniglot import load_omniglot as load_omniglot

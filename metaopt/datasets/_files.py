@@ -8,6 +8,7 @@ ever read, and a file appears under its name only when it is complete.
 
 import hashlib
 import http.client
+import importlib
 import math
 import os
 import tempfile
@@ -18,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,17 @@ class DataError(ValueError):
 
     The text names the file and the reason. No part of the file has been kept.
     """
+
+
+def pillow(module: str) -> Any:
+    """A module of Pillow, which is not always installed."""
+    try:
+        importlib.import_module("PIL")
+        return importlib.import_module(f"PIL.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "To read images, Pillow is needed: `pip install 'metaopt-jax[plot]'`."
+        ) from error
 
 
 def data_folder(root: str | os.PathLike | None) -> Path:

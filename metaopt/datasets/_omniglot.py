@@ -12,7 +12,14 @@ from typing import Literal
 import numpy as np
 
 from ._class_data import ClassData
-from ._files import data_folder, DataError, fetch, read_npz, write_atomically
+from ._files import (
+    data_folder,
+    DataError,
+    fetch,
+    pillow,
+    read_npz,
+    write_atomically,
+)
 
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
@@ -181,13 +188,7 @@ def _downloaded(base_url: str, checksums: Mapping[str, str]) -> bytes:
 
 def _images(packed: bytes, source: str):
     """Each character, drawer and image in an archive. Nothing is unpacked to disk."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "To read the images of Omniglot, Pillow is needed: `pip install "
-            "'metaopt-jax[plot]'`."
-        ) from error
+    Image = pillow("Image")
     try:
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             for info in archive.infolist():

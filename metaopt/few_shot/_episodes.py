@@ -95,7 +95,7 @@ class Episodes(AbstractData):
 
         chosen = jax.vmap(of_class)(keys, classes)
         x = self.x[classes[:, None], chosen]  # (num_ways, per_class, ...)
-        labels = jnp.arange(self.num_ways)
+        labels = jnp.arange(self.num_ways, dtype=jnp.int32)
 
         def part(x):
             flat = x.reshape(-1, *x.shape[2:])
