@@ -30,39 +30,18 @@ STEPS = (0, 1, 5, 10)
 DIVERGED = 100.0  # several times the square of the largest amplitude
 
 
-class Sinusoids(mo.AbstractData):
-    """Batches of sine waves, drawn inside the compiled loop."""
+def sinusoids(key, num_tasks=NUM_TASKS, num_query=NUM_POINTS):
+    """A batch of sine waves."""
+    amplitude_key, phase_key, support_key, query_key = jax.random.split(key, 4)
+    shape = num_tasks, 1
+    amplitude = jax.random.uniform(amplitude_key, shape, minval=0.1, maxval=5.0)
+    phase = jax.random.uniform(phase_key, shape, maxval=jnp.pi)
 
-    num_tasks: int = NUM_TASKS
-    num_query: int = NUM_POINTS
+    def points(key, count):
+        x = jax.random.uniform(key, (num_tasks, count), minval=-5.0, maxval=5.0)
+        return x, amplitude * jnp.sin(x - phase)
 
-    @property
-    def varies(self):
-        return True
-
-    def check(self, num_steps):
-        pass
-
-    def plan(self, key, num_steps):
-        return jax.random.split(key, num_steps)
-
-    def batch(self, draw):
-        amplitude_key, phase_key, support_key, query_key = jax.random.split(draw, 4)
-        shape = self.num_tasks, 1
-        amplitude = jax.random.uniform(amplitude_key, shape, minval=0.1, maxval=5.0)
-        phase = jax.random.uniform(phase_key, shape, maxval=jnp.pi)
-
-        def points(key, count):
-            shape = self.num_tasks, count
-            x = jax.random.uniform(key, shape, minval=-5.0, maxval=5.0)
-            return x, amplitude * jnp.sin(x - phase)
-
-        return mo.few_shot.Task(
-            points(support_key, NUM_POINTS), points(query_key, self.num_query)
-        )
-
-    def full(self):
-        raise ValueError("Sine waves without end have no one batch.")
+    return mo.few_shot.Task(points(support_key, NUM_POINTS), points(query_key, num_query))
 
 
 def squared_error(model, batch):
@@ -140,13 +119,13 @@ def main():
     steps = 100 if arguments.quick else arguments.steps
     key, model_key = jax.random.split(jax.random.key(arguments.seed))
     train_key, test_key = jax.random.split(key)
-    test = Sinusoids(60 if arguments.quick else NUM_TEST_TASKS, 100).batch(test_key)
+    test = sinusoids(test_key, 60 if arguments.quick else NUM_TEST_TASKS, 100)
     rows, metrics, histories, learned = [], {}, {}, {}
     for name, (learner, measured, start) in learners(network(model_key)).items():
         solution = mo.few_shot.train(
             learner,
             start,
-            Sinusoids(),
+            sinusoids,
             optimizer=optax.adam(1e-3),
             num_steps=steps,
             steps_per_call=100,

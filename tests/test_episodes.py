@@ -35,7 +35,7 @@ def drawn(where: str, data: ClassData, number: int, *, seed: int = 0) -> Task:
     """So many tasks, with a leading axis, as NumPy arrays."""
     if where == DEVICE:
         episodes = Episodes(data, WAYS, SHOTS, QUERIES, num_tasks=number)
-        batch = eqx.filter_jit(episodes.batch)(jax.random.key(seed))
+        batch = eqx.filter_jit(episodes)(jax.random.key(seed))
         return jax.tree.map(np.asarray, batch)
     return HostEpisodes(data, WAYS, SHOTS, QUERIES, num_tasks=number, seed=seed).batch(0)
 
@@ -223,10 +223,10 @@ def test_episodes_are_a_pytree():
     def batch(episodes, key):
         nonlocal count
         count += 1
-        return episodes.batch(key)
+        return episodes(key)
 
     key = jax.random.key(0)
-    assert_equal_tasks(batch(episodes, key), episodes.batch(key))
+    assert_equal_tasks(batch(episodes, key), episodes(key))
     # Other data of the same shape are no reason to compile again.
     shifted = ClassData(tagged().x + 100, COUNTS)
     other = Episodes(shifted, WAYS, SHOTS, QUERIES, num_tasks=2)
@@ -234,23 +234,14 @@ def test_episodes_are_a_pytree():
     assert count == 1
 
 
-def test_batches_are_planned_one_for_each_step():
+def test_tasks_of_a_batch_and_of_others_are_different():
     episodes = Episodes(tagged(), WAYS, SHOTS, QUERIES, num_tasks=4)
-    episodes.check(1000)
-    assert episodes.varies
-    plan = episodes.plan(jax.random.key(0), 5)
-    assert plan.shape == (5,)
-    batches = [episodes.batch(draw) for draw in plan]
+    batches = [episodes(key) for key in jax.random.split(jax.random.key(0), 5)]
     for batch in batches:
         assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {4}
         assert len({bytes(np.asarray(task)) for task in batch.support[0]}) == 4
     for one, other in itertools.combinations(batches, 2):
         assert not np.array_equal(one.support[0], other.support[0])
-
-
-def test_no_batch_of_all_tasks():
-    with pytest.raises(ValueError, match=r"no one batch.*`episodes.batch\(key\)`"):
-        Episodes(tagged(), WAYS, SHOTS, QUERIES).full()
 
 
 # Randomness: on the host

@@ -585,6 +585,35 @@ def test_training_on_what_the_host_draws():
         trained(tasks=few, steps_per_call=1)
 
 
+def test_training_on_what_a_function_draws():
+    task, weights = EPISODES(jax.random.key(3)), []
+
+    def drawn(key):
+        weights.append(key)
+        return task
+
+    one = trained(tasks=drawn, steps_per_call=6)
+    assert len(weights) <= 2  # inside the compiled loop
+    other = trained(tasks=iter([task] * 6))
+    # The learner takes no randomness here, so that nothing else differs.
+    assert_close(arrays(one.meta), arrays(other.meta), 1e-9)
+
+
+def test_first_order_steps_can_come_first():
+    # Derivative-order annealing: one run, taken up again by another learner.
+    first = few_shot.MAML(
+        cross_entropy, mo.Descent(optax.sgd(0.5), 1), mo.FirstOrderAdjoint()
+    )
+    settings = {"optimizer": optax.adam(1e-2), "steps_per_call": 3}
+    begun = few_shot.train(first, CLASSIFIER, EPISODES, num_steps=3, **settings)
+    annealed = trained(state=begun.state)
+    assert int(annealed.state.num_steps) == 6
+    assert_same(annealed.state.optimizer_state[0].count, jnp.asarray(6))
+    whole = few_shot.train(first, CLASSIFIER, EPISODES, num_steps=6, **settings)
+    for other in (whole, trained()):
+        assert not np.allclose(flat(arrays(other.meta)), flat(arrays(annealed.meta)))
+
+
 def test_a_step_without_any_task_is_not_taken():
     learner = few_shot.MAML(cross_entropy, mo.Descent(optax.sgd(1e200), 3))
     settings = {"optimizer": optax.adam(1e-2), "num_steps": 2}

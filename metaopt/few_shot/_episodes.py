@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._data import AbstractData
 from .._types import Key
 from .._validate import check_count
 from ..datasets import ClassData
@@ -21,12 +20,13 @@ def as_float(x: Array) -> Array:
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
-class Episodes(AbstractData):
+class Episodes(eqx.Module):
     """N-way K-shot tasks, drawn from arrays on the device inside the compiled loop.
 
     For each task some classes are drawn and numbered anew, and of each class some
     examples, none of them twice: support and query have no example in common. What is
-    drawn depends on the key alone.
+    drawn depends on the key alone. `episodes(key)` is a batch of tasks, and
+    `episodes.draw(key)` is one.
 
     A task is a [`metaopt.few_shot.Task`][] whose `support` and `query` are pairs `(x, y)`
     of examples and labels, `num_ways * num_shots` and `num_ways * num_queries` of them,
@@ -103,24 +103,18 @@ class Episodes(AbstractData):
 
         return Task(part(x[:, : self.num_shots]), part(x[:, self.num_shots :]))
 
-    @property
-    def varies(self):
-        return True
+    def __call__(self, key: Key) -> Task:
+        """A batch of tasks.
 
-    def check(self, num_steps):
-        pass
+        **Arguments:**
 
-    def plan(self, key, num_steps):
-        return jax.random.split(key, num_steps)
+        - `key`: from `jax.random.key`.
 
-    def batch(self, draw):
-        return jax.vmap(self.draw)(jax.random.split(draw, self.num_tasks))
+        **Returns:**
 
-    def full(self):
-        raise ValueError(
-            "There is no one batch of all tasks: `Episodes` draws them. Draw some with "
-            "`episodes.batch(key)`."
-        )
+        A [`metaopt.few_shot.Task`][] whose arrays have a leading axis of `num_tasks`.
+        """
+        return jax.vmap(self.draw)(jax.random.split(key, self.num_tasks))
 
 
 def distinct(key: Key, size: int, count: int, limit: Any = None) -> Array:

@@ -14,7 +14,6 @@ import optax
 from tqdm import tqdm
 
 from .._checkpoint import load, save
-from .._data import AbstractData
 from .._raise import raise_on_failure
 from .._results import RESULTS
 from .._tree import split_trainable, tree_strong, tree_where_arrays
@@ -80,7 +79,7 @@ class TrainSolution(eqx.Module):
 def train(
     learner: AbstractLearner,
     meta: Any,
-    tasks: AbstractData | Iterator[Any],
+    tasks: Callable[[Key], Any] | Iterator[Any],
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
@@ -103,8 +102,8 @@ def train(
 
     - `learner`: a [`metaopt.few_shot.MAML`][] or another.
     - `meta`: where to start: a model, or a [`metaopt.few_shot.Learned`][].
-    - `tasks`: [`metaopt.few_shot.Episodes`][] or another source whose batches are tasks,
-        which are drawn inside the compiled loop; or an iterator over batches of tasks.
+    - `tasks`: [`metaopt.few_shot.Episodes`][] or another function `tasks(key)` that draws
+        a batch of tasks, called inside the compiled loop; or an iterator over batches.
     - `optimizer`: the optax transform for what is learned.
     - `num_steps`: the number of meta-steps, those of `state` or of a checkpoint included.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
@@ -204,16 +203,16 @@ class _Run:
         self.num_failed: list[np.ndarray] = []
         self.failed = False
         self.tasks = tasks
-        if not isinstance(tasks, AbstractData | Iterator):
+        if not callable(tasks) and not isinstance(tasks, Iterator):
             raise ValueError(
-                "`tasks` must be `metaopt.few_shot.Episodes` or another source of batches, "
-                f"or an iterator over batches of tasks; got {type(tasks).__name__}. One "
-                "batch over and over is `metaopt.FullBatch(tasks)`."
+                "`tasks` must be `metaopt.few_shot.Episodes` or another function of a key "
+                "that draws a batch of tasks, or an iterator over batches; got "
+                f"{type(tasks).__name__}. One batch over and over is `lambda key: tasks`."
             )
 
     def go(self, count: int) -> float:
         """Takes so many steps; the loss of the last one."""
-        if isinstance(self.tasks, AbstractData):
+        if callable(self.tasks):
             out = _steps(self.learner, self.optimizer, self.state, self.tasks, count)
         else:
             pulled = [as_tasks(next(self.tasks)) for _ in range(count)]
@@ -237,13 +236,10 @@ def _steps(
     learner: AbstractLearner,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    tasks: AbstractData,
+    tasks: Callable[[Key], Any],
     count: int,
 ):
-    def draw(key):
-        return as_tasks(tasks.batch(jax.tree.map(lambda a: a[0], tasks.plan(key, 1))))
-
-    return _scan(learner, optimizer, state, None, count, draw)
+    return _scan(learner, optimizer, state, None, count, tasks)
 
 
 @eqx.filter_jit
@@ -263,7 +259,7 @@ def _scan(
     state: TrainState,
     tasks: Task | None,
     count: int,
-    draw: Callable[[Key], Task] | None,
+    draw: Callable[[Key], Any] | None,
 ) -> tuple[TrainState, tuple[FloatScalar, IntScalar, Any]]:
     arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -273,7 +269,7 @@ def _scan(
         key = jax.random.fold_in(state.key, state.num_steps)
         draw_key, task_key = jax.random.split(key)
         if draw is not None:
-            batch = draw(draw_key)
+            batch = as_tasks(draw(draw_key))
         loss, gradient, stats = learner.value_and_grad(
             state.meta, batch, key=task_key, model_state=state.model_state, throw=False
         )
