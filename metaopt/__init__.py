@@ -97,6 +97,7 @@ from ._model_state import (
     CarriedState as CarriedState,
     FrozenState as FrozenState,
     PerStepState as PerStepState,
+    StepStates as StepStates,
 )
 from ._problem import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,

@@ -5,8 +5,10 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ._types import IntScalar, ModelState
+from ._validate import check_count
 
 
 class AbstractStatePolicy(eqx.Module):
@@ -37,7 +39,7 @@ class CarriedState(AbstractStatePolicy):
     """Each step sees the state that the step before it left. The usual training."""
 
     def begin(self, state, num_steps):
-        return state
+        return _one(state)
 
     def read(self, carried, step):
         return carried
@@ -53,7 +55,7 @@ class FrozenState(AbstractStatePolicy):
     """Every step sees the initial state; updates are dropped."""
 
     def begin(self, state, num_steps):
-        return state
+        return _one(state)
 
     def read(self, carried, step):
         return carried
@@ -63,6 +65,44 @@ class FrozenState(AbstractStatePolicy):
 
     def finish(self, carried, num_steps):
         return carried
+
+
+class StepStates(eqx.Module):
+    """Model states that outlast an inner solve, one for each of its steps.
+
+    What [`metaopt.PerStepState`][] starts from where the statistics of each step are to
+    be gathered over many solves: over the tasks of few-shot learning, say, where the
+    `model_state` that a learner takes and returns is one of these.
+
+    **Arguments:**
+
+    - `state`: the model state that each step begins with.
+    - `num_steps`: the number of steps.
+
+    **Attributes:**
+
+    - `states`: like `state`, with a leading axis of steps.
+    - `last`: the state of the last step, which the solution has.
+
+    **Raises:**
+
+    `ValueError` where `num_steps` is no positive int.
+    """
+
+    states: ModelState
+
+    def __init__(self, state: ModelState, num_steps: int):
+        check_count(num_steps, "num_steps")
+        self.states = _stacked(state, num_steps)
+
+    @property
+    def last(self) -> ModelState:
+        return jax.tree.map(lambda leaf: leaf[-1], self.states)
+
+    def with_last(self, state: ModelState) -> "StepStates":
+        """The same with another state of the last step."""
+        put = lambda leaf, new: leaf.at[-1].set(new)
+        return eqx.tree_at(lambda s: s.states, self, jax.tree.map(put, self.states, state))
 
 
 class PerStepState(AbstractStatePolicy):
@@ -70,18 +110,49 @@ class PerStepState(AbstractStatePolicy):
 
     Step `t` sees and updates only slot `t`; the solution has the state of the last
     step. Costs `num_steps` copies of the state.
+
+    From one model state every slot begins with that. From [`metaopt.StepStates`][] each
+    begins where it was left, and the solution has all of them; steps beyond the last
+    slot share it.
     """
 
     def begin(self, state, num_steps):
-        return jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (num_steps, *leaf.shape)), state
-        )
+        return state if isinstance(state, StepStates) else _stacked(state, num_steps)
 
     def read(self, carried, step):
-        return jax.tree.map(lambda leaf: leaf[step], carried)
+        return jax.tree.map(lambda leaf: leaf[_slot(leaf, step)], _slots(carried))
 
     def write(self, carried, new, step):
-        return jax.tree.map(lambda a, b: a.at[step].set(b), carried, new)
+        put = lambda leaf, new: leaf.at[_slot(leaf, step)].set(new)
+        slots = jax.tree.map(put, _slots(carried), new)
+        if isinstance(carried, StepStates):
+            return eqx.tree_at(lambda c: c.states, carried, slots)
+        return slots
 
     def finish(self, carried, num_steps):
+        if isinstance(carried, StepStates):
+            return carried
         return jax.tree.map(lambda leaf: leaf[num_steps - 1], carried)
+
+
+def _one(state: ModelState) -> ModelState:
+    if isinstance(state, StepStates):
+        raise ValueError(
+            "`StepStates` are for a solver with `state_policy=metaopt.PerStepState()`; the "
+            "others take one model state."
+        )
+    return state
+
+
+def _stacked(state: ModelState, num_steps: int) -> ModelState:
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (num_steps, *jnp.shape(leaf))), state
+    )
+
+
+def _slots(carried: ModelState) -> ModelState:
+    return carried.states if isinstance(carried, StepStates) else carried
+
+
+def _slot(leaf: Array, step: IntScalar) -> IntScalar:
+    return jnp.minimum(step, leaf.shape[0] - 1)

@@ -405,6 +405,54 @@ def test_model_state_is_a_choice(policy, chunk_size):
     assert_close(eqx.filter(stats.model_state, eqx.is_inexact_array), average, 1e-9)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_states_of_each_step_outlast_the_tasks(chunk_size):
+    # The running statistics here do not reach the results, but for what is kept of them.
+    class Counted(eqx.Module):
+        seen: jax.Array
+        uses: jax.Array
+
+    def loss(model, batch, *, state):
+        new = Counted(0.5 * state.seen + jnp.mean(batch[1]), state.uses + 1)
+        return squared_error(model, batch) + jnp.sum(0 * state.seen), new
+
+    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.PerStepState())
+    settings = {"has_state": True, "chunk_size": chunk_size}
+    means = [jnp.mean(part[1], axis=1) for part in (TASKS.support, TASKS.query)]
+    slots = mo.StepStates(Counted(jnp.zeros(()), jnp.zeros((), int)), num_steps=3)
+    for learner in (
+        few_shot.MAML(loss, inner, **settings),
+        few_shot.Reptile(loss, inner, **settings),
+    ):
+        state = slots
+        for uses in (1, 2):
+            before = state.states
+            state = learner.value_and_grad(MODEL, TASKS, model_state=state)[2].model_state
+            after = 0.5 * before.seen + jnp.mean(means[0])
+            # The query examples are seen after the last step, and with its state.
+            after = after.at[-1].set(0.5 * after[-1] + jnp.mean(means[1]))
+            np.testing.assert_allclose(state.states.seen, after, rtol=1e-12)
+            # Counts are of one task, as those of `equinox.nn.BatchNorm` are.
+            np.testing.assert_array_equal(state.states.uses, [uses, uses, 2 * uses])
+        scores = few_shot.evaluate(
+            learner,
+            MODEL,
+            TASKS,
+            lambda model, batch, *, state: state.uses,
+            num_steps=5,  # two more share the last slot
+            model_state=state,
+        )
+        np.testing.assert_array_equal(scores.values, 4 + 3)
+
+
+def test_states_of_each_step_under_another_policy():
+    model, state = normalised()
+    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.CarriedState())
+    learner = few_shot.MAML(with_state, inner, has_state=True)
+    with pytest.raises(ValueError, match="PerStepState"):
+        learner.value_and_grad(model, TASKS, model_state=mo.StepStates(state, 2))
+
+
 def test_model_state_without_a_choice_is_refused():
     model, state = normalised()
     learner = few_shot.MAML(with_state, mo.Descent(optax.sgd(0.1), 2), has_state=True)

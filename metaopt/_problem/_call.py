@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._model_state import StepStates
 from .._tree import leaf_names, split_trainable
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem, Evaluation
@@ -35,6 +36,8 @@ def call(
     """Calls a user's function with what it declares and takes apart what it returns."""
     optional = declared(fn, {"key": key})
     if problem.has_state:
+        # Outside of the solver's steps, which pick their own.
+        state = state.last if isinstance(state, StepStates) else state
         # A copy: `equinox.nn.State` refuses to be read again once it was updated.
         optional["state"] = jax.tree.map(lambda leaf: leaf, state)
     out = call_with_note(fn, name, params, hyper, batch, **optional)

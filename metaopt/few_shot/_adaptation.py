@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._model_state import AbstractStatePolicy
+from .._model_state import AbstractStatePolicy, StepStates
 from .._problem import AbstractInnerProblem, declared
 from .._tree import split_trainable, tree_dot, tree_dtype, tree_sub
 from .._types import (
@@ -112,12 +112,12 @@ class Adaptation(AbstractInnerProblem):
     ) -> tuple[FloatScalar, "Judged"]:
         """What the adapted model is judged by, for a [`metaopt.BilevelProblem`][]."""
         model = eqx.combine(params, adapting_part(model_of(hyper), self.adapts)[1])
-        out = self.model_loss.evaluate(model, None, batch, key, _model_state(state))
-        value = out.value
+        judged = judge(self.model_loss, model, batch, key, _model_state(state))
+        value = judged.loss
         if isinstance(state, _WithTotal):
             weight = jnp.asarray(self.step_weights)[-1]
             value = (weight * value + state.total).astype(value.dtype)
-        return value, Judged(out.value, out.aux, out.state)
+        return value, judged
 
 
 class Judged(eqx.Module):
@@ -133,6 +133,15 @@ class Judged(eqx.Module):
     loss: FloatScalar
     aux: Aux
     state: ModelState
+
+
+def judge(
+    model_loss: ModelLoss, model: Params, batch: Batch, key: Key, state: ModelState
+) -> Judged:
+    """Evaluates an adapted model, which has the model state of its last step."""
+    out = model_loss.evaluate(model, None, batch, key, state)
+    kept = isinstance(state, StepStates)
+    return Judged(out.value, out.aux, state.with_last(out.state) if kept else out.state)
 
 
 def adapting_part(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._model_state import StepStates
 from .._problem import declared
 from .._results import RESULTS
 from .._types import Key, ModelState
@@ -127,7 +128,9 @@ def _scores(
         task: Task = tasks.draw(draw) if isinstance(tasks, Episodes) else draw
         adapt_key, metric_key = jax.random.split(key)
         found = adapt(learner, meta, task, adapt_key, model_state, num_steps)
-        optional = declared(metric, {"key": metric_key, "state": found.model_state})
+        state = found.model_state
+        state = state.last if isinstance(state, StepStates) else state
+        optional = declared(metric, {"key": metric_key, "state": state})
         score = jnp.asarray(metric(found.model, task.query, **optional))
         if score.shape != ():
             raise ValueError(

@@ -7,7 +7,7 @@ from .._solver import AbstractSolver
 from .._tree import tree_all_finite, tree_sub
 from .._types import LossFn
 from .._validate import check_count, check_kind, DESCENT_EXAMPLE
-from ._adaptation import Adaptation, adapting_part, ModelLoss
+from ._adaptation import Adaptation, adapting_part, judge, ModelLoss
 from ._learner import AbstractLearner, adapt, TaskGradient
 from ._task import Learned
 
@@ -66,13 +66,11 @@ class Reptile(AbstractLearner):
         found = adapt(self, meta, task, key, model_state, None)
         start = adapting_part(meta, None)[0]
         gradient = tree_sub(start, adapting_part(found.model, None)[0])
-        query = self.model_loss.evaluate(
-            found.model, None, task.query, key, found.model_state
-        )
-        good = tree_all_finite((gradient, query.value))
+        query = judge(self.model_loss, found.model, task.query, key, found.model_state)
+        good = tree_all_finite((gradient, query.loss))
         good &= found.result == RESULTS.successful
         return TaskGradient(
-            loss=query.value,
+            loss=query.loss,
             gradient=gradient,
             aux=query.aux,
             state=query.state,
