@@ -115,6 +115,11 @@ def evaluate_tracing_scale(
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(one)
     structure = jax.tree.structure(shapes)
     marks = jax.tree.unflatten(structure, dependence(closed.jaxpr, [True]))
-    values = jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(closed)(one))
+    # A constant comes back as a number of JAX's own, which is no array to anybody.
+    values = [
+        value if isinstance(value, jax.Array) else jnp.asarray(value, aval.dtype)
+        for value, aval in zip(jax.extend.core.jaxpr_as_fun(closed)(one), closed.out_avals)
+    ]
+    values = jax.tree.unflatten(structure, values)
     (linear, rest), (reached, _) = values, marks
     return linear, rest, reached

@@ -5,7 +5,6 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from ._types import IntScalar, ModelState
 from ._validate import check_count
@@ -74,6 +73,16 @@ class StepStates(eqx.Module):
     be gathered over many solves: over the tasks of few-shot learning, say, where the
     `model_state` that a learner takes and returns is one of these.
 
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import metaopt as mo
+
+        states = mo.StepStates({"mean": jnp.zeros(3)}, num_steps=5)
+        states.last  # {"mean": jnp.zeros(3)}
+        ```
+
     **Arguments:**
 
     - `state`: the model state that each step begins with.
@@ -82,7 +91,8 @@ class StepStates(eqx.Module):
     **Attributes:**
 
     - `states`: like `state`, with a leading axis of steps.
-    - `last`: the state of the last step, which the solution has.
+    - `step`: the place of the last step that was taken.
+    - `last`: the state of that step, which the solution has.
 
     **Raises:**
 
@@ -90,26 +100,34 @@ class StepStates(eqx.Module):
     """
 
     states: ModelState
+    step: IntScalar
 
     def __init__(self, state: ModelState, num_steps: int):
         check_count(num_steps, "num_steps")
         self.states = _stacked(state, num_steps)
+        self.step = jnp.asarray(num_steps - 1)
 
     @property
     def last(self) -> ModelState:
-        return jax.tree.map(lambda leaf: leaf[-1], self.states)
+        return jax.tree.map(lambda leaf: leaf[self.step], self.states)
 
     def with_last(self, state: ModelState) -> "StepStates":
         """The same with another state of the last step."""
-        put = lambda leaf, new: leaf.at[-1].set(new)
+        put = lambda leaf, new: leaf.at[self.step].set(new)
         return eqx.tree_at(lambda s: s.states, self, jax.tree.map(put, self.states, state))
+
+    def at(self, step: IntScalar) -> "StepStates":
+        """The same after this step. Those beyond the last place share it."""
+        size = jax.tree.leaves(self.states)[0].shape[0]
+        step = jnp.clip(step, 0, size - 1).astype(self.step.dtype)
+        return eqx.tree_at(lambda s: s.step, self, step)
 
 
 class PerStepState(AbstractStatePolicy):
     """Each step has a state of its own (Antoniou, Edwards and Storkey, 2019).
 
     Step `t` sees and updates only slot `t`; the solution has the state of the last
-    step. Costs `num_steps` copies of the state.
+    step taken. Costs `num_steps` copies of the state.
 
     From one model state every slot begins with that. From [`metaopt.StepStates`][] each
     begins where it was left, and the solution has all of them; steps beyond the last
@@ -120,18 +138,18 @@ class PerStepState(AbstractStatePolicy):
         return state if isinstance(state, StepStates) else _stacked(state, num_steps)
 
     def read(self, carried, step):
-        return jax.tree.map(lambda leaf: leaf[_slot(leaf, step)], _slots(carried))
+        if isinstance(carried, StepStates):
+            return carried.at(step).last
+        return jax.tree.map(lambda leaf: leaf[step], carried)
 
     def write(self, carried, new, step):
-        put = lambda leaf, new: leaf.at[_slot(leaf, step)].set(new)
-        slots = jax.tree.map(put, _slots(carried), new)
         if isinstance(carried, StepStates):
-            return eqx.tree_at(lambda c: c.states, carried, slots)
-        return slots
+            return carried.at(step).with_last(new)
+        return jax.tree.map(lambda leaf, a: leaf.at[step].set(a), carried, new)
 
     def finish(self, carried, num_steps):
         if isinstance(carried, StepStates):
-            return carried
+            return carried.at(num_steps - 1)
         return jax.tree.map(lambda leaf: leaf[num_steps - 1], carried)
 
 
@@ -148,11 +166,3 @@ def _stacked(state: ModelState, num_steps: int) -> ModelState:
     return jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (num_steps, *jnp.shape(leaf))), state
     )
-
-
-def _slots(carried: ModelState) -> ModelState:
-    return carried.states if isinstance(carried, StepStates) else carried
-
-
-def _slot(leaf: Array, step: IntScalar) -> IntScalar:
-    return jnp.minimum(step, leaf.shape[0] - 1)

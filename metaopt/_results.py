@@ -115,9 +115,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`num_steps`. What had been reached is returned."
     )
     all_tasks_failed = (
-        "Every task of the batch diverged, or its loss or gradient is infinite or NaN, so "
-        "that there is nothing to learn from. Lower the inner learning rate, take fewer "
-        "inner steps, and look for NaN in the tasks (`stats.losses`)."
+        "Every task of the batch failed, so that there is nothing to learn from. "
+        "`stats.results` has the reason of each (under `train`, `history.reason`). Where "
+        "they diverged or are not finite: lower the inner learning rate, and look for NaN "
+        "in the tasks and for labels beyond what the model names. Where the inner problem "
+        "was not solved: take more inner steps."
     )
     interrupted = (
         "The run was interrupted from the keyboard. What had been reached is returned."

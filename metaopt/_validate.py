@@ -42,7 +42,7 @@ def check_tolerance(
         raise ValueError(f"`{name}` must be a non-negative, finite number; got {value!r}.")
 
 
-def canonical_hyper(hyper: Hyper) -> Hyper:
+def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
     """`hyper` with Python numbers made arrays, so that a new value never retraces.
 
     **Raises:**
@@ -50,12 +50,12 @@ def canonical_hyper(hyper: Hyper) -> Hyper:
     `TypeError` for a Python int or bool leaf, or if nothing in `hyper` can be tuned;
     `ValueError` for a leaf that is complex, empty, infinite or NaN.
     """
-    names = leaf_names(hyper, "hyper")
+    names = leaf_names(hyper, name)
     leaves, structure = jax.tree.flatten(hyper)
-    out = [_canonical_leaf(name, leaf) for name, leaf in zip(names, leaves)]
+    out = [_canonical_leaf(leaf_name, leaf) for leaf_name, leaf in zip(names, leaves)]
     if not any(eqx.is_inexact_array(leaf) for leaf in out):
         raise TypeError(
-            "`hyper` holds no floating-point array, so there is nothing to tune"
+            f"`{name}` holds no floating-point array, so there is nothing to tune"
             + (f": it is {hyper!r}." if len(repr(hyper)) < 80 else ".")
         )
     check_finite(out, names)
@@ -202,5 +202,11 @@ def _to_jax(leaf: Any, name: str) -> jax.Array:
             "bits by default. Cast it, or set `jax.config.update('jax_enable_x64', "
             "True)`.",
             stacklevel=3,
+        )
+    if given.kind in "iu" and np.any(np.asarray(leaf) != np.asarray(array)):
+        raise ValueError(
+            f"`{name}` is {given} with numbers that {array.dtype} cannot hold, which JAX "
+            "uses by default. Make them smaller, or set `jax.config.update("
+            "'jax_enable_x64', True)`."
         )
     return array

@@ -234,6 +234,18 @@ def test_episodes_are_a_pytree():
     assert count == 1
 
 
+def test_numbers_that_do_not_fit_are_refused():
+    wide = ClassData(tagged().x.astype(np.int64) + 2**40)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="int32 cannot hold"):
+        Episodes(wide, WAYS, SHOTS, QUERIES)
+
+
+def test_seeds_of_the_host_are_all_different():
+    # Those above 32 bits were once split in two.
+    one, other = host(seed=2**32 + 5).batch(0), host(seed=5).batch(1)
+    assert not np.array_equal(one.support[0], other.support[0])
+
+
 def test_tasks_of_a_batch_and_of_others_are_different():
     episodes = Episodes(tagged(), WAYS, SHOTS, QUERIES, num_tasks=4)
     batches = [episodes(key) for key in jax.random.split(jax.random.key(0), 5)]

@@ -300,9 +300,10 @@ def test_implicit_maml_is_the_converged_one():
 
 def test_an_implicit_adjoint_without_proximal_term_is_refused():
     # Its gradient is zero by construction: the minimum does not know where it began.
-    learner = maml(num_steps=5, adjoint=mo.ImplicitAdjoint())
-    with pytest.raises(ValueError, match="zero by construction.*`ImplicitAdjoint`"):
-        learner.value_and_grad(MODEL, TASKS)
+    for adjoint in (mo.ImplicitAdjoint(), mo.OneStepAdjoint()):
+        for none in (None, 0, 0.0):
+            with pytest.raises(ValueError, match="zero by construction.*`proximal=2.0`"):
+                maml(num_steps=5, adjoint=adjoint, proximal=none)
 
 
 def test_tasks_that_are_not_solved_are_counted():
@@ -334,7 +335,7 @@ def test_the_others_survive_a_task_that_diverges(part, chunk_size):
 
 def test_nothing_is_left_when_all_diverge():
     learner = maml(optax.sgd(1e200), 3)
-    with pytest.raises(mo.SolveError, match="Lower the inner learning rate"):
+    with pytest.raises(mo.SolveError, match="lower the inner learning rate"):
         learner.value_and_grad(MODEL, TASKS)
     value, gradient, stats = learner.value_and_grad(MODEL, TASKS, throw=False)
     assert np.isnan(value) and np.all(np.isnan(flat(gradient)))
@@ -445,6 +446,143 @@ def test_states_of_each_step_outlast_the_tasks(chunk_size):
         np.testing.assert_array_equal(scores.values, 4 + 3)
 
 
+class Steps(eqx.Module):
+    """A model state that counts, beside a mark of the slot that it lies in."""
+
+    mark: jax.Array
+    uses: jax.Array
+
+
+def marked_loss(model, batch, *, state):
+    value = squared_error(model, batch)
+    return value * (1 + state.mark), Steps(state.mark, state.uses + 1)
+
+
+def marked(num_slots):
+    states = mo.StepStates(Steps(jnp.zeros(()), jnp.zeros((), int)), num_slots)
+    marks = jnp.arange(float(num_slots))
+    return eqx.tree_at(lambda s: s.states.mark, states, marks)
+
+
+def by_hand_with_marks(num_steps, weights):
+    """Query losses after each step, with the mark of that step."""
+
+    def one(support, query):
+        now, total = arrays(MODEL), 0.0
+        whole = lambda now: eqx.combine(now, eqx.partition(MODEL, eqx.is_array)[1])
+        for step in range(num_steps):
+            loss = lambda now: squared_error(whole(now), support) * (1 + step)
+            now = jax.tree.map(lambda a, g: a - 0.05 * g, now, jax.grad(loss)(now))
+            total += weights[step] * squared_error(whole(now), query) * (1 + step)
+        return total
+
+    return jnp.mean(jax.vmap(one)(TASKS.support, TASKS.query))
+
+
+@pytest.mark.parametrize("num_slots", [3, 5])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_the_answer_is_judged_with_the_state_of_its_last_step(num_slots, weights):
+    # Once it was that of the last slot, or of the step after.
+    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.PerStepState())
+    learner = few_shot.MAML(marked_loss, inner, has_state=True, step_weights=weights)
+    value, _, stats = learner.value_and_grad(MODEL, TASKS, model_state=marked(num_slots))
+    expected = by_hand_with_marks(3, weights or [0.0, 0.0, 1.0])
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    uses = [1, 1, 2] + [0] * (num_slots - 3)
+    np.testing.assert_array_equal(stats.model_state.states.uses, uses)
+    for num_steps, mark in ((1, 0), (2, 1), (5, min(5, num_slots) - 1)):
+        metric = lambda model, batch, *, state: state.mark
+        scores = few_shot.evaluate(
+            learner,
+            MODEL,
+            TASKS,
+            metric,
+            num_steps=num_steps,
+            model_state=marked(num_slots),
+        )
+        np.testing.assert_array_equal(scores.values, mark)
+        adapted, state = learner.adapt(
+            MODEL,
+            jax.tree.map(lambda a: a[0], TASKS.support),
+            num_steps=num_steps,
+            model_state=marked(num_slots),
+        )
+        assert state.mark == mark
+
+
+def test_training_with_running_statistics():
+    # Of a statistic that was a constant of the trace nothing was left once.
+    model, state = normalised()
+    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.CarriedState())
+    learner = few_shot.MAML(with_state, inner, has_state=True)
+    solution = few_shot.train(
+        learner,
+        model,
+        lambda key: TASKS,
+        optimizer=optax.adam(1e-2),
+        num_steps=3,
+        model_state=state,
+    )
+    same = jax.tree.structure(solution.model_state) == jax.tree.structure(state)
+    assert same and len(jax.tree.leaves(state)) > 0
+    before, after = (
+        flat(eqx.filter(s, eqx.is_inexact_array)) for s in (state, solution.model_state)
+    )
+    assert np.all(np.isfinite(after)) and not np.allclose(before, after)
+
+
+def test_what_is_constant_is_handed_back():
+    def loss(model, batch, *, state):
+        aux = {"number": jnp.asarray(3), "flag": jnp.asarray(True)}
+        return squared_error(model, batch), {"seen": jnp.asarray(2.0)}, aux
+
+    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.CarriedState())
+    learner = few_shot.MAML(loss, inner, has_state=True, has_aux=True)
+    start = {"seen": jnp.asarray(1.0)}
+    stats = learner.value_and_grad(MODEL, TASKS, model_state=start)[2]
+    assert stats.aux["number"].tolist() == [3] * NUM_TASKS
+    assert stats.aux["flag"].tolist() == [True] * NUM_TASKS
+    assert float(stats.model_state["seen"]) == 2
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, None])
+def test_half_precision_sums_over_many_tasks(chunk_size):
+    x = jnp.full((512, 3), 0.8, jnp.bfloat16)
+    loss = lambda model, batch: jnp.mean((model * batch) ** 2)
+    inner = mo.Descent(optax.sgd(0.0), 1)
+    learner = few_shot.MAML(loss, inner, chunk_size=chunk_size)
+    one = jnp.ones((), jnp.bfloat16)
+    value, gradient, stats = learner.value_and_grad(one, few_shot.Task(x, x))
+    assert stats.num_failed == 0 and gradient.dtype == jnp.bfloat16
+    # 0.64 and 1.28, to the three digits that each of the tasks has.
+    np.testing.assert_allclose(float(value), 0.64, rtol=5e-3)
+    np.testing.assert_allclose(float(gradient), 1.28, rtol=5e-3)
+
+
+def test_training_and_testing_agree_on_what_failed():
+    for learner in (
+        few_shot.MAML(squared_error, mo.Descent(optax.sgd(0.01), 2, atol=1e-9)),
+        few_shot.Reptile(squared_error, mo.Descent(optax.sgd(0.01), 2, atol=1e-9)),
+    ):
+        stats = learner.value_and_grad(MODEL, TASKS, throw=False)[2]
+        scores = few_shot.evaluate(learner, MODEL, TASKS, squared_error)
+        assert stats.num_failed == scores.num_failed == NUM_TASKS
+        assert "4 of 4 did not succeed. The inner solver reached its step limit" in str(
+            stats
+        )
+        with pytest.raises(mo.SolveError, match="reached its step limit"):
+            learner.value_and_grad(MODEL, TASKS)
+
+
+def test_tasks_that_a_function_draws_are_evaluated():
+    draw = lambda key: EPISODES(key)
+    settings = {"num_tasks": 6, "key": jax.random.key(1)}
+    scores = few_shot.evaluate(LEARNER, CLASSIFIER, draw, cross_entropy, **settings)
+    assert scores.values.shape == (6,) and len(set(scores.values.tolist())) == 6
+    again = few_shot.evaluate(LEARNER, CLASSIFIER, draw, cross_entropy, **settings)
+    np.testing.assert_array_equal(scores.values, again.values)
+
+
 def test_states_of_each_step_under_another_policy():
     model, state = normalised()
     inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.CarriedState())
@@ -455,9 +593,18 @@ def test_states_of_each_step_under_another_policy():
 
 def test_model_state_without_a_choice_is_refused():
     model, state = normalised()
-    learner = few_shot.MAML(with_state, mo.Descent(optax.sgd(0.1), 2), has_state=True)
-    with pytest.raises(ValueError, match="state_policy"):
-        learner.value_and_grad(model, TASKS, model_state=state)
+    inner = mo.Descent(optax.sgd(0.1), 2)
+    for learner in (few_shot.MAML, few_shot.Reptile):
+        for settings in ({}, {"step_weights": [1.0, 1.0]}):
+            if learner is few_shot.MAML or not settings:
+                with pytest.raises(ValueError, match="state_policy"):
+                    learner(with_state, inner, has_state=True, **settings)
+    kept = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.CarriedState())
+    with pytest.raises(ValueError, match="declares no model state"):
+        few_shot.MAML(squared_error, kept, step_weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="hand over where it begins"):
+        few_shot.MAML(with_state, kept, has_state=True).value_and_grad(model, TASKS)
+    del state
 
 
 def test_model_state_and_each_step_counting():
@@ -565,6 +712,7 @@ def cross_entropy(model, batch):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
 
 
+ON_HOST = few_shot.HostEpisodes(digits_by_class(), 3, 1, 2, num_tasks=4)
 EPISODES = few_shot.Episodes(digits_by_class(), 3, 1, 2, num_tasks=4)
 LEARNER = few_shot.MAML(cross_entropy, mo.Descent(optax.sgd(0.5), 1))
 CLASSIFIER = eqx.nn.MLP(64, 3, 8, 1, key=jax.random.key(0))
@@ -622,15 +770,59 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    whole = trained(checkpoint=path, key=jax.random.key(3))
+    with pytest.raises(mo.CheckpointError, match="another `key`"):
+        trained(checkpoint=path)
+    with pytest.raises(mo.CheckpointError, match="has 6 steps, and `num_steps` is 5"):
+        trained(checkpoint=path, key=jax.random.key(3), num_steps=5)
+    with pytest.raises(ValueError, match="Both `state` and the checkpoint"):
+        trained(checkpoint=path, state=whole.state)
+
+
+def test_a_run_that_failed_fails_again(tmp_path):
+    # The step that failed was once in the file, as one that was taken.
+    def tasks(key):
+        bad = jax.random.bernoulli(key, 0.1)
+        task = EPISODES(key)
+        return eqx.tree_at(lambda t: t.query[0], task, task.query[0] / (1 - bad))
+
+    path = tmp_path / "run.npz"
+    reached = []
+    for _ in range(2):
+        with pytest.raises(mo.SolveError, match="Every task.*\n.*\n*.*not finite|NaN"):
+            trained(tasks=tasks, checkpoint=path, num_steps=40, steps_per_call=1)
+        reached.append(int(mo.load(path, trained(num_steps=1).state).num_steps))
+    assert 0 < reached[0] == reached[1] < 40
+
+
+def test_a_run_that_is_interrupted_keeps_what_it_reached(tmp_path):
+    def stop(step, state):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "run.npz"
+    solution = trained(callback=stop, checkpoint=path)
+    assert solution.result == mo.RESULTS.interrupted
+    assert int(solution.state.num_steps) == len(solution.history.loss) == 3
+    assert_same(trained(checkpoint=path).state, trained().state)
+    text = str(solution)
+    assert "3, of which 3 now" in text and "interrupted" in text
+
+
 def test_training_on_what_the_host_draws():
-    episodes = few_shot.HostEpisodes(digits_by_class(), 3, 1, 2, num_tasks=4)
-    whole = trained(tasks=iter(episodes))
-    half = trained(tasks=iter(episodes), num_steps=3)
-    rest = trained(tasks=episodes.starting_at(3), state=half.state)
-    assert_same(rest.state, whole.state)
-    few = iter([episodes.batch(0)])
-    with pytest.raises(mo.SolveError, match="iterator.*ended"):
-        trained(tasks=few, steps_per_call=1)
+    whole = trained(tasks=iter(ON_HOST))
+    half = trained(tasks=ON_HOST, num_steps=3)
+    for tasks in (ON_HOST, ON_HOST.starting_at(3)):
+        assert_same(trained(tasks=tasks, state=half.state).state, whole.state)
+    # What was pulled is not lost when nothing more comes.
+    few = iter([ON_HOST.batch(index) for index in range(5)])
+    with pytest.raises(mo.SolveError, match="iterator.*ended") as caught:
+        trained(tasks=few)
+    assert int(caught.value.value.state.num_steps) == 5
+    np.testing.assert_allclose(
+        caught.value.value.history.loss, whole.history.loss[:5], rtol=1e-9
+    )
 
 
 def test_training_on_what_a_function_draws():
@@ -761,16 +953,73 @@ def test_rates_cannot_be_read_in_another_way():
         ),
         (
             lambda: few_shot.evaluate(maml(), MODEL, TASKS, squared_error, num_tasks=2),
-            "`num_tasks` is for episodes",
+            "`num_tasks` is for tasks that are drawn",
         ),
         (
             lambda: few_shot.evaluate(LEARNER, CLASSIFIER, EPISODES, cross_entropy),
-            "`num_tasks` must be an int",
+            "say how many, by `num_tasks",
+        ),
+        (
+            lambda: few_shot.evaluate(LEARNER, CLASSIFIER, ON_HOST, cross_entropy),
+            r"`episodes\.batch\(0\)`",
+        ),
+        # Never to be learned, since the inner solver is not built from it.
+        (
+            lambda: maml().value_and_grad(few_shot.with_learned_rates(MODEL, 0.1), TASKS),
+            "Nothing depends on `settings.rates",
+        ),
+        (
+            lambda: maml(lambda m: optax.sgd(m.settings)).value_and_grad(
+                few_shot.Learned(MODEL, 1), TASKS
+            ),
+            "`settings` is 1: an integer",
+        ),
+        (
+            lambda: maml(
+                few_shot.learned_rates, adapts=lambda m: m.layers[-1]
+            ).value_and_grad(few_shot.with_learned_rates(MODEL, 0.1), TASKS),
+            "Give both the same `adapts`",
+        ),
+        (
+            lambda: maml().value_and_grad(MODEL, TASKS, model_state=jnp.zeros(2)),
+            "`model_state` was handed over",
+        ),
+        (
+            lambda: few_shot.evaluate(
+                maml(), MODEL, TASKS, squared_error, model_state=jnp.zeros(2)
+            ),
+            "`model_state` was handed over",
+        ),
+        # Once they were broadcast against each other.
+        (
+            lambda: maml().value_and_grad(
+                MODEL, ((TASKS.support[0], TASKS.support[1][:, :1]), TASKS.query)
+            ),
+            "length of axis 1, the number of examples; got 5 in `support.0.`, 1 in",
+        ),
+        (
+            lambda: maml().adapt(MODEL, (jnp.ones(3), jnp.ones(1))),
+            "number of examples; got 3 in `support",
+        ),
+        (
+            lambda: trained(state=trained(num_steps=1).state, key=jax.random.key(0)),
+            "`state` has the key",
+        ),
+        (
+            lambda: few_shot.train(
+                LEARNER,
+                eqx.nn.MLP(64, 3, 9, 1, key=jax.random.key(0)),
+                EPISODES,
+                optimizer=optax.adam(1e-2),
+                num_steps=2,
+                state=trained(num_steps=1).state,
+            ),
+            "`state` is of another model",
         ),
     ],
 )
 def test_what_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

@@ -409,6 +409,14 @@ def test_norm_of_one_number_a_channel():
     assert norm(jnp.ones((1, 3, 2))).shape == (1, 3, 2)
 
 
+def test_norm_of_large_numbers_in_half_precision():
+    # Their squares overflow; it once returned zeros.
+    x = jnp.asarray([300.0, -300.0, 100.0], jnp.float16)[:, None]
+    out = jax.vmap(mo.nn.BatchNorm(1), axis_name="batch")(x)
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(out[:, 0], [1.069, -1.336, 0.267], atol=2e-3)
+
+
 @pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf"), None, "1e-5"])
 def test_norm_refuses_an_eps(eps):
     with pytest.raises(ValueError, match="`eps` must be"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._tree import tree_widened
 from .._types import Key
 from .._validate import check_count, check_tolerance
 
@@ -87,10 +88,12 @@ class BatchNorm(eqx.Module):
                 "`num_ways * num_shots` of a task."
             )
         mean = lambda a: jax.lax.pmean(jnp.mean(a, pixels, keepdims=True), self.axis_name)
-        centred = x - mean(x)
+        wide = tree_widened(x)  # squares overflow in half precision
+        centred = wide - mean(wide)
         scale = jax.lax.rsqrt(mean(centred**2) + self.eps)
         as_channels = lambda a: a.reshape(-1, *(1 for _ in pixels))
-        return centred * (scale * as_channels(self.weight)) + as_channels(self.bias)
+        out = centred * (scale * as_channels(self.weight)) + as_channels(self.bias)
+        return out.astype(x.dtype)
 
     def _size_of_batch(self) -> int:
         try:

@@ -9,7 +9,10 @@ from ._base import (
     Outcome as Outcome,
     StepOutput as StepOutput,
 )
-from ._common import problem_optimality as problem_optimality
+from ._common import (
+    check_state_policy as check_state_policy,
+    problem_optimality as problem_optimality,
+)
 from ._descent import Descent as Descent
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver

@@ -80,7 +80,7 @@ class Adaptation(AbstractInnerProblem):
         state = self.initial_state
         if self.step_weights is not None:
             total = jnp.zeros((), tree_dtype(params))
-            state = _WithTotal(state, total, jnp.zeros((), int))
+            state = _WithTotal(state, total, jnp.zeros((), int), state)
         return (params, state) if self.has_state else params
 
     def loss(self, params, hyper, batch, *, key, state=None):
@@ -97,14 +97,16 @@ class Adaptation(AbstractInnerProblem):
         if isinstance(state, _WithTotal):
 
             def counted():
-                query = self.model_loss.evaluate(model, None, batch.query, key, before)
+                # Of the step before this one, whose answer is judged.
+                after = state.after
+                query = self.model_loss.evaluate(model, None, batch.query, key, after)
                 weight = jnp.asarray(self.step_weights)[state.step - 1]
                 return (weight * query.value).astype(state.total.dtype)
 
             # At the start nothing has adapted yet.
             nothing = lambda: jnp.zeros_like(state.total)
             total = state.total + jax.lax.cond(state.step > 0, counted, nothing)
-            new = _WithTotal(new, total, state.step)
+            new = _WithTotal(new, total, state.step, state.after)
         return (value, new) if self.has_state else value
 
     def query_loss(
@@ -175,6 +177,7 @@ class _WithTotal(eqx.Module):
     state: ModelState
     total: FloatScalar
     step: IntScalar
+    after: ModelState  # what the answer of the steps so far is judged with
 
 
 def _model_state(state: Any) -> ModelState:
@@ -193,16 +196,17 @@ class WithTotalPolicy(AbstractStatePolicy):
 
     def begin(self, state, num_steps):
         inner = self.policy and self.policy.begin(state.state, num_steps)
-        return _WithTotal(inner, state.total, state.step)
+        return _WithTotal(inner, state.total, state.step, None)
 
     def read(self, carried, step):
         inner = self.policy and self.policy.read(carried.state, step)
-        return _WithTotal(inner, carried.total, step)
+        after = self.policy and self.policy.finish(carried.state, step)
+        return _WithTotal(inner, carried.total, step, after)
 
     def write(self, carried, new, step):
         inner = self.policy and self.policy.write(carried.state, new.state, step)
-        return _WithTotal(inner, new.total, carried.step)
+        return _WithTotal(inner, new.total, carried.step, None)
 
     def finish(self, carried, num_steps):
         inner = self.policy and self.policy.finish(carried.state, num_steps)
-        return _WithTotal(inner, carried.total, carried.step)
+        return _WithTotal(inner, carried.total, carried.step, inner)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._types import Key
-from .._validate import check_count
+from .._validate import canonical_arrays, check_count
 from ..datasets import ClassData
 from ._task import Task
 
@@ -66,7 +66,7 @@ class Episodes(eqx.Module):
         prepare: Callable[[Array], Array] = as_float,
     ):
         check_sizes(data, num_ways, num_shots, num_queries, num_tasks)
-        self.x = jnp.asarray(data.x)
+        self.x = canonical_arrays(data.x, "data.x")
         self.counts = jnp.asarray(data.counts)
         self.num_ways = num_ways
         self.num_shots = num_shots
@@ -200,7 +200,8 @@ class HostEpisodes:
 
     def batch(self, index: int) -> Task:
         """The batch of tasks with this number."""
-        random = np.random.default_rng([self.seed, index])
+        seed = np.random.SeedSequence(self.seed, spawn_key=(index,))
+        random = np.random.default_rng(seed)
         tasks = [self._draw(random) for _ in range(self.num_tasks)]
         stack = lambda parts: tuple(np.stack(a) for a in zip(*parts))
         return Task(stack([t[0] for t in tasks]), stack([t[1] for t in tasks]))

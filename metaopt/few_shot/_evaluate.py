@@ -13,8 +13,15 @@ from .._problem import declared
 from .._results import RESULTS
 from .._types import Key, ModelState
 from .._validate import canonical_key, check_count
-from ._episodes import Episodes
-from ._learner import AbstractLearner, adapt, as_tasks, canonical_meta, count_tasks
+from ._episodes import Episodes, HostEpisodes
+from ._learner import (
+    AbstractLearner,
+    adapt,
+    as_tasks,
+    canonical_meta,
+    check_model_state,
+    count_tasks,
+)
 from ._task import Task
 
 
@@ -72,11 +79,12 @@ def evaluate(
     **Arguments:**
 
     - `learner`, `meta`: how to adapt, and what was learned.
-    - `tasks`: a batch of tasks, as for `learner.value_and_grad`, or episodes to draw
-        `num_tasks` tasks from.
+    - `tasks`: a batch of tasks, as for `learner.value_and_grad`; or
+        [`metaopt.few_shot.Episodes`][], or another function of a key that draws a batch,
+        to draw `num_tasks` tasks from.
     - `metric`: `metric(model, batch)`, a scalar such as an accuracy or a loss. May declare
         arguments named `key` and `state`, the model state after adaptation.
-    - `num_tasks`: the number of tasks, with episodes only.
+    - `num_tasks`: the number of tasks, where they are drawn.
     - `num_steps`: the number of inner steps; by default as in training, and 0 for the
         model as it is.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
@@ -93,13 +101,25 @@ def evaluate(
     """
     meta, key = canonical_meta(meta), canonical_key(key)
     check_count(chunk_size, "chunk_size")
+    check_model_state(learner, model_state)
     if num_steps is not None:
         check_count(num_steps, "num_steps", 0)
-    if isinstance(tasks, Episodes):
+    if isinstance(tasks, HostEpisodes):
+        raise ValueError(
+            "Hand over a batch that these episodes drew: `episodes.batch(0)`, which has "
+            "`num_tasks` tasks."
+        )
+    if callable(tasks):
+        if num_tasks is None:
+            raise ValueError("Tasks are drawn here: say how many, by `num_tasks=...`.")
         check_count(num_tasks, "num_tasks")
-        assert num_tasks is not None
+        if not isinstance(tasks, Episodes):
+            tasks = _drawn(tasks, num_tasks, key)
     elif num_tasks is not None:
-        raise ValueError("`num_tasks` is for episodes; these tasks have a number already.")
+        raise ValueError(
+            "`num_tasks` is for tasks that are drawn; these are a batch, which has a "
+            "number already."
+        )
     else:
         tasks = as_tasks(tasks)
         num_tasks = count_tasks(tasks)
@@ -107,6 +127,21 @@ def evaluate(
         learner, meta, tasks, metric, num_tasks, num_steps, key, model_state, chunk_size
     )
     return Scores(np.asarray(values))
+
+
+@eqx.filter_jit
+def _drawn(draw: Callable[[Key], Any], num_tasks: int, key: Key) -> Task:
+    """As many batches as it takes, and of them so many tasks."""
+
+    def batch(key):
+        tasks = as_tasks(draw(key))
+        count_tasks(tasks)
+        return tasks
+
+    per_batch = jax.tree.leaves(jax.eval_shape(batch, key))[0].shape[0]
+    keys = jax.random.split(key, -(-num_tasks // per_batch))
+    batches = jax.lax.map(batch, keys)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tasks], batches)
 
 
 @eqx.filter_jit

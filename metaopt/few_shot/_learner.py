@@ -7,23 +7,28 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._data import FullBatch
+from .._model_state import StepStates
 from .._problem import initialise
 from .._raise import raise_on_failure
+from .._report import table, verdict
 from .._results import mask_result, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
 from .._tree import (
     leaf_names,
+    split_trainable,
     tree_add,
+    tree_cast_like,
     tree_where,
+    tree_widened,
     tree_zeros_like,
 )
 from .._types import (
     Aux,
     Batch,
-    BoolScalar,
     FloatScalar,
     IntScalar,
     Key,
@@ -31,8 +36,14 @@ from .._types import (
     Params,
     Vector,
 )
-from .._validate import canonical_arrays, canonical_key, canonical_params, check_count
-from ._adaptation import Adaptation, adapting_part
+from .._validate import (
+    canonical_arrays,
+    canonical_hyper,
+    canonical_key,
+    canonical_params,
+    check_count,
+)
+from ._adaptation import Adaptation, adapting_part, ModelLoss
 from ._task import Learned, model_of, Task
 
 
@@ -45,7 +56,7 @@ class TaskGradient(eqx.Module):
     - `gradient`: the direction for what is learned, a vector like its trainable part.
     - `aux`: what the loss returned beside its value, or `None`.
     - `state`: the model state after the task, or `None`.
-    - `good`: whether adapting and differentiating went well.
+    - `result`: how adapting and differentiating went.
     - `left_out`: what the gradient leaves out by construction, in words.
     """
 
@@ -53,7 +64,7 @@ class TaskGradient(eqx.Module):
     gradient: Vector
     aux: Aux
     state: ModelState
-    good: BoolScalar
+    result: RESULTS
     left_out: tuple[str, ...] = eqx.field(static=True)
 
 
@@ -63,13 +74,14 @@ class TaskStats(eqx.Module):
     **Attributes:**
 
     - `losses`: the query loss of each task, of shape `(num_tasks,)`; NaN or infinite
-        where it diverged.
+        where it diverged. With `step_weights`, the weighted sum of those of all steps.
     - `failed`: which tasks failed, of shape `(num_tasks,)`. They are left out of loss and
         gradients.
     - `num_failed`: how many did.
     - `aux`: what the loss returned beside its value, stacked by task, or `None`.
     - `model_state`: the mean over tasks of the model state after the query examples, or
-        `None`.
+        `None`. What is no floating-point number in it is that of the first task.
+    - `results`: how each task went, of shape `(num_tasks,)`.
     - `result`: whether any task was left.
     - `left_out`: what the gradients leave out by construction, in words.
     """
@@ -79,8 +91,20 @@ class TaskStats(eqx.Module):
     num_failed: IntScalar
     aux: Aux
     model_state: ModelState
+    results: RESULTS
     result: RESULTS
     left_out: tuple[str, ...] = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        failed = np.asarray(self.failed)
+        rows = [("tasks", f"{failed.size}"), ("failed", f"{failed.sum()}")]
+        if not failed.all():
+            mean = np.asarray(self.losses, float)[~failed].mean()
+            rows.append(("mean query loss", f"{mean:.4g}"))
+        return table("Tasks", rows, verdict(self.results))
 
 
 class AbstractLearner(eqx.Module):
@@ -89,6 +113,7 @@ class AbstractLearner(eqx.Module):
     [`metaopt.few_shot.MAML`][] and its family, or [`metaopt.few_shot.Reptile`][].
     """
 
+    model_loss: eqx.AbstractVar[ModelLoss]
     inner: eqx.AbstractVar[AbstractSolver]
     chunk_size: eqx.AbstractVar[int | None]
 
@@ -151,13 +176,14 @@ class AbstractLearner(eqx.Module):
         meta = canonical_meta(meta)
         tasks = as_tasks(tasks)
         num_tasks = count_tasks(tasks)
+        check_model_state(self, model_state)
         size = self.chunk_size
         if size is not None and num_tasks % size:
             raise ValueError(
                 f"`chunk_size`, {size}, does not divide the number of tasks, {num_tasks}."
             )
         out = _value_and_grad(self, meta, tasks, canonical_key(key), model_state)
-        return raise_on_failure(out, out[-1].result, throw)
+        return raise_on_failure(out, out[-1].result, throw, show=out[-1])
 
     def adapt(
         self,
@@ -168,7 +194,7 @@ class AbstractLearner(eqx.Module):
         key: Key | None = None,
         model_state: ModelState = None,
         throw: bool = True,
-    ) -> Params:
+    ) -> Any:
         """The model, adapted to one task. No derivative passes through it.
 
         **Arguments:**
@@ -182,7 +208,7 @@ class AbstractLearner(eqx.Module):
 
         **Returns:**
 
-        A model like the one in `meta`.
+        A model like the one in `meta`; with `has_state` a pair of it and its state.
 
         **Raises:**
 
@@ -190,9 +216,15 @@ class AbstractLearner(eqx.Module):
         where it diverged, or did not meet the tolerance of the inner solver.
         """
         meta = canonical_meta(meta)
+        check_model_state(self, model_state)
         task = Task(canonical_arrays(support, "support"), None)
+        _check_lengths(task.support, "support", 0, "examples")
         found = adapt(self, meta, task, canonical_key(key), model_state, num_steps)
-        return raise_on_failure(found.model, found.result, throw)
+        out = found.model
+        if self.model_loss.has_state:
+            state = found.model_state
+            out = out, state.last if isinstance(state, StepStates) else state
+        return raise_on_failure(out, found.result, throw)
 
 
 class Adapted(eqx.Module):
@@ -250,9 +282,8 @@ def with_num_steps(solver: AbstractSolver, num_steps: int) -> AbstractSolver:
 def canonical_meta(meta: Any) -> Any:
     """What is learned, with NumPy arrays moved to JAX, checked for something to train."""
     if isinstance(meta, Learned):
-        return Learned(
-            canonical_params(meta.model), canonical_arrays(meta.settings, "settings")
-        )
+        settings = canonical_hyper(meta.settings, "settings")
+        return Learned(canonical_params(meta.model), settings)
     return canonical_params(meta)
 
 
@@ -265,9 +296,12 @@ def as_tasks(tasks: Any) -> Task:
                 f"examples; got {type(tasks).__name__}."
             )
         tasks = Task(*tasks)
-    return Task(
+    out = Task(
         canonical_arrays(tasks.support, "support"), canonical_arrays(tasks.query, "query")
     )
+    _check_lengths(out.support, "support", 1, "examples")
+    _check_lengths(out.query, "query", 1, "examples")
+    return out
 
 
 def count_tasks(tasks: Task) -> int:
@@ -278,14 +312,42 @@ def count_tasks(tasks: Task) -> int:
             raise ValueError(
                 f"`{name}` must be an array with a leading axis of tasks; got {leaf!r}."
             )
-    counts = {name: leaf.shape[0] for name, leaf in zip(names, leaves)}
-    if len(set(counts.values())) != 1:
-        listed = ", ".join(f"{count} in `{name}`" for name, count in counts.items())
+    _check_lengths(tasks, "tasks", 0, "tasks")
+    if not leaves:
+        raise ValueError("`tasks` hold no arrays.")
+    return leaves[0].shape[0]
+
+
+def _check_lengths(tree: Any, name: str, axis: int, what: str) -> None:
+    """Those arrays that have this axis must share its length."""
+    counts = {
+        where: leaf.shape[axis]
+        for where, leaf in zip(leaf_names(tree, name), jax.tree.leaves(tree))
+        if eqx.is_array(leaf) and leaf.ndim > axis
+    }
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} in `{where}`" for where, count in counts.items())
         raise ValueError(
-            "The arrays of `tasks` must share the length of their leading axis, the number "
-            f"of tasks; got {listed or 'no arrays'}."
+            f"The arrays of `{name}` must share the length of axis {axis}, the number of "
+            f"{what}; got {listed}."
         )
-    return next(iter(counts.values()))
+
+
+def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None:
+    """Raises a `ValueError` where a loss has model state and none is there, or the other
+    way round."""
+    has_state = learner.model_loss.has_state
+    if has_state and model_state is None:
+        raise ValueError(
+            "The loss has model state (`has_state=True`): hand over where it begins, as "
+            "`model_state=...`."
+        )
+    if not has_state and model_state is not None:
+        raise ValueError(
+            "`model_state` was handed over, and the loss has none. Write "
+            f"`{type(learner).__name__}(..., has_state=True)` for a loss that takes and "
+            "returns it."
+        )
 
 
 @eqx.filter_jit
@@ -299,19 +361,19 @@ def _value_and_grad(
 
     def one(task, key):
         out = learner.task_gradient(meta, task, key, model_state)
-        zeros = tree_zeros_like
+        # Sums over many tasks need more digits than half precision has.
+        summed = tree_widened((out.gradient, out.loss, floats(out.state)))
+        good = out.result == RESULTS.successful
         return (
-            tree_where(out.good, out.gradient, zeros(out.gradient)),
-            jnp.where(out.good, out.loss, 0),
-            tree_where(out.good, floats(out.state), zeros(floats(out.state))),
+            tree_where(good, summed, tree_zeros_like(summed)),
             eqx.filter(dataclasses.replace(out, gradient=None), eqx.is_array),
         )
 
     def chunk(tasks, keys):
-        *sums, each = jax.vmap(one)(tasks, keys)
+        summed, each = jax.vmap(one)(tasks, keys)
         each, state = dataclasses.replace(each, state=None), each.state
         first = jax.tree.map(lambda leaf: leaf[0], state)
-        return [jax.tree.map(lambda leaf: jnp.sum(leaf, 0), s) for s in sums], each, first
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, 0), summed), each, first
 
     if per_chunk == num_tasks:
         sums, each, state = chunk(tasks, keys)
@@ -332,17 +394,21 @@ def _value_and_grad(
         each = jax.tree.map(joined, each)
         state = jax.tree.map(lambda leaf: leaf[0], state)
 
-    num_good = jnp.sum(each.good)
+    failed = each.result != RESULTS.successful
+    num_good = jnp.sum(jnp.logical_not(failed))
     # Without any task left the mean is NaN.
     mean = lambda total: total / num_good.astype(total.dtype)
-    gradient, loss, total_state = jax.tree.map(mean, sums)
+    gradient, loss, mean_state = jax.tree.map(mean, sums)
+    gradient = tree_cast_like(gradient, split_trainable(meta)[0])
+    mean_state = tree_cast_like(mean_state, floats(state))
     counted = eqx.filter(state, eqx.is_inexact_array, inverse=True)
     stats = TaskStats(
         losses=each.loss,
-        failed=jnp.logical_not(each.good),
+        failed=failed,
         num_failed=num_tasks - num_good,
         aux=each.aux,
-        model_state=eqx.combine(total_state, counted),
+        model_state=eqx.combine(mean_state, counted),
+        results=each.result,
         result=mask_result(num_good == 0, RESULTS.all_tasks_failed),
         left_out=each.left_out,
     )

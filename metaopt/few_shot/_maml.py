@@ -12,8 +12,8 @@ from .._adjoint import AbstractAdjoint, StoreAll, UnrolledAdjoint
 from .._data import FullBatch
 from .._objective import Objective
 from .._problem import BilevelProblem
-from .._results import RESULTS
-from .._solver import AbstractIterativeSolver, AbstractSolver
+from .._results import first_failure, mask_result, RESULTS
+from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
 from .._tree import tree_add, tree_all_finite
 from .._types import LossFn
 from .._validate import (
@@ -25,6 +25,7 @@ from .._validate import (
 )
 from ._adaptation import Adaptation, ModelLoss, WithTotalPolicy
 from ._learner import AbstractLearner, TaskGradient
+from ._task import Learned
 
 
 class MAML(AbstractLearner):
@@ -124,7 +125,17 @@ class MAML(AbstractLearner):
             step_weights = _checked_weights(step_weights, inner, adjoint)
         if isinstance(proximal, int | float):
             check_tolerance(proximal, "proximal")
+            proximal = proximal or None  # zero is none
+        if proximal is None and not adjoint.sees_path:
+            raise ValueError(
+                f"`{type(adjoint).__name__}` does not see where the inner solver starts, "
+                "so that the gradient would be zero by construction. Tie the solution to "
+                "its start by `proximal=2.0`, as implicit MAML does, or use "
+                "`metaopt.UnrolledAdjoint()` or `metaopt.FirstOrderAdjoint()`."
+            )
         self.model_loss = ModelLoss(loss, has_aux, has_state)
+        if isinstance(inner, AbstractIterativeSolver):
+            check_state_policy(inner, self.model_loss)
         self.inner = inner
         self.adjoint = adjoint
         self.adapts = adapts
@@ -155,19 +166,35 @@ class MAML(AbstractLearner):
         objective = Objective(
             problem, inner, FullBatch(task), FullBatch(task.query), None, None, key
         )
-        output, parts = objective.trace(self.adjoint, meta, None)[1:3]
+        output, parts, idle = objective.trace(self.adjoint, meta, None)[1:]
+        if isinstance(meta, Learned):
+            _check_used(idle, inner)
         gradient = tree_add(*parts)
-        # What was not finite on the way is not finite here either; to look at each step
-        # would take as long as some of them do.
-        good = tree_all_finite((gradient, output.value))
-        good &= output.info.result == RESULTS.successful
+        result = first_failure(
+            output.outcome.result,
+            output.info.result,
+            mask_result(~jnp.isfinite(output.value), RESULTS.outer_nonfinite),
+            mask_result(~tree_all_finite(gradient), RESULTS.hypergradient_nonfinite),
+        )
         return TaskGradient(
             loss=output.value,
             gradient=gradient,
             aux=output.aux.aux,
             state=output.aux.state,
-            good=good,
+            result=result,
             left_out=output.info.left_out,
+        )
+
+
+def _check_used(idle: tuple[str, ...], inner: AbstractSolver) -> None:
+    """Settings that nothing depends on would never be learned."""
+    unused = [name.removeprefix("hyper.") for name in idle if "hyper.settings" in name]
+    if unused:
+        raise ValueError(
+            f"Nothing depends on `{'`, `'.join(unused)}`, so it cannot be learned: the "
+            "inner solver was not built from it. Hand a function of what is learned to "
+            f"`{type(inner).__name__}`, such as `metaopt.few_shot.learned_rates` or "
+            "`lambda learned: optax.sgd(learned.settings)`."
         )
 
 

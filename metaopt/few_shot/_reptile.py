@@ -1,9 +1,10 @@
 """Learning where to start by going where adaptation led."""
 
 import equinox as eqx
+import jax.numpy as jnp
 
-from .._results import RESULTS
-from .._solver import AbstractSolver
+from .._results import first_failure, mask_result, RESULTS
+from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
 from .._tree import tree_all_finite, tree_sub
 from .._types import LossFn
 from .._validate import check_count, check_kind, DESCENT_EXAMPLE
@@ -51,6 +52,8 @@ class Reptile(AbstractLearner):
         if chunk_size is not None:
             check_count(chunk_size, "chunk_size")
         self.model_loss = ModelLoss(loss, has_aux, has_state)
+        if isinstance(inner, AbstractIterativeSolver):
+            check_state_policy(inner, self.model_loss)
         self.inner = inner
         self.chunk_size = chunk_size
 
@@ -67,13 +70,13 @@ class Reptile(AbstractLearner):
         start = adapting_part(meta, None)[0]
         gradient = tree_sub(start, adapting_part(found.model, None)[0])
         query = judge(self.model_loss, found.model, task.query, key, found.model_state)
-        good = tree_all_finite((gradient, query.loss))
-        good &= found.result == RESULTS.successful
+        lost = jnp.logical_not(tree_all_finite((gradient, query.loss)))
+        result = first_failure(found.result, mask_result(lost, RESULTS.outer_nonfinite))
         return TaskGradient(
             loss=query.loss,
             gradient=gradient,
             aux=query.aux,
             state=query.state,
-            good=good,
+            result=result,
             left_out=("the query loss: this is no gradient of it",),
         )

@@ -86,6 +86,8 @@ def learned_rates(learned: Learned) -> optax.GradientTransformation:
     settings = _settings(learned, _Rates, "with_learned_rates")
 
     def update(updates, state, params=None):
+        _check_alike(updates, settings.rates)
+
         def scaled(gradient, rate):
             if settings.per_step:
                 rate = rate[jnp.minimum(state, len(rate) - 1)]
@@ -112,7 +114,8 @@ def with_learned_curvature(
     - `model`: the model before adaptation.
     - `rate`: the learning rate at first; the preconditioner begins as that multiple of
         the identity.
-    - `max_size`: axes that are longer than this are left alone.
+    - `max_size`: axes that are longer than this are left alone. (The kernel of a
+        convolution has a matrix for each of its axes; the paper has one for all pixels.)
     - `adapts`: as in [`metaopt.few_shot.MAML`][].
 
     **Returns:**
@@ -170,6 +173,8 @@ def learned_curvature(learned: Learned) -> optax.GradientTransformation:
         return -curvature.rate * out
 
     def update(updates, state, params=None):
+        is_leaf = lambda x: isinstance(x, _Curvature)
+        _check_alike(updates, jax.tree.map(lambda _: 0, settings.arrays, is_leaf=is_leaf))
         return jax.tree.map(transformed, updates, settings.arrays), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -182,6 +187,15 @@ class _Curvature(eqx.Module):
 
 class _Curvatures(eqx.Module):
     arrays: Any
+
+
+def _check_alike(updates: Any, settings: Any) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(settings):
+        raise ValueError(
+            "The settings that are learned are for other arrays than those that adapt. "
+            "Give both the same `adapts`: `metaopt.few_shot.with_learned_rates(model, "
+            "rate, adapts=...)` and `metaopt.few_shot.MAML(..., adapts=...)`."
+        )
 
 
 def _settings(learned: Any, kind: type, maker: str) -> Any:

@@ -13,13 +13,15 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from .._checkpoint import load, save
+from .._checkpoint import CheckpointError, load, save
 from .._raise import raise_on_failure
+from .._report import table, verdict
 from .._results import RESULTS
-from .._tree import split_trainable, tree_strong, tree_where_arrays
-from .._types import FloatScalar, IntScalar, Key, ModelState
+from .._tree import split_trainable, tree_strong, tree_structs, tree_where_arrays
+from .._types import BoolScalar, FloatScalar, IntScalar, Key, ModelState
 from .._validate import canonical_key, check_count, check_kind
-from ._learner import AbstractLearner, as_tasks, canonical_meta
+from ._episodes import HostEpisodes
+from ._learner import AbstractLearner, as_tasks, canonical_meta, check_model_state
 from ._task import Task
 
 
@@ -47,12 +49,14 @@ class TrainHistory(eqx.Module):
 
     **Attributes:**
 
-    - `loss`: the mean query loss over the batch of tasks.
+    - `loss`: the mean query loss over the batch of tasks, as `value_and_grad` returns it.
     - `num_failed`: how many tasks failed.
+    - `reason`: why the first task that failed did; successful where none did.
     """
 
     loss: np.ndarray
     num_failed: np.ndarray
+    reason: RESULTS
 
 
 class TrainSolution(eqx.Module):
@@ -75,11 +79,35 @@ class TrainSolution(eqx.Module):
     result: RESULTS
     seconds: float
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        losses, num_failed = self.history.loss, int(self.history.num_failed.sum())
+        rows = [
+            ("meta-steps", f"{int(self.state.num_steps)}, of which {len(losses)} now"),
+            ("tasks that failed", f"{num_failed}"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        tenth = max(len(losses) // 10, 1)
+        if np.any(np.isfinite(losses)):
+            rows.insert(1, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
+            rows.insert(2, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
+        text = verdict(self.result)
+        if num_failed:
+            text += f" Tasks that failed are left out. {verdict(self.history.reason)}"
+        return table("Learning over tasks", rows, text)
+
+
+def _mean(losses: np.ndarray) -> float:
+    good = losses[np.isfinite(losses)]
+    return float(good.mean()) if good.size else float("nan")
+
 
 def train(
     learner: AbstractLearner,
     meta: Any,
-    tasks: Callable[[Key], Any] | Iterator[Any],
+    tasks: Callable[[Key], Any] | Iterator[Any] | HostEpisodes,
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
@@ -103,17 +131,20 @@ def train(
     - `learner`: a [`metaopt.few_shot.MAML`][] or another.
     - `meta`: where to start: a model, or a [`metaopt.few_shot.Learned`][].
     - `tasks`: [`metaopt.few_shot.Episodes`][] or another function `tasks(key)` that draws
-        a batch of tasks, called inside the compiled loop; or an iterator over batches.
+        a batch of tasks, called inside the compiled loop;
+        [`metaopt.few_shot.HostEpisodes`][]; or an iterator over batches.
     - `optimizer`: the optax transform for what is learned.
     - `num_steps`: the number of meta-steps, those of `state` or of a checkpoint included.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: the model state at the start.
     - `steps_per_call`: how many steps are compiled into one call. The callback and the
         progress bar come between calls.
-    - `state`: the `state` of a solution, to go on from.
+    - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
+        and what is in `meta`.
     - `checkpoint`: a file. If it is there the run goes on from it; and it is written every
-        `checkpoint_every` steps and at the end. An iterator is not part of it: hand over
-        one that goes on, as `HostEpisodes.starting_at` makes it.
+        `checkpoint_every` steps and at the end. It holds what was reached, the state of
+        the optimizer and the key. Learner, optimizer and tasks are not in it: hand over
+        the same, and of an iterator one that goes on where it was.
     - `progress`: whether to show a progress bar.
     - `callback`: called between calls as `callback(num_steps, state)`.
     - `throw`: whether a failure raises.
@@ -126,15 +157,43 @@ def train(
 
     `ValueError` for arguments that do not fit; [`metaopt.SolveError`][] under `throw`
     where all tasks of some step failed, whose `value` is the solution as far as it was
-    reached; `metaopt.CheckpointError` for a file that is no checkpoint of this run.
+    reached (the file is as it was before that step); `metaopt.CheckpointError` for a file
+    of another model, another kind of optimizer, another key or more steps.
+
+    !!! example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+        import metaopt as mo
+        import optax
+
+        def lines(key):  # eight lines through the origin, five points of each
+            slope = jax.random.normal(key, (8, 1))
+            x = jnp.linspace(-1.0, 1.0, 5)
+            points = jnp.broadcast_to(x, (8, 5)), slope * x
+            return mo.few_shot.Task(support=points, query=points)
+
+        def loss(model, batch):
+            return jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2)
+
+        model = eqx.nn.MLP("scalar", "scalar", 8, 1, key=jax.random.key(0))
+        maml = mo.few_shot.MAML(loss, mo.Descent(optax.sgd(0.1), num_steps=1))
+        solution = mo.few_shot.train(
+            maml, model, lines, optimizer=optax.adam(1e-2), num_steps=20
+        )
+        ```
     """
     check_kind(learner, AbstractLearner, "learner", "metaopt.few_shot.MAML(...)")
     check_kind(optimizer, optax.GradientTransformation, "optimizer", "optax.adam(1e-3)")
     check_count(num_steps, "num_steps")
     check_count(steps_per_call, "steps_per_call")
     check_count(checkpoint_every, "checkpoint_every")
+    path = None if checkpoint is None else Path(checkpoint)
     meta = tree_strong(canonical_meta(meta))
     if state is None:
+        check_model_state(learner, model_state)
         state = TrainState(
             meta=meta,
             model_state=tree_strong(model_state),
@@ -142,9 +201,19 @@ def train(
             num_steps=jnp.zeros((), int),
             key=canonical_key(key),
         )
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        state = load(path, state)
+        if path is not None and path.exists():
+            state = _taken_up(path, state, num_steps)
+    elif path is not None and path.exists():
+        raise ValueError(
+            f"Both `state` and the checkpoint {path} say where to go on from. Hand over "
+            "one of them, or name a file that is not there yet."
+        )
+    elif key is not None or model_state is not None:
+        raise ValueError(
+            "`state` has the key and the model state of its run: hand over no others."
+        )
+    elif not _alike(state, meta):
+        raise ValueError("`state` is of another model than `meta`, with other arrays.")
     run = _Run(learner, optimizer, tasks, state, steps_per_call)
     saved = int(state.num_steps)
     begin = time.perf_counter()
@@ -156,23 +225,25 @@ def train(
             now = int(run.state.num_steps)
             bar.update(now - done)
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if throw and run.failed:
+                break
             if path is not None and (now - saved >= checkpoint_every or now >= num_steps):
                 save(path, run.state)
                 saved = now
             if callback is not None:
                 callback(now, run.state)
-            if throw and run.failed:
-                break
     except KeyboardInterrupt:
         result = RESULTS.interrupted
-    except StopIteration:
+    except _Exhausted:
         result = RESULTS.outer_data_exhausted
     finally:
         bar.close()
+    # Where a step failed and that is to be seen, a run that is taken up sees it again.
+    last = run.state_before if throw and run.failed else run.state
+    if path is not None and int(last.num_steps) != saved:
+        save(path, last)
     if run.failed:
         result = RESULTS.all_tasks_failed
-    if path is not None and int(run.state.num_steps) != saved:
-        save(path, run.state)
     solution = TrainSolution(
         meta=run.state.meta,
         model_state=run.state.model_state,
@@ -183,6 +254,38 @@ def train(
     )
     interrupted = bool(result == RESULTS.interrupted)
     return raise_on_failure(solution, result, throw and not interrupted)
+
+
+def _alike(state: Any, meta: Any) -> bool:
+    check_kind(state, TrainState, "state", "solution.state")
+    shapes = (tree_structs(split_trainable(x)[0]) for x in (state.meta, meta))
+    return eqx.tree_equal(*shapes) is True
+
+
+def _taken_up(path: Path, begun: TrainState, num_steps: int) -> TrainState:
+    """What is in a checkpoint of this run.
+
+    **Raises:**
+
+    `CheckpointError` where it is of another one.
+    """
+    state = load(path, begun)
+    if int(state.num_steps) > num_steps:
+        raise CheckpointError(
+            f"{path} has {int(state.num_steps)} steps, and `num_steps` is {num_steps}. Ask "
+            "for as many or more, or name another file."
+        )
+    there, given = (np.asarray(jax.random.key_data(s.key)) for s in (state, begun))
+    if not np.array_equal(there, given):
+        raise CheckpointError(
+            f"{path} is of a run with another `key`. Hand over the same, or name another "
+            "file."
+        )
+    return state
+
+
+class _Exhausted(Exception):
+    """An iterator over batches has ended."""
 
 
 class _Run:
@@ -199,9 +302,13 @@ class _Run:
         self.learner = learner
         self.optimizer = optimizer
         self.state = state
-        self.losses: list[np.ndarray] = []
-        self.num_failed: list[np.ndarray] = []
+        self.state_before = state  # before the last call
+        self.losses: list[jax.Array] = []
+        self.num_failed: list[jax.Array] = []
+        self.reason: Any = RESULTS.successful
         self.failed = False
+        if isinstance(tasks, HostEpisodes):
+            tasks = tasks.starting_at(int(state.num_steps))
         self.tasks = tasks
         if not callable(tasks) and not isinstance(tasks, Iterator):
             raise ValueError(
@@ -214,21 +321,40 @@ class _Run:
         """Takes so many steps; the loss of the last one."""
         if callable(self.tasks):
             out = _steps(self.learner, self.optimizer, self.state, self.tasks, count)
-        else:
-            pulled = [as_tasks(next(self.tasks)) for _ in range(count)]
+            return self._take(out)
+        pulled, ended = [], None
+        try:
+            for _ in range(count):
+                pulled.append(as_tasks(next(self.tasks)))
+        except (StopIteration, KeyboardInterrupt) as error:
+            # The steps on what has been pulled are taken first.
+            ended = _Exhausted() if isinstance(error, StopIteration) else error
+        loss = float("nan")
+        if pulled:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pulled)
             out = _steps_on(self.learner, self.optimizer, self.state, stacked)
-        state, (losses, num_failed, lost) = jax.block_until_ready(out)
-        self.state = state
-        self.losses.append(np.asarray(losses))
-        self.num_failed.append(np.asarray(num_failed))
+            loss = self._take(out)
+        if ended is not None:
+            raise ended
+        return loss
+
+    def _take(self, out: Any) -> float:
+        # Before they are waited for: Ctrl-C loses none of them.
+        state, (losses, num_failed, lost, reasons) = out
+        self.state_before, self.state = self.state, state
+        self.losses.append(losses)
+        self.num_failed.append(num_failed)
         self.failed |= bool(np.any(lost))
+        if bool(self.reason == RESULTS.successful) and np.any(num_failed):
+            first = int(np.argmax(np.asarray(num_failed) > 0))
+            self.reason = jax.tree.map(lambda a: a[first], reasons)
         return float(losses[-1])
 
     def history(self) -> TrainHistory:
         """All of them."""
-        join = lambda parts: np.concatenate(parts) if parts else np.zeros(0)
-        return TrainHistory(join(self.losses), join(self.num_failed))
+        arrays = lambda parts: [np.asarray(part) for part in parts]
+        join = lambda parts: np.concatenate(arrays(parts)) if parts else np.zeros(0)
+        return TrainHistory(join(self.losses), join(self.num_failed), self.reason)
 
 
 @eqx.filter_jit
@@ -260,7 +386,7 @@ def _scan(
     tasks: Task | None,
     count: int,
     draw: Callable[[Key], Any] | None,
-) -> tuple[TrainState, tuple[FloatScalar, IntScalar, Any]]:
+) -> tuple[TrainState, tuple[FloatScalar, IntScalar, BoolScalar, RESULTS]]:
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(arrays, batch):
@@ -287,7 +413,9 @@ def _scan(
         )
         new = tree_where_arrays(jnp.logical_not(lost), new, state)
         new = eqx.tree_at(lambda s: s.num_steps, new, state.num_steps + 1)
-        return eqx.filter(new, eqx.is_array), (loss, stats.num_failed, lost)
+        first = jnp.argmax(stats.failed)
+        reason = jax.tree.map(lambda a: a[first], stats.results)
+        return eqx.filter(new, eqx.is_array), (loss, stats.num_failed, lost, reason)
 
     arrays, outputs = jax.lax.scan(step, arrays, tasks, count)
     return eqx.combine(arrays, static), outputs
