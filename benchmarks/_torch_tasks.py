@@ -1,4 +1,4 @@
-"""Meta-gradients over tasks once more, by the torch libraries that are installed."""
+"""Gradients over tasks once more, by the torch libraries that are installed."""
 
 import importlib
 import importlib.util
