@@ -1,5 +1,6 @@
 """Set-up shared by all tests: CPU, float64 allowed, fixed seeds."""
 
+import collections
 import gc
 import os
 import pathlib
@@ -26,6 +27,79 @@ hypothesis.settings.load_profile("fixed")
 
 # Tests whose subject is what the compiler makes: memory, and arithmetic bit for bit.
 _OPTIMIZED = ("test_budgets", "test_memory", "test_reversible", "test_self_tuning_costs")
+
+
+# Tests that compile something for each of many variants. By default one of so many
+# variants is run; the others are marked slow.
+_ONE_OF = {
+    "test_agreement": {
+        "test_hypergradient_is_the_closed_form": 3,
+        "test_half_precision_is_solved_with_in_float32": 2,
+    },
+    "test_best_response": {
+        "test_equals_weights_of_its_own_for_each_example": 4,
+        "test_keeps_dtypes": 4,
+        "test_no_weights_for_each_example": 3,
+        "test_response_of_zero_is_the_original_to_the_last_bit": 3,
+    },
+    "test_chunks": {"test_chunks_add_up": 3},
+    "test_error": {"test_estimate_is_within_a_factor_of_two": 3},
+    "test_few_shot": {
+        "test_gradients_are_those_of_the_loop": 3,
+        "test_model_state_is_a_choice": 2,
+        "test_states_of_each_step_outlast_the_tasks": 2,
+        "test_the_answer_is_judged_with_the_state_of_its_last_step": 3,
+    },
+    "test_layers": {"test_conv_and_derivatives_are_those_of_equinox": 4},
+    "test_linear": {
+        "test_definite_system_agrees_with_a_dense_solve": 2,
+        "test_multiples_of_the_identity": 4,
+        "test_one_bad_lane_of_64_leaves_the_others_alone": 3,
+        "test_right_hand_side_that_is_not_finite": 3,
+        "test_zero_right_hand_side": 3,
+    },
+    "test_loops": {
+        "test_adjoints": 4,
+        "test_linear_solvers": 3,
+        "test_solvers": 3,
+        "test_solvers_that_stop_early": 3,
+    },
+    "test_memory": {
+        "test_any_number_of_steps": 6,
+        "test_plans_agree": 5,
+        "test_plans_in_forward_mode_and_batched": 3,
+    },
+    "test_preconditioners": {
+        "test_plain_gradients_agree": 2,
+        "test_steps_saved_and_nothing_else_changed": 2,
+    },
+    "test_response": {"test_the_exact_response_agrees": 2},
+    "test_reversible": {
+        "test_derivatives_are_those_of_the_unrolled_steps": 2,
+        "test_hypergradient_is_that_of_sgd_with_momentum": 3,
+    },
+    "test_rewrite": {
+        "test_derivatives_are_finite_and_right": 4,
+        "test_loops_carry_their_condition_under_vmap": 4,
+        "test_loops_everywhere_carry_their_condition": 4,
+        "test_optimizers_have_finite_hypergradients_at_zero_gradients": 4,
+        "test_optimizers_take_the_same_steps": 3,
+        "test_second_derivatives_are_finite": 4,
+    },
+    "test_self_tuning": {"test_methods_equal_their_slow_twins": 4},
+    "test_tolerance": {"test_fewer_products_at_equal_outer_loss": 2},
+}
+
+
+def pytest_collection_modifyitems(items):
+    seen = collections.Counter()
+    for item in items:
+        name = getattr(item, "originalname", None)
+        of_module = _ONE_OF.get(item.module.__name__.rsplit(".", 1)[-1], {})
+        if name in of_module and not item.get_closest_marker("slow"):
+            if seen[item.module.__name__, name] % of_module[name]:
+                item.add_marker(pytest.mark.slow)
+            seen[item.module.__name__, name] += 1
 
 
 @pytest.fixture(autouse=True, scope="module")
