@@ -43,7 +43,10 @@ _ONE_OF = {
         "test_response_of_zero_is_the_original_to_the_last_bit": 3,
     },
     "test_chunks": {"test_chunks_add_up": 3},
-    "test_error": {"test_estimate_is_within_a_factor_of_two": 3},
+    "test_error": {
+        "test_error_is_quadratic_in_the_residual_after_a_newton_step": 3,
+        "test_estimate_is_within_a_factor_of_two": 3,
+    },
     "test_few_shot": {
         "test_gradients_are_those_of_the_loop": 3,
         "test_model_state_is_a_choice": 2,
@@ -69,6 +72,7 @@ _ONE_OF = {
         "test_plans_agree": 5,
         "test_plans_in_forward_mode_and_batched": 3,
     },
+    "test_oracles": {"test_solvers_reach_the_solution": 2},
     "test_preconditioners": {
         "test_plain_gradients_agree": 2,
         "test_steps_saved_and_nothing_else_changed": 2,

@@ -329,6 +329,7 @@ def test_newton_step_that_leads_away_is_not_taken():
     np.testing.assert_allclose(solution.value, 3.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_newton_step_in_a_plain_gradient():
     problem = draw("logistic", jax.random.key(5))
     hyper, start, train, valid = problem

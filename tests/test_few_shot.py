@@ -825,6 +825,7 @@ def test_training_on_what_the_host_draws():
     )
 
 
+@pytest.mark.slow
 def test_training_on_what_a_function_draws():
     task, weights = EPISODES(jax.random.key(3)), []
 
@@ -839,6 +840,7 @@ def test_training_on_what_a_function_draws():
     assert_close(arrays(one.meta), arrays(other.meta), 1e-9)
 
 
+@pytest.mark.slow
 def test_first_order_steps_can_come_first():
     # Derivative-order annealing: one run, taken up again by another learner.
     first = few_shot.MAML(
@@ -885,6 +887,7 @@ def test_a_model_that_diverged_is_not_handed_over():
     assert not np.all(np.isfinite(flat(arrays(adapted))))
 
 
+@pytest.mark.slow
 def test_rates_cannot_be_read_in_another_way():
     # Six steps and a width of six once broadcast to rates for each parameter.
     meta = few_shot.with_learned_rates(MODEL, 0.1, num_steps=6, per_parameter=False)

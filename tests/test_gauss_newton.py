@@ -252,6 +252,7 @@ def test_hypergradient_is_that_of_the_dense_operator():
     assert relative_error(exact, expected) > 0.05 and complete.left_out == ()
 
 
+@pytest.mark.slow
 def test_plain_gradients_agree():
     params, train, valid = solved(0.3)
 

@@ -301,6 +301,7 @@ def test_budget_chooses_the_plan():
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_budget_that_nothing_keeps_to():
     with pytest.raises(ValueError, match="No memory plan keeps to 97.66 KiB: the least is"):
         temporary_bytes(mo.UnrolledAdjoint(100_000))
@@ -308,6 +309,7 @@ def test_budget_that_nothing_keeps_to():
         temporary_bytes(mo.UnrolledAdjoint(1000))
 
 
+@pytest.mark.slow
 def test_budget_in_solve_inner_and_in_a_run():
     def outer(hyper, adjoint):
         solution = mo.solve_inner(
@@ -371,6 +373,7 @@ def test_report_predicts_what_is_compiled():
     assert "blocks" in str(report) and "KiB" in str(report)
 
 
+@pytest.mark.slow
 def test_report_lists_every_plan_by_default():
     report = mo.memory_report(
         mo.BilevelProblem(

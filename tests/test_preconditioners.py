@@ -273,6 +273,7 @@ def outer_steps(preconditioner):
     ).history
 
 
+@pytest.mark.slow
 def test_low_rank_is_used_again_over_outer_steps():
     without = outer_steps(None)
     reused = outer_steps(mo.LowRank(40, refresh_every=8))

@@ -737,6 +737,7 @@ def evaluated(params, hyper, batch, *, state):
 COUPLED = mo.BilevelProblem(WithState(), evaluated)
 
 
+@pytest.mark.slow
 @each_method
 def test_coupled_rows_can_share_a_perturbation(method):
     solver = made(method, examples_per_perturbation=None)
