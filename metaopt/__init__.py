@@ -124,9 +124,11 @@ from ._run import solve_bilevel as solve_bilevel
 from ._self_test import warn_if_known_bad as _warn_if_known_bad
 from ._solve_inner import solve_inner as solve_inner
 from ._solver import (
+    AbstractBestIterateSolver as AbstractBestIterateSolver,
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
     AbstractSolver as AbstractSolver,
+    Anderson as Anderson,
     Composition as Composition,
     Descent as Descent,
     InnerSolve as InnerSolve,

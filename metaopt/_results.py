@@ -29,6 +29,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The inner solver diverged: its iterates grew until they were no longer finite. "
         "Lower its learning rate, clip its gradients, or use a solver with a line search."
     )
+    inner_stagnation = (
+        "The residual of the fixed point stopped falling before the tolerance was met; the "
+        "best iterate is returned. Either the map has no fixed point that this solver can "
+        "reach (its Jacobian has grown: bound its norm, add a penalty on it, or lower "
+        "`relaxation`), or the tolerance is finer than rounding allows: loosen `rtol`, or "
+        "use float64."
+    )
     inner_not_converged = (
         "The inner problem was not solved accurately enough for implicit "
         "differentiation, which is only right at a solution. Give the inner solver more "

@@ -1,6 +1,8 @@
 """The axis of inner solvers."""
 
+from ._anderson import Anderson as Anderson
 from ._base import (
+    AbstractBestIterateSolver as AbstractBestIterateSolver,
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
     AbstractSolver as AbstractSolver,

@@ -220,6 +220,28 @@ class AbstractIterativeSolver(AbstractSolver):
         """
 
 
+class AbstractBestIterateSolver(AbstractIterativeSolver):
+    """A solver by steps that answers with the best of its iterates, not the last."""
+
+    @abc.abstractmethod
+    def conclude(
+        self, params: Vector, solver_state: Any, converged: BoolScalar
+    ) -> tuple[Vector, Any]:
+        """What the solver answers once the loop has ended.
+
+        **Arguments:**
+
+        - `params`: the trainable part of the params after the last step.
+        - `solver_state`: what that step returned.
+        - `converged`: whether the tolerance was met.
+
+        **Returns:**
+
+        The answer, a vector like `params`; and why the tolerance was not met if it was
+        not, one of `RESULTS`: `successful` for nothing but the limit on steps.
+        """
+
+
 class AbstractDirectSolver(AbstractSolver):
     """A solver that runs as a whole and whose path is not differentiated.
 

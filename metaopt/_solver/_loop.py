@@ -24,7 +24,7 @@ from .._types import (
     Params,
     Vector,
 )
-from ._base import AbstractIterativeSolver, Outcome
+from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
 
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
@@ -185,7 +185,10 @@ class Loop(eqx.Module):
 
     def finish(self, state: LoopState, losses: jax.Array) -> Outcome:
         """The outcome, from the state after the last step."""
-        finite = tree_all_finite(state.params)
+        params, why = state.params, RESULTS.successful
+        if isinstance(self.solver, AbstractBestIterateSolver):
+            params, why = self.solver.conclude(params, state.solver_state, state.converged)
+        finite = tree_all_finite(params)
         failed = jnp.logical_not(finite) | (state.failed_step >= 0)
         last = jnp.maximum(state.num_steps - 1, 0)
         failed_step = jnp.where(failed & (state.failed_step < 0), last, state.failed_step)
@@ -198,13 +201,14 @@ class Loop(eqx.Module):
             result = first_failure(state.result, result)
         if self.solver.stops_early:
             stopped_short = jnp.logical_not(state.converged | failed)
-            result = where_result(stopped_short, RESULTS.inner_max_steps, result)
+            short = first_failure(why, RESULTS.inner_max_steps)
+            result = where_result(stopped_short, short, result)
         model_state = state.model_state
         if self.problem.has_state:
             assert self.solver.state_policy is not None  # checked by the solver
             model_state = self.solver.state_policy.finish(model_state, state.num_steps)
         return Outcome(
-            params=eqx.combine(state.params, self.static_params),
+            params=eqx.combine(params, self.static_params),
             model_state=model_state,
             aux=state.aux if self.problem.has_aux else None,
             result=result,

@@ -16,6 +16,10 @@ from .._best_response import (
     Shift as Shift,
     squared_norm as squared_norm,
 )
+from .._equilibrium import (
+    Equilibrium as Equilibrium,
+    EquilibriumInfo as EquilibriumInfo,
+)
 from .._layers import (
     BatchNorm as BatchNorm,
     Conv2d as Conv2d,
