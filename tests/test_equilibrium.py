@@ -379,6 +379,12 @@ def test_anderson_by_least_squares(history_size, relaxation):
 @pytest.mark.parametrize(
     "make, message",
     [
+        (
+            lambda: mo.nn.Equilibrium(expanding(0.5), adjoint=mo.OneStepAdjoint())(
+                normal((WIDTH,))
+            ),
+            "mixes the map with earlier steps",
+        ),
         (lambda: mo.Anderson(0), "`num_steps` must be at least 1"),
         (lambda: mo.Anderson(history_size=0), "`history_size` must be at least 1"),
         (lambda: mo.Anderson(relaxation=0.0), r"`relaxation` must lie in \(0, 1\]"),

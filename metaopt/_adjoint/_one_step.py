@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._detach import detached
+from .._solver import AbstractBestIterateSolver
 from ._base import AbstractPathAdjoint, check_iterative
 
 
@@ -32,6 +33,13 @@ class OneStepAdjoint(AbstractPathAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
+        if isinstance(solver, AbstractBestIterateSolver):
+            raise ValueError(
+                f"The last step of `{type(solver).__name__}` mixes the map with earlier "
+                "steps, so that its derivative is not the one-step estimate. Use "
+                "`metaopt.Picard()`, or `metaopt.ImplicitAdjoint(metaopt.Neumann(0))`, "
+                "which is the same estimate after any solver."
+            )
 
     def solve(self, inner, params, hyper, model_state, throw):
         loop = inner.loop(params)
