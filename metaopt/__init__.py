@@ -72,6 +72,7 @@ from ._data import (
 )
 from ._hypergradient import hypergradient as hypergradient
 from ._linear import (
+    AbstractInverse as AbstractInverse,
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditionedSolver as AbstractPreconditionedSolver,
     AbstractPreconditioner as AbstractPreconditioner,
@@ -86,6 +87,7 @@ from ._linear import (
     Neumann as Neumann,
     NormalCG as NormalCG,
     SecondMoment as SecondMoment,
+    SHINE as SHINE,
 )
 from ._memory_report import (
     memory_report as memory_report,
@@ -129,11 +131,14 @@ from ._solver import (
     AbstractIterativeSolver as AbstractIterativeSolver,
     AbstractSolver as AbstractSolver,
     Anderson as Anderson,
+    Broyden as Broyden,
     Composition as Composition,
     Descent as Descent,
     InnerSolve as InnerSolve,
     JaxoptSolver as JaxoptSolver,
+    LinearFixedPoint as LinearFixedPoint,
     Loop as Loop,
+    NewtonKrylov as NewtonKrylov,
     Optimality as Optimality,
     OptimistixSolver as OptimistixSolver,
     Outcome as Outcome,

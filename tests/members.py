@@ -56,6 +56,12 @@ LINEAR_SOLVERS = {
     "BiCGStab": _member(lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
     "NormalCG": _member(lambda case: mo.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
     "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT),
+    "Anderson": _member(
+        lambda case: mo.LinearFixedPoint(mo.Anderson(rtol=case.rtol)), FIXED_POINT
+    ),
+    "Broyden": _member(
+        lambda case: mo.LinearFixedPoint(mo.Broyden(rtol=case.rtol)), FIXED_POINT
+    ),
     "Neumann": _member(
         lambda case: mo.Neumann(num_terms=case.num_steps, scale=case.rate),
         LOSS,
@@ -108,6 +114,9 @@ SOLVERS = {
     "picard": _member(
         lambda case: mo.Picard(num_steps=case.num_steps, rtol=None), FIXED_POINT
     ),
+    "anderson": _member(lambda case: mo.Anderson(rtol=case.rtol), FIXED_POINT),
+    "broyden": _member(lambda case: mo.Broyden(rtol=case.rtol), FIXED_POINT),
+    "newton krylov": _member(lambda case: mo.NewtonKrylov(rtol=case.rtol), FIXED_POINT),
     "minimiser": _member(
         lambda case: mo.OptimistixSolver(optx.BFGS(rtol=case.rtol, atol=case.rtol)), LOSS
     ),

@@ -13,7 +13,14 @@ import lineax as lx
 
 from .._dependence import depends
 from .._detach import detached, stop_gradient
-from .._linear import AbstractLinearSolver, CG, initial_state, LinearSolution, prepare
+from .._linear import (
+    AbstractLinearSolver,
+    CG,
+    initial_state,
+    LinearSolution,
+    prepare,
+    transposed,
+)
 from .._operators import newton_length
 from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Optimality, Outcome
@@ -258,6 +265,11 @@ class ImplicitAdjoint(AbstractAdjoint):
             return self._solve_transposed(operator, tags, vector)
         return self._linear_solution(operator, vector)
 
+    def _transposed(self) -> "ImplicitAdjoint":
+        """The same, ready for the transposed operator."""
+        solver = transposed(self.linear_solver)
+        return dataclasses.replace(self, linear_solver=solver)
+
     def _judge(self, error: FloatScalar, tolerance: FloatScalar | None = None) -> Any:
         """Whether the inner solution is good enough."""
         if self.inner_rtol == jnp.inf:
@@ -311,19 +323,19 @@ class ImplicitAdjoint(AbstractAdjoint):
     ) -> LinearSolution:
         """Solves with the transposed operator, differentiably once more."""
         symmetric = lx.symmetric_tag in tags
-        transposed = operator if symmetric else operator.transpose()
+        adjoint_operator = operator if symmetric else operator.transpose()
         start, tolerance = jax.lax.stop_gradient((start, tolerance))
 
-        def solve(product, vector):
+        def solve(ready, product, vector):
             made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
-            solution = self._linear_solution(made, vector, start, tolerance)
+            solution = ready._linear_solution(made, vector, start, tolerance)
             return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
 
         value, rest = jax.lax.custom_linear_solve(
-            transposed.mv,
+            adjoint_operator.mv,
             vector,
-            solve,
-            transpose_solve=solve,
+            ft.partial(solve, self._transposed()),
+            transpose_solve=ft.partial(solve, self),
             symmetric=symmetric,
             has_aux=True,
         )
@@ -430,12 +442,12 @@ def _(primals, tangents, *, static_adjoint, throw):
     )
     _, operator, _ = adjoint.curvature.linearise(condition, widened, hyper)
 
-    def solve(product, vector):
+    def solve(ready, product, vector):
         structure = tree_structs(vector)
         operator = lx.FunctionLinearOperator(product, structure, condition.tags)
-        solution = adjoint._linear_solution(operator, vector)
+        solution = ready._linear_solution(operator, vector)
         error = point.error(solution.value, vector)
-        result = first_failure(inner_result, adjoint._judge(error), solution.result)
+        result = first_failure(inner_result, ready._judge(error), solution.result)
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(solution.value, failed)
@@ -444,8 +456,8 @@ def _(primals, tangents, *, static_adjoint, throw):
     tangent = jax.lax.custom_linear_solve(
         operator.mv,
         right_hand_side,
-        solve,
-        transpose_solve=solve,
+        ft.partial(solve, adjoint),
+        transpose_solve=ft.partial(solve, adjoint._transposed()),
         symmetric=lx.symmetric_tag in condition.tags,
     )
     return params, tree_cast_like(tangent, params)

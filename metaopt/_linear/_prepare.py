@@ -1,4 +1,4 @@
-"""Getting the preconditioner of a linear solver ready for an operator."""
+"""Getting a linear solver ready for an operator: its preconditioner, say."""
 
 import dataclasses
 from typing import Any
@@ -11,6 +11,7 @@ import lineax as lx
 from .._types import IntScalar, Key, Vector
 from ._base import AbstractLinearSolver, AbstractPreconditionedSolver
 from ._preconditioner import AbstractPreconditioner
+from ._shine import SHINE, with_inverse
 
 
 class Prepared(eqx.Module):
@@ -39,11 +40,12 @@ def prepare(
     key: Key | None = None,
     solver_state: Any = None,
 ) -> tuple[AbstractLinearSolver, Any, IntScalar]:
-    """The solver with its preconditioner ready for an operator.
+    """The solver with all that it knows beforehand, ready for an operator.
 
     **Arguments:**
 
-    - `solver`: any linear solver. One without preconditioner is ready.
+    - `solver`: any linear solver. One without preconditioner is ready, but for one that
+        takes what the inner solver leaves.
     - `operator`: what it will solve with.
     - `state`: the state of the preconditioner; by default its first.
     - `key`: for everything random; by default key 0.
@@ -54,6 +56,8 @@ def prepare(
     The solver, the new state of the preconditioner, and the products that it took.
     """
     none = jnp.zeros((), jnp.int32)
+    if isinstance(solver, SHINE):
+        return with_inverse(solver, solver_state), None, none
     if not isinstance(solver, AbstractPreconditionedSolver):
         return solver, None, none
     preconditioner = solver.preconditioner

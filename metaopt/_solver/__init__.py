@@ -11,14 +11,21 @@ from ._base import (
     Outcome as Outcome,
     StepOutput as StepOutput,
 )
+from ._broyden import Broyden as Broyden
 from ._common import (
     check_state_policy as check_state_policy,
     problem_optimality as problem_optimality,
 )
 from ._descent import Descent as Descent
+from ._fixed_point import (
+    AbstractAcceleratedSolver as AbstractAcceleratedSolver,
+    AbstractFixedPointSolver as AbstractFixedPointSolver,
+)
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
+from ._linear_fixed_point import LinearFixedPoint as LinearFixedPoint
 from ._loop import Loop as Loop, LoopState as LoopState
+from ._newton_krylov import NewtonKrylov as NewtonKrylov
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD

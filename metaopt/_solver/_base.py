@@ -123,6 +123,8 @@ class StepOutput(eqx.Module):
     - `result`: a failure that `monitor` does not show, or `None` where a solver knows of
         none.
     - `loss`: what `losses` record of the step, or `None` for the monitor.
+    - `stops`: whether this was the last step, converged or not; `None` for a solver that
+        leaves this to `num_steps`.
     """
 
     monitor: FloatScalar
@@ -131,6 +133,7 @@ class StepOutput(eqx.Module):
     aux: Aux
     result: Any = None
     loss: FloatScalar | None = None
+    stops: BoolScalar | None = None
 
 
 class AbstractSolver(eqx.Module):

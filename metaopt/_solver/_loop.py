@@ -253,13 +253,16 @@ class Loop(eqx.Module):
             failed = failed | (output.result != RESULTS.successful)
             result = first_failure(result, output.result)
         fails_first = failed & (state.failed_step < 0)
+        done = converged | jnp.logical_not(finite)
+        if output.stops is not None:
+            done = done | output.stops
         new = LoopState(
             params=_cast_like(params, state.params),
             solver_state=_cast_like(solver_state, state.solver_state),
             model_state=_cast_like(carried, state.model_state),
             aux=output.aux,
             num_steps=state.num_steps + 1,
-            done=converged | jnp.logical_not(finite),
+            done=done,
             converged=converged,
             failed_step=jnp.where(fails_first, index, state.failed_step),
             first_monitor=jnp.where(index == 0, monitor, state.first_monitor),

@@ -1,18 +1,18 @@
 """Picard iteration: applying the step map again and again."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from .._model_state import AbstractStatePolicy
-from .._problem import AbstractFixedPointProblem
-from .._tree import split_trainable, tree_norm
+from .._types import IntScalar
 from .._validate import check_count, check_tolerance
-from ._base import AbstractIterativeSolver, StepOutput
-from ._common import check_state_policy, check_stopping, problem_optimality
+from ._fixed_point import AbstractFixedPointSolver, as_budget, check_relaxation
 
 
-class Picard(AbstractIterativeSolver):
+class Picard(AbstractFixedPointSolver):
     """Solves a fixed-point problem by applying its step map again and again.
 
     Use it for contractions, and wherever the derivative should follow the path; it
@@ -26,6 +26,11 @@ class Picard(AbstractIterativeSolver):
         `atol + rtol * norm(params)`. With `rtol=None` all the steps are taken.
     - `relaxation`: the new params are `(1 - relaxation) * params + relaxation *
         step(params)`; in (0, 1], below 1 tames maps that overshoot.
+    - `per_example`: whether the leading axis of every array of the params is one of
+        examples, each of which has to meet the tolerance. Under `jax.vmap` it is so
+        without.
+    - `budget`: the most steps that are taken in this call, at most `num_steps`: an integer
+        array, which can change without compiling again.
     - `state_policy`: what becomes of model state, if the problem has any.
 
     **Raises:**
@@ -38,6 +43,8 @@ class Picard(AbstractIterativeSolver):
     rtol: float | None = eqx.field(static=True)
     atol: float = eqx.field(static=True)
     relaxation: float = eqx.field(static=True)
+    per_example: bool = eqx.field(static=True)
+    budget: IntScalar | None
     state_policy: AbstractStatePolicy | None
 
     def __init__(
@@ -47,55 +54,33 @@ class Picard(AbstractIterativeSolver):
         rtol: float | None = 1e-6,
         atol: float = 0.0,
         relaxation: float = 1.0,
+        per_example: bool = False,
+        budget: Any = None,
         state_policy: AbstractStatePolicy | None = None,
     ):
         self.num_steps = num_steps
         self.rtol = rtol
         self.atol = atol
         self.relaxation = relaxation
+        self.per_example = per_example
+        self.budget = as_budget(budget)
         self.state_policy = state_policy
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
         check_tolerance(self.rtol, "rtol")
         check_tolerance(self.atol, "atol", optional=False)
-        check_tolerance(self.relaxation, "relaxation", optional=False)
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"`relaxation` must lie in (0, 1]; got {self.relaxation!r}.")
-
-    @property
-    def stops_early(self):
-        return self.rtol is not None
-
-    def check(self, problem, data):
-        if not isinstance(problem, AbstractFixedPointProblem):
-            raise ValueError(
-                f"`Picard` solves fixed-point problems, and `{type(problem).__name__}` "
-                "is none. Use `metaopt.Descent` or `metaopt.OptimistixSolver`."
-            )
-        check_state_policy(self, problem)
-        data.check(self.num_steps)
-        check_stopping(self, data, "rtol")
-
-    def optimality(self, problem, params, hyper, batch, key, state):
-        return problem_optimality(problem, params, hyper, batch, key, state)
+        check_relaxation(self.relaxation)
 
     def init(self, problem, params, hyper):
-        return None
+        return jnp.zeros((), int)
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
-        out = problem.evaluate(params, hyper, batch, key, model_state)
-        old, static = split_trainable(params)
-        new = split_trainable(out.value)[0]
-        difference = jax.tree.map(jnp.subtract, new, old)
-        norm = tree_norm(jax.lax.stop_gradient(difference))
-        converged = None
-        if self.rtol is not None:
-            bound = self.atol + self.rtol * tree_norm(jax.lax.stop_gradient(old))
-            converged = norm <= bound
-        if self.relaxation != 1:
-            new = jax.tree.map(lambda a, d: a + self.relaxation * d, old, difference)
-        output = StepOutput(
-            monitor=norm, converged=converged, model_state=out.state, aux=out.aux
+        at, output = self.applied(
+            problem, params, hyper, batch, key, model_state, solver_state
         )
-        return eqx.combine(new, static), None, output
+        new = at.value
+        if self.relaxation != 1:
+            new = jax.tree.map(lambda z, g: z + self.relaxation * g, at.params, at.residual)
+        static = eqx.filter(params, eqx.is_inexact_array, inverse=True)
+        return eqx.combine(new, static), solver_state + 1, output

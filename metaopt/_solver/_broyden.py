@@ -1,0 +1,216 @@
+"""Broyden's method with limited memory, for fixed points."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._linear import AbstractInverse
+from .._model_state import AbstractStatePolicy
+from .._tree import tree_add, tree_dtype, tree_sub
+from .._types import IntScalar, Vector
+from .._validate import check_count, check_tolerance
+from ._examples import Examples
+from ._fixed_point import AbstractAcceleratedSolver, Applied, as_budget, Progress
+
+
+_LEAST_CURVATURE = 0.1  # of an update, relative to the squared length of its step
+_GROWTH = 2.0  # of a residual over the best one, from which there is a new beginning
+_SHORTEST = 0.1
+
+
+class Broyden(AbstractAcceleratedSolver):
+    r"""Solves a fixed-point problem by Broyden's method (Broyden, 1965, the first type),
+    with a limited memory and safeguards.
+
+    With the residual $g(z) = step(z) - z$, each step applies the map once and goes to
+    $z + H g$, where $H$ approximates $(I - J)^{-1}$, $J$ being the Jacobian of the map.
+    It is the identity at first, and each step adds to it a term of rank one. Its memory
+    is that of `2 * history_size` params.
+
+    The plain method diverges without a word. Here the denominator of an update is kept
+    away from zero (Powell, 1970); a full memory starts anew (Kelley, 2003), because what
+    it holds is no approximation once the oldest term is gone; and where the residual
+    grows to more than twice the best one, the next step goes back by half of the last
+    one.
+
+    Use it where its inverse is wanted for the derivative, with [`metaopt.SHINE`][].
+    [`metaopt.Anderson`][] needs less memory and is the first choice otherwise. A solve
+    that does not meet its tolerance returns the best iterate that it met, and says
+    whether the residual was still falling.
+
+    **Arguments:**
+
+    - `num_steps`: the most steps that are taken.
+    - `rtol`, `atol`: stop once the Euclidean norm of `step(params) - params` is at most
+        `atol + rtol * norm(params)`. With `rtol=None` all the steps are taken.
+    - `history_size`: how many terms are kept.
+    - `per_example`: whether the leading axis of every array of the params is one of
+        examples, each a fixed point of its own, with its own inverse and its own residual,
+        and held once it has converged. Under `jax.vmap` it is so without.
+    - `budget`: the most steps that are taken in this call, at most `num_steps`: an integer
+        array, which can change without compiling again.
+    - `state_policy`: what becomes of model state, if the problem has any.
+
+    **Raises:**
+
+    `ValueError` for arguments out of range, and where the inner problem is not a fixed
+    point.
+    """
+
+    num_steps: int = eqx.field(static=True)
+    rtol: float | None = eqx.field(static=True)
+    atol: float = eqx.field(static=True)
+    history_size: int = eqx.field(static=True)
+    per_example: bool = eqx.field(static=True)
+    budget: IntScalar | None
+    state_policy: AbstractStatePolicy | None
+
+    def __init__(
+        self,
+        num_steps: int = 100,
+        *,
+        rtol: float | None = 1e-4,
+        atol: float = 0.0,
+        history_size: int = 10,
+        per_example: bool = False,
+        budget: Any = None,
+        state_policy: AbstractStatePolicy | None = None,
+    ):
+        self.num_steps = num_steps
+        self.rtol = rtol
+        self.atol = atol
+        self.history_size = history_size
+        self.per_example = per_example
+        self.budget = as_budget(budget)
+        self.state_policy = state_policy
+
+    def __check_init__(self):
+        check_count(self.num_steps, "num_steps")
+        check_count(self.history_size, "history_size")
+        check_tolerance(self.rtol, "rtol")
+        check_tolerance(self.atol, "atol", optional=False)
+
+    def begin(self, params: Vector, examples: Examples) -> "_Memory":
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return _Memory(
+            inverse=BroydenInverse.identity(params, examples, self.history_size),
+            direction=zeros,
+            residual=zeros,
+            length=jnp.ones(examples.shape, tree_dtype(params)),
+        )
+
+    def advance(
+        self, at: Applied, memory: "_Memory", progress: Progress
+    ) -> tuple[Vector, "_Memory"]:
+        """A step of the secant method, or back by half of the last one."""
+        examples, length = at.examples, memory.length
+        first = progress.step == 0
+        # A comparison with NaN is false: what is not finite is a failure of the loop.
+        grew = ~first & (at.norm > _GROWTH * progress.best_norm)
+        back = grew & (length > _SHORTEST)
+        anew = first | (grew & ~back)
+
+        inverse, direction = memory.updated(at)
+        direction = examples.where(back, memory.direction, direction)
+        direction = examples.where(anew, at.residual, direction)
+        count = jnp.where(back, memory.inverse.count, inverse.count)
+        new = examples.axpy(jnp.where(back, -length / 2, 1), direction, at.params)
+        return new, _Memory(
+            inverse=dataclasses.replace(inverse, count=jnp.where(anew, 0, count)),
+            direction=direction,
+            residual=examples.where(back, memory.residual, at.residual),
+            length=jnp.where(back, length / 2, 1),
+        )
+
+
+class BroydenInverse(AbstractInverse):
+    r"""The identity and terms of rank one, $I + \sum_i u_i v_i^T$.
+
+    **Attributes:**
+
+    - `left`, `right`: the vectors $u_i$ and $v_i$, leaves of shape `(m, ...)`.
+    - `count`: how many of them count, for each fixed point.
+    - `examples`: how many fixed points there are.
+    """
+
+    left: Vector
+    right: Vector
+    count: Array
+    examples: Examples
+
+    @classmethod
+    def identity(cls, params: Vector, examples: Examples, size: int) -> "BroydenInverse":
+        """The identity, with room for terms."""
+        zeros = jax.tree.map(lambda a: jnp.zeros((size, *a.shape), a.dtype), params)
+        return cls(zeros, zeros, jnp.zeros(examples.shape, jnp.int32), examples)
+
+    def apply(self, vector):
+        weights = self.examples.products(self.right, vector)
+        counts = jnp.arange(weights.shape[-1]) < self.count[..., None]
+        weights = jnp.where(counts, weights, 0)
+        return tree_add(vector, self.examples.combined(weights, self.left))
+
+    def transposed(self):
+        return BroydenInverse(self.right, self.left, self.count, self.examples)
+
+    def with_term(self, left: Vector, right: Vector) -> "BroydenInverse":
+        """With one more term; there must be room for it."""
+        place = (self.count,)
+        if self.examples.shape:
+            place = (self.count, jnp.arange(self.examples.shape[0]))
+        put = lambda history, new: history.at[place].set(new)
+        return BroydenInverse(
+            jax.tree.map(put, self.left, left),
+            jax.tree.map(put, self.right, right),
+            self.count + 1,
+            self.examples,
+        )
+
+
+class _Memory(eqx.Module):
+    """What one step leaves for the next.
+
+    **Attributes:**
+
+    - `inverse`: $H$.
+    - `residual`, `direction`: $g$ and $d = H g$ where the last step began.
+    - `length`: how much of the direction was taken, for each fixed point.
+    """
+
+    inverse: BroydenInverse
+    residual: Vector
+    direction: Vector
+    length: Array
+
+    def updated(self, at: Applied) -> tuple[BroydenInverse, Vector]:
+        r"""The inverse with what the last step says of it, and the next direction.
+
+        With the step $s = t d$ and the change $y = g - g'$ of the residual, that is
+        $y = (I - J) s$ for a linear map, $H' = H + (s - H y) (H^T s)^T / s^T H y$. Where
+        $s^T H y$ is too small, $y$ is replaced by a mean of itself and of $H^{-1} s$.
+        """
+        examples, size = at.examples, jax.tree.leaves(self.inverse.left)[0].shape[0]
+        full = self.inverse.count >= size
+        inverse = dataclasses.replace(
+            self.inverse, count=jnp.where(full, 0, self.inverse.count)
+        )
+        step = examples.scale(self.length, self.direction)
+        ahead = inverse.apply(at.residual)
+        before = examples.where(full, self.residual, self.direction)
+        change = tree_sub(before, ahead)  # H y
+        squared = examples.dot(step, step)
+        moves = squared > 0
+        curvature = examples.dot(step, change) / jnp.where(moves, squared, 1)
+        least = jnp.where(curvature < 0, -_LEAST_CURVATURE, _LEAST_CURVATURE)
+        small = jnp.abs(curvature) < _LEAST_CURVATURE
+        share = jnp.where(small, (1 - least) / jnp.where(small, 1 - curvature, 1), 1)
+        curvature = jnp.where(small, least, curvature)
+        factor = jnp.where(moves, share / jnp.where(moves, curvature * squared, 1), 0)
+        left = examples.scale(factor, tree_sub(step, change))
+        right = inverse.transposed().apply(step)
+        along = examples.dot(right, at.residual)
+        return inverse.with_term(left, right), examples.axpy(along, left, ahead)

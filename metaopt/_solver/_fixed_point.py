@@ -1,0 +1,233 @@
+"""What solvers of fixed-point problems share: the map is applied, the residual judged."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._data import AbstractData
+from .._problem import AbstractFixedPointProblem, AbstractProblem
+from .._results import mask_result, RESULTS
+from .._tree import split_trainable, tree_dtype
+from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._validate import check_tolerance
+from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, StepOutput
+from ._common import check_state_policy, check_stopping, problem_optimality
+from ._examples import Examples
+
+
+_FEW_STEPS = 10  # of which none says that a solve stalls
+
+
+class Applied(eqx.Module):
+    """The map of a fixed-point problem, applied once.
+
+    **Attributes:**
+
+    - `params`, `value`: the trainable part of the params, and of what the map gave.
+    - `residual`: `value - params`.
+    - `norm`: the norm of the residual, one for each fixed point; without derivative.
+    - `met`: where it meets the tolerance; `None` where none was asked for.
+    - `examples`: how many fixed points there are.
+    - `apply`: the map, as a function of such a vector.
+    """
+
+    params: Vector
+    value: Vector
+    residual: Vector
+    norm: Array
+    met: Array | None
+    examples: Examples
+    apply: Callable[[Vector], Vector]
+
+
+class AbstractFixedPointSolver(AbstractIterativeSolver):
+    """A solver of fixed-point problems that applies the map once in each step."""
+
+    rtol: eqx.AbstractVar[float | None]
+    atol: eqx.AbstractVar[float]
+    per_example: eqx.AbstractVar[bool]
+    budget: eqx.AbstractVar[IntScalar | None]
+
+    @property
+    def stops_early(self):
+        return self.rtol is not None or self.budget is not None
+
+    def check(self, problem: AbstractProblem, data: AbstractData) -> None:
+        name = type(self).__name__
+        if not isinstance(problem, AbstractFixedPointProblem):
+            raise ValueError(
+                f"`{name}` solves fixed-point problems, and `{type(problem).__name__}` "
+                "is none. Use `metaopt.Descent` or `metaopt.OptimistixSolver`."
+            )
+        check_state_policy(self, problem)
+        data.check(self.num_steps)
+        if self.rtol is not None:
+            check_stopping(self, data, "rtol")
+
+    def optimality(self, problem, params, hyper, batch, key, state):
+        return problem_optimality(problem, params, hyper, batch, key, state)
+
+    def applied(
+        self, problem, params, hyper, batch, key, model_state, step: IntScalar
+    ) -> tuple[Applied, StepOutput]:
+        """The map at some params, and what there is to say of it.
+
+        **Arguments:**
+
+        - `step`: the number of steps before this one.
+        - all others: as for a step of any solver.
+        """
+        old, static = split_trainable(params)
+
+        def evaluate(trainable):
+            full = eqx.combine(trainable, static)
+            return problem.evaluate(full, hyper, batch, key, model_state)
+
+        out = evaluate(old)
+        value = split_trainable(out.value)[0]
+        residual = jax.tree.map(jnp.subtract, value, old)
+        examples = Examples.of(old, self.per_example)
+        norm = examples.norm(jax.lax.stop_gradient(residual))
+        met = None
+        if self.rtol is not None:
+            size = examples.norm(jax.lax.stop_gradient(old))
+            met = norm <= self.atol + self.rtol * size
+        at = Applied(
+            *(old, value, residual, norm, met, examples),
+            apply=lambda x: split_trainable(evaluate(x).value)[0],
+        )
+        output = StepOutput(
+            monitor=jnp.max(norm),
+            converged=None if met is None else jnp.all(met),
+            model_state=out.state,
+            aux=out.aux,
+            stops=None if self.budget is None else step + 1 >= self.budget,
+        )
+        return at, output
+
+
+class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSolver):
+    """A fixed-point solver whose steps go elsewhere than the map does, and may fail to come
+    nearer: it answers with the best of its iterates."""
+
+    @abc.abstractmethod
+    def begin(self, params: Vector, examples: Examples) -> Any:
+        """What the method remembers before its first step.
+
+        **Arguments:**
+
+        - `params`: the trainable part of the initial params.
+        - `examples`: how many fixed points they hold.
+        """
+
+    @abc.abstractmethod
+    def advance(self, at: Applied, memory: Any, progress: "Progress") -> tuple[Vector, Any]:
+        """Where to go next.
+
+        **Arguments:**
+
+        - `at`: the map, applied where the steps so far have led.
+        - `memory`: what `begin` or the step before returned.
+        - `progress`: what came of the steps before this one.
+
+        **Returns:**
+
+        The new params, a vector, and the new memory.
+        """
+
+    def init(self, problem, params, hyper):
+        examples = Examples.of(params, self.per_example)
+        return Progress.at_start(params, examples), self.begin(params, examples)
+
+    def step(self, problem, params, solver_state, hyper, batch, key, model_state):
+        progress, memory = solver_state
+        at, output = self.applied(
+            problem, params, hyper, batch, key, model_state, progress.step
+        )
+        new, memory = self.advance(at, memory, progress)
+        if at.met is not None:
+            # The point whose residual is known to be small is the answer.
+            new = at.examples.where(at.met, at.params, new)
+        static = split_trainable(params)[1]
+        return eqx.combine(new, static), (progress.passed(at), memory), output
+
+    def conclude(self, params, solver_state, converged):
+        progress, _ = solver_state
+        best = jax.tree.map(
+            lambda new, best: jnp.where(converged, new, best), params, progress.best
+        )
+        return best, mask_result(progress.stalls, RESULTS.inner_stagnation)
+
+
+class Progress(eqx.Module):
+    """What came of the steps so far.
+
+    **Attributes:**
+
+    - `best`: the iterate with the smallest residual, for each fixed point.
+    - `best_norm`: the norms of these residuals, of the shape of the examples.
+    - `mark`, `mark_step`: the largest of these when it was last halved, and at which step.
+    - `step`: the number of steps.
+    """
+
+    best: Vector
+    best_norm: Array
+    mark: FloatScalar
+    mark_step: IntScalar
+    step: IntScalar
+
+    @classmethod
+    def at_start(cls, params: Vector, examples: Examples) -> "Progress":
+        """Before the first step."""
+        dtype = tree_dtype(params)
+        return cls(
+            best=params,
+            best_norm=jnp.full(examples.shape, jnp.inf, dtype),
+            mark=jnp.full((), jnp.inf, dtype),
+            mark_step=jnp.zeros((), int),
+            step=jnp.zeros((), int),
+        )
+
+    def passed(self, at: Applied) -> "Progress":
+        """After one more step."""
+        better = at.norm < self.best_norm
+        best_norm = jnp.where(better, at.norm, self.best_norm)
+        largest = jnp.max(best_norm)
+        halved = 2 * largest <= self.mark
+        return Progress(
+            best=at.examples.where(better, at.params, self.best),
+            best_norm=best_norm,
+            mark=jnp.where(halved, largest, self.mark),
+            mark_step=jnp.where(halved, self.step, self.mark_step),
+            step=self.step + 1,
+        )
+
+    @property
+    def stalls(self) -> BoolScalar:
+        """Whether the last half of the steps has not halved the residual."""
+        return (2 * self.mark_step < self.step) & (self.step > _FEW_STEPS)
+
+
+def as_budget(budget: Any) -> IntScalar | None:
+    """A number of steps as an array, so that another one does not compile again."""
+    if budget is None:
+        return None
+    array = jnp.asarray(budget)
+    if array.ndim != 0 or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            "`budget` must be an integer, or an integer array without axes; got "
+            f"{budget!r}."
+        )
+    return array.astype(jnp.int32)
+
+
+def check_relaxation(relaxation: float) -> None:
+    """Raises a `ValueError` unless it lies in (0, 1]."""
+    check_tolerance(relaxation, "relaxation", optional=False)
+    if not 0 < relaxation <= 1:
+        raise ValueError(f"`relaxation` must lie in (0, 1]; got {relaxation!r}.")

@@ -1,0 +1,138 @@
+"""Linear systems, solved as fixed points."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._data import FullBatch
+from .._linear import (
+    AbstractLinearSolver,
+    check_square,
+    check_structures,
+    floored_rtol,
+    how_it_ended,
+    relative,
+    reported,
+    steps_left_out,
+)
+from .._problem import FixedPointProblem
+from .._results import RESULTS
+from .._tree import (
+    divided,
+    scale_and_norm,
+    tree_add,
+    tree_all_finite,
+    tree_norm,
+    tree_scale,
+    tree_where,
+    tree_zeros_like,
+)
+from .._validate import check_kind
+from ._anderson import Anderson
+from ._examples import Examples
+from ._fixed_point import AbstractFixedPointSolver
+from ._inner_solve import InnerSolve
+
+
+class LinearFixedPoint(AbstractLinearSolver):
+    r"""Solves a linear system $A x = b$ as the fixed point of $x + b - A x$, by any solver
+    of fixed points.
+
+    At a fixed point $A = I - J^T$, and the map is $b + J^T x$: what an equilibrium layer
+    needs for its derivative, found like the equilibrium itself. It can stop after any
+    step, where [`metaopt.GMRES`][] takes whole cycles. Not for the Hessian of a loss,
+    for which this map is no contraction: use [`metaopt.CG`][].
+
+    The solve is successful once $\|b - A x\| \le rtol \|b\|$, with the `rtol` of the
+    solver; its `atol` is not used.
+
+    **Arguments:**
+
+    - `solver`: [`metaopt.Anderson`][], [`metaopt.Broyden`][] or [`metaopt.Picard`][]. With
+        `rtol=None` it takes exactly `num_steps` steps, which is no failure.
+
+    **Raises:**
+
+    `ValueError` for a solver of another kind.
+
+    ??? cite "Source"
+
+        Bai, Kolter, Koltun: *Deep equilibrium models*, 2019.
+    """
+
+    solver: AbstractFixedPointSolver = Anderson(rtol=1e-4)
+    accepts_indefinite: ClassVar[bool] = False
+
+    def __check_init__(self):
+        check_kind(
+            self.solver, AbstractFixedPointSolver, "solver", "metaopt.Anderson(rtol=1e-4)"
+        )
+        if self.solver.rtol == 0:
+            raise ValueError(
+                "The `rtol` of the solver must be positive, or `None` for a fixed number "
+                "of steps; got 0."
+            )
+
+    @property
+    def left_out(self):
+        return steps_left_out(self.solver.rtol, self.solver.num_steps)
+
+    def check(self, operator):
+        check_square("LinearFixedPoint", operator)
+
+    def solve(self, operator, vector, start=None, tolerance=None):
+        self.check(operator)
+        check_structures(operator, vector, start)
+        operator = lx.linearise(operator)
+        solver, rtol = self.solver, self.solver.rtol
+        scale, size = scale_and_norm(vector)
+        divisor = jnp.where(size > 0, size, 1)
+        if rtol is not None:
+            rtol = floored_rtol(rtol, "LinearFixedPoint", vector)
+            if tolerance is not None:
+                # A shorter right-hand side, for which the same number is a looser one.
+                divisor *= jnp.maximum(tolerance.astype(size.dtype) / rtol, 1)
+            parts = math.prod(Examples.of(vector, solver.per_example).shape)
+            solver = dataclasses.replace(solver, rtol=0.0, atol=rtol / parts**0.5)
+
+        def shortened(x):
+            return divided(divided(x, scale), divisor)
+
+        def remaining(x):
+            product = operator.mv(x)
+            return jax.tree.map(lambda r, p: r - p.astype(r.dtype), b, product)
+
+        b = shortened(vector)
+        x = tree_zeros_like(b)
+        if start is not None:
+            start = shortened(start)
+            # Comparing with NaN is false.
+            useful = tree_norm(remaining(start)) <= tree_norm(b)
+            x = tree_where(useful, start, x)
+        problem = FixedPointProblem(lambda x, hyper, batch: tree_add(x, remaining(x)))
+        key, nothing = jax.random.key(0), jnp.zeros(())
+        inner = InnerSolve(problem, solver, FullBatch(None), key)
+        outcome = inner.primal(x, nothing, None)
+        finite = tree_all_finite(outcome.params)
+        x = tree_where(finite, outcome.params, tree_zeros_like(b))
+        residual = tree_norm(remaining(x))
+        converged = jnp.isfinite(size) & finite
+        if rtol is not None:
+            converged &= residual <= rtol
+        result = how_it_ended(
+            converged,
+            ~finite | ~jnp.isfinite(size),
+            outcome.result == RESULTS.inner_stagnation,
+            rtol,
+        )
+        return reported(
+            tree_scale(scale, tree_scale(divisor, x)),
+            result,
+            relative(residual, tree_norm(b)),
+            outcome.num_steps,
+            outcome.num_steps + 1 + int(start is not None),
+        )
