@@ -39,6 +39,8 @@ TEST_STEPS = 3
 WIDTHS = (256, 128, 64, 64)
 NUM_CHANNELS = 64
 TEST_SEED = 2**20  # of the tasks that all runs are measured on
+NEAREST = "nearest neighbour by pixels"
+NOT_LEARNED = "no learning over tasks"
 
 
 def layer(linear, size):
@@ -108,9 +110,146 @@ def learner(arguments):
     )
 
 
-def picture(out, curve, scores, maml, meta, task, title):
+def run_name(arguments, steps):
+    """What a run is kept under: it is taken up again with the same options alone."""
+    order = "first-order" if arguments.first_order else "exact"
+    options = (
+        *(arguments.data, arguments.net, arguments.ways, arguments.shots, order),
+        *(arguments.queries, arguments.tasks, arguments.rate, arguments.seed, steps),
+    )
+    return "-".join(map(str, options))
+
+
+def network(name, image_shape, num_ways, key):
+    if name == "conv":
+        return convolutions(num_ways, key)
+    height, width = image_shape
+    return multilayer_perceptron(height * width, num_ways, key)
+
+
+class Setting:
+    """What is learned from, what learns, and what it is measured on."""
+
+    def __init__(self, arguments):
+        self.out, self.net, self.rate = arguments.out, arguments.net, arguments.rate
+        self.steps = 20 if arguments.quick else arguments.steps
+        self.num_test = 40 if arguments.quick else 600
+        self.num_valid = self.num_test // 3
+        classes, valid, test = load(arguments.data)
+        sizes = arguments.ways, arguments.shots
+        self.episodes = mo.few_shot.Episodes(
+            classes, *sizes, arguments.queries, num_tasks=arguments.tasks
+        )
+        self.valid = mo.few_shot.Episodes(valid, *sizes, NUM_QUERIES)
+        self.test = mo.few_shot.Episodes(test, *sizes, NUM_QUERIES)
+        model_key, self.train_key = jax.random.split(jax.random.key(arguments.seed))
+        self.test_key = jax.random.key(TEST_SEED)
+        self.model = network(self.net, classes.x.shape[2:], arguments.ways, model_key)
+        self.maml = learner(arguments)
+        self.method = "first-order MAML" if arguments.first_order else "MAML"
+        self.run = run_name(arguments, self.steps)
+        self.title = f"{classes.name.split(' (')[0]}, {sizes[0]}-way {sizes[1]}-shot"
+
+    def adapted(self, num_steps):
+        """What the row of the method after so many steps is called."""
+        return f"{self.method}, {num_steps} step{'' if num_steps == 1 else 's'}"
+
+    def measure(self, meta, episodes, num_tasks, num_steps):
+        return mo.few_shot.evaluate(
+            self.maml,
+            meta,
+            episodes,
+            accuracy,
+            num_tasks=num_tasks,
+            num_steps=num_steps,
+            key=self.test_key,
+        )
+
+
+class Curve:
+    """The accuracy on classes for validation along the way, kept in a file as well: a run
+    that goes on where it was has all of it."""
+
+    def __init__(self, setting):
+        self.setting = setting
+        self.path = setting.out / f"{setting.run}.json"
+        self.every = max(setting.steps // 20, 1)
+        self.points = json.loads(self.path.read_text()) if self.path.exists() else []
+        # Of all that this process does, and of those that the run was begun with.
+        seconds = self.points[-1][2] if self.points else 0
+        self.seconds_before = seconds - time.process_time()
+
+    def follow(self, step, state):
+        last = self.points[-1][0] if self.points else 0
+        if step // self.every > last // self.every:
+            valid, num_valid = self.setting.valid, self.setting.num_valid
+            score = self.setting.measure(state.meta, valid, num_valid, TEST_STEPS)
+            seconds = self.seconds_before + time.process_time()
+            self.points.append([step, score.mean, seconds])
+            self.path.write_text(json.dumps(self.points))
+
+
+def learn(setting):
+    """The solution, and the points of the curve that led to it."""
+    setting.out.mkdir(parents=True, exist_ok=True)
+    curve, rate = Curve(setting), setting.rate
+    solution = mo.few_shot.train(
+        setting.maml,
+        setting.model,
+        setting.episodes,
+        optimizer=optax.adam(optax.cosine_decay_schedule(rate, setting.steps)),
+        num_steps=setting.steps,
+        key=setting.train_key,
+        checkpoint=setting.out / f"{setting.run}.npz",
+        progress=True,
+        callback=curve.follow,
+    )
+    return solution, curve.points
+
+
+def compare(setting, meta):
+    """The accuracy on the same tasks of new classes: of what was learned, of the network
+    that it was learned from, and of the nearest neighbour."""
+    test, num_test = setting.test, setting.num_test
+    keys = jax.random.split(setting.test_key, num_test)
+    nearest = jax.lax.map(
+        lambda key: nearest_neighbour(test.draw(key)), keys, batch_size=16
+    )
+    rows = {
+        NEAREST: mo.few_shot.Scores(np.asarray(nearest)),
+        NOT_LEARNED: setting.measure(setting.model, test, num_test, TEST_STEPS),
+    }
+    for count in (1, TEST_STEPS):
+        rows[setting.adapted(count)] = setting.measure(meta, test, num_test, count)
+    return rows
+
+
+def report(setting, rows, curve, num_failed):
+    print_table(
+        f"{setting.title}, {setting.net}: {setting.num_test} tasks of new classes, "
+        f"{setting.steps:,} meta-steps",
+        ("", "accuracy", "95 %"),
+        [
+            (text, f"{100 * score.mean:.2f} %", f"+- {100 * score.interval:.2f}")
+            for text, score in rows.items()
+        ],
+    )
+    print_table(
+        f"On {setting.num_valid} tasks of classes for validation, {TEST_STEPS} steps",
+        ("meta-steps", "accuracy", "CPU seconds"),
+        [
+            (f"{step:,}", f"{100 * value:.2f} %", f"{seconds:,.0f}")
+            for step, value, seconds in curve
+        ],
+    )
+    if num_failed:
+        print(f"{num_failed} tasks failed in training and were left out.")
+
+
+def picture(setting, curve, rows, meta):
+    task = setting.test.draw(jax.random.fold_in(setting.test_key, 1))
     (x, _), (queries, labels) = task.support, task.query
-    model = maml.adapt(meta, task.support, num_steps=TEST_STEPS)
+    model = setting.maml.adapt(meta, task.support, num_steps=TEST_STEPS)
     named = np.asarray(jnp.argmax(logits(model, queries), axis=-1))
     num_ways = min(int(labels.max()) + 1, 6)  # as many as there is room for
     figure = plt.figure(figsize=(13, 5), layout="constrained")
@@ -118,9 +257,11 @@ def picture(out, curve, scores, maml, meta, task, title):
     axis = left.subplots()
     points = [point[:2] for point in curve]
     axis.plot(*zip(*points), color="C0", label="while learning, on validation classes")
-    for color, (name, value) in zip(("0.4", "C1", "C0"), scores.items()):
-        axis.axhline(value, linestyle=":", color=color, label=f"{name}, on test classes")
-    axis.set(title=title, xlabel="meta-step", ylabel="accuracy")
+    names = NEAREST, NOT_LEARNED, setting.adapted(TEST_STEPS)
+    for color, name in zip(("0.4", "C1", "C0"), names):
+        label = f"{name}, on test classes"
+        axis.axhline(rows[name].mean, linestyle=":", color=color, label=label)
+    axis.set(title=setting.title, xlabel="meta-step", ylabel="accuracy")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     shown = [np.flatnonzero(labels == label)[:6] for label in range(num_ways)]
@@ -138,20 +279,10 @@ def picture(out, curve, scores, maml, meta, task, title):
         grid[label][0].set_ylabel(str(label), rotation=0, labelpad=8)
     grid[0][0].set_title("seen", fontsize=9)
     grid[0][1].set_title("to be named: green if it was", fontsize=9, loc="left")
-    figure.savefig(out / "maml_images.png", dpi=120)
+    figure.savefig(setting.out / "maml_images.png", dpi=120)
 
 
-def run_name(arguments, steps):
-    """What a run is kept under: it is taken up again with the same options alone."""
-    order = "first-order" if arguments.first_order else "exact"
-    options = (
-        *(arguments.data, arguments.net, arguments.ways, arguments.shots, order),
-        *(arguments.queries, arguments.tasks, arguments.rate, arguments.seed, steps),
-    )
-    return "-".join(map(str, options))
-
-
-def main():
+def read_arguments():
     parser = make_parser(
         "maml_images", str(__doc__), steps=4000, data=("digits", "omniglot")
     )
@@ -162,92 +293,17 @@ def main():
     parser.add_argument("--tasks", type=int, default=16, help="tasks in a meta-step")
     parser.add_argument("--rate", type=float, default=3e-3, help="the first, of Adam")
     parser.add_argument("--first-order", action="store_true", help="first-order MAML")
-    arguments = parsed(parser)
-    steps = 20 if arguments.quick else arguments.steps
-    num_test = 40 if arguments.quick else 600
-    learn, valid, test = load(arguments.data)
-    sizes = arguments.ways, arguments.shots
-    episodes = mo.few_shot.Episodes(
-        learn, *sizes, arguments.queries, num_tasks=arguments.tasks
-    )
-    valid = mo.few_shot.Episodes(valid, *sizes, NUM_QUERIES)
-    new = mo.few_shot.Episodes(test, *sizes, NUM_QUERIES)
-    model_key, train_key = jax.random.split(jax.random.key(arguments.seed))
-    if arguments.net == "conv":
-        model = convolutions(arguments.ways, model_key)
-    else:
-        num_pixels = learn.x.shape[2] * learn.x.shape[3]
-        model = multilayer_perceptron(num_pixels, arguments.ways, model_key)
-    maml, test_key = learner(arguments), jax.random.key(TEST_SEED)
+    return parsed(parser)
 
-    def measured(meta, episodes, num_tasks, num_steps):
-        return mo.few_shot.evaluate(
-            maml,
-            meta,
-            episodes,
-            accuracy,
-            num_tasks=num_tasks,
-            num_steps=num_steps,
-            key=test_key,
-        )
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    run = run_name(arguments, steps)
-    path, every = arguments.out / f"{run}.json", max(steps // 20, 1)
-    curve = json.loads(path.read_text()) if path.exists() else []
-    # Of all that this process does, and of those that the run was begun with.
-    before = (curve[-1][2] if curve else 0) - time.process_time()
-
-    def follow(step, state):
-        if step // every > (curve[-1][0] // every if curve else 0):
-            score = measured(state.meta, valid, num_test // 3, TEST_STEPS)
-            curve.append([step, score.mean, before + time.process_time()])
-            path.write_text(json.dumps(curve))
-
-    solution = mo.few_shot.train(
-        maml,
-        model,
-        episodes,
-        optimizer=optax.adam(optax.cosine_decay_schedule(arguments.rate, steps)),
-        num_steps=steps,
-        key=train_key,
-        checkpoint=arguments.out / f"{run}.npz",
-        progress=True,
-        callback=follow,
-    )
-    keys = jax.random.split(test_key, num_test)
-    nearest = jax.lax.map(lambda key: nearest_neighbour(new.draw(key)), keys, batch_size=16)
-    rows = {"nearest neighbour by pixels": mo.few_shot.Scores(np.asarray(nearest))}
-    rows["no learning over tasks"] = measured(model, new, num_test, TEST_STEPS)
-    name = "first-order MAML" if arguments.first_order else "MAML"
-    one_step = f"{name}, 1 step"
-    rows[one_step] = measured(solution.meta, new, num_test, 1)
-    rows[f"{name}, {TEST_STEPS} steps"] = measured(solution.meta, new, num_test, TEST_STEPS)
-    title = f"{learn.name.split(' (')[0]}, {arguments.ways}-way {arguments.shots}-shot"
-    print_table(
-        f"{title}, {arguments.net}: {num_test} tasks of new classes, {steps:,} meta-steps",
-        ("", "accuracy", "95 %"),
-        [
-            (text, f"{100 * score.mean:.2f} %", f"+- {100 * score.interval:.2f}")
-            for text, score in rows.items()
-        ],
-    )
-    print_table(
-        f"On {num_test // 3} tasks of classes for validation, {TEST_STEPS} steps",
-        ("meta-steps", "accuracy", "CPU seconds"),
-        [
-            (f"{step:,}", f"{100 * value:.2f} %", f"{seconds:,.0f}")
-            for step, value, seconds in curve
-        ],
-    )
-    failed = int(solution.history.num_failed.sum())
-    if failed:
-        print(f"{failed} tasks failed in training and were left out.")
-    scores = {text: score.mean for text, score in rows.items() if text != one_step}
-    task = new.draw(jax.random.fold_in(test_key, 1))
-    picture(arguments.out, curve, scores, maml, solution.meta, task, title)
+def main():
+    setting = Setting(read_arguments())
+    solution, curve = learn(setting)
+    rows = compare(setting, solution.meta)
+    report(setting, rows, curve, int(solution.history.num_failed.sum()))
+    picture(setting, curve, rows, solution.meta)
     metrics = {text: [score.mean, score.interval] for text, score in rows.items()}
-    write_metrics(arguments.out, {"curve": curve, "results": metrics})
+    write_metrics(setting.out, {"curve": curve, "results": metrics})
 
 
 if __name__ == "__main__":

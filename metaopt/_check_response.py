@@ -6,8 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
 
 from ._adjoint import AbstractCurvature, ExactCurvature, GaussNewton
 from ._best_response import ordinary
@@ -17,9 +19,9 @@ from ._dependence import without_derivative
 from ._linear import AbstractLinearSolver, CG, MINRES
 from ._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
 from ._report import BilevelSolution, table
-from ._solver import problem_optimality
+from ._solver import Optimality, problem_optimality
 from ._tree import leaf_names, split_trainable, tree_dot
-from ._types import Key
+from ._types import Batch, Hyper, Key, ModelState, Params, Vector
 from ._validate import (
     canonical_arrays,
     canonical_key,
@@ -28,6 +30,8 @@ from ._validate import (
     check_tolerance,
 )
 
+
+_Numbers = Float[Array, " num_hyper"]
 
 _MAX_NUMBERS = 100
 _LOW_COSINE = 0.25
@@ -217,7 +221,8 @@ def check_response(
         directions,
         jax.random.split(key, num_draws),
     )
-    check = _checked(names, *(np.asarray(m, np.float64) for m in measured))
+    columns = {name: np.asarray(m, np.float64) for name, m in measured.items()}
+    check = _checked(names, **columns)
     if not check.certain:
         warnings.warn(
             "Whether the learned best response and the implicit one would lead `hyper` the "
@@ -256,6 +261,85 @@ def _directions(state: SelfTuningState, count: int | None, key: Key):
     return tuple(names), jnp.eye(numbers.size, dtype=numbers.dtype)
 
 
+class _TrainingGradient(eqx.Module):
+    """The gradient of the training loss in the params, a function of the numbers in
+    `hyper`, over draws of what is random."""
+
+    inner: AbstractInnerProblem
+    params: Params
+    hyper: Hyper
+    batch: Batch
+    model_state: ModelState
+    keys: Key
+
+    def jacobian(self, curvature: AbstractCurvature) -> lx.AbstractLinearOperator:
+        """Its Jacobian in the params, or what stands for it, of the first draw."""
+        params, hyper = (split_trainable(x)[0] for x in (self.params, self.hyper))
+        return curvature.linearise(self._of_draw(self.keys[0]), params, hyper)[1]
+
+    def __call__(self, numbers: _Numbers, dual: Vector) -> tuple[Vector, Array]:
+        """Its mean, and for each draw its product with `dual`."""
+        params = split_trainable(self.params)[0]
+        hyper = Coordinates(self.hyper).trainable(numbers)
+
+        def one(key):
+            of_draw = self._of_draw(key)(params, hyper)
+            return of_draw, tree_dot(of_draw, dual)
+
+        draws, dots = jax.lax.map(one, self.keys)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws), dots
+
+    def along(
+        self, direction: _Numbers, dual: Vector, step: float | None
+    ) -> tuple[Vector, Array]:
+        """The derivative of both along a direction, or their difference over that step."""
+        numbers = Coordinates.vector(self.hyper)
+        at = lambda numbers: self(numbers, dual)
+        if step is None:
+            return jax.jvp(at, (numbers,), (direction,))[1]
+        ahead, behind = (at(numbers + s * direction) for s in (step, -step))
+        width = 2 * step
+        return jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
+
+    def check_derivative(self, dual: Vector) -> None:
+        """Raises where a leaf of `hyper` acts on it and has no derivative."""
+        hyper = split_trainable(self.hyper)[0]
+        of_hyper = lambda hyper: self(ravel_pytree(hyper)[0], dual)[0]
+        names, marks = leaf_names(hyper, "hyper"), without_derivative(of_hyper, hyper)
+        unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
+        if unseen:
+            raise ValueError(
+                f"The gradient of the training loss depends on {', '.join(unseen)} only "
+                "through operations without a derivative (rounding, comparisons, random "
+                "draws), so that the implicit response would be zero. Write `step=0.3`, "
+                "which takes differences of that step in `hyper`."
+            )
+
+    def _of_draw(self, key: Key) -> Optimality:
+        return problem_optimality(
+            self.inner, self.params, self.hyper, self.batch, key, self.model_state
+        )
+
+
+def _outer_gradient(
+    problem: BilevelProblem, params: Params, state: SelfTuningState, batch: Batch, key: Key
+) -> Vector:
+    """The gradient of the outer loss in the params."""
+    trainable, static = split_trainable(params)
+
+    def outer(trainable):
+        full = eqx.combine(trainable, static)
+        return problem.evaluate_outer(full, state.hyper, batch, key, state.model_state)[0]
+
+    return jax.grad(outer)(trainable)
+
+
+def _learned_along(state: SelfTuningState, direction: _Numbers) -> Vector:
+    """How the params of the learned response move along a direction in `hyper`."""
+    learned = lambda change: split_trainable(ordinary(state.params, change))[0]
+    return jax.jvp(learned, (jnp.zeros_like(direction),), (direction,))[1]
+
+
 @eqx.filter_jit
 def _measure(
     problem: BilevelProblem,
@@ -267,78 +351,45 @@ def _measure(
     step: float | None,
     directions: jax.Array,
     keys: Key,
-):
+) -> dict[str, jax.Array]:
+    """What a check is made of, each an array over the directions."""
     inner = problem.inner
     assert isinstance(inner, AbstractInnerProblem)
-    coordinates = Coordinates(state.hyper)
-    numbers = coordinates.vector(state.hyper)
-
-    def learned(change):
-        return split_trainable(ordinary(state.params, change))[0]
-
-    zero = jnp.zeros_like(numbers)
-    params = ordinary(state.params, zero)
-    trainable, static = split_trainable(params)
-
-    def condition(key):
-        batch, model_state = train.full(), state.model_state
-        return problem_optimality(inner, params, state.hyper, batch, key, model_state)
-
-    hyper = split_trainable(state.hyper)[0]
-    _, operator, _ = curvature.linearise(condition(keys[0]), trainable, hyper)
+    unmoved = jnp.zeros_like(Coordinates.vector(state.hyper))
+    params = ordinary(state.params, unmoved)
+    gradient = _TrainingGradient(
+        inner, params, state.hyper, train.full(), state.model_state, keys
+    )
+    operator = gradient.jacobian(curvature)
     linear_solver.check(operator)
-
-    def outer(trainable):
-        full = eqx.combine(trainable, static)
-        batch = valid.full()
-        return problem.evaluate_outer(full, state.hyper, batch, keys[0], state.model_state)[
-            0
-        ]
-
-    gradient = jax.grad(outer)(trainable)
-    slope = ravel_pytree(gradient)[0]
+    negative = lambda vector: jax.tree.map(jnp.negative, vector)
+    outer_gradient = _outer_gradient(problem, params, state, valid.full(), keys[0])
     # A second way to the slopes of the implicit response, for each draw alone.
-    dual = linear_solver.solve(operator, jax.tree.map(jnp.negative, gradient)).value
-
-    def residual(numbers):
-        def one(key):
-            of_draw = condition(key)(trainable, coordinates.trainable(numbers))
-            return of_draw, tree_dot(of_draw, dual)
-
-        draws, dots = jax.lax.map(one, keys)
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), draws), dots
-
+    dual = linear_solver.solve(operator, negative(outer_gradient)).value
     if step is None:
-        of_hyper = lambda hyper: residual(ravel_pytree(hyper)[0])[0]
-        names, marks = leaf_names(hyper, "hyper"), without_derivative(of_hyper, hyper)
-        unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
-        if unseen:
-            raise ValueError(
-                f"The gradient of the training loss depends on {', '.join(unseen)} only "
-                "through operations without a derivative (rounding, comparisons, random "
-                "draws), so that the implicit response would be zero. Write `step=0.3`, "
-                "which takes differences of that step in `hyper`."
-            )
+        gradient.check_derivative(dual)
+    slope_of = lambda moved: jnp.sum(ravel_pytree(outer_gradient)[0] * moved)
 
-    def one(direction):
-        if step is None:
-            crossed, dots = jax.jvp(residual, (numbers,), (direction,))[1]
-        else:
-            ahead, behind = (residual(numbers + s * direction) for s in (step, -step))
-            width = 2 * step
-            crossed, dots = jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
-        solution = linear_solver.solve(operator, jax.tree.map(jnp.negative, crossed))
+    def along(direction):
+        crossed, dots = gradient.along(direction, dual, step)
+        solution = linear_solver.solve(operator, negative(crossed))
         implicit = ravel_pytree(solution.value)[0]
-        moved = ravel_pytree(jax.jvp(learned, (zero,), (direction,))[1])[0]
-        dot = jnp.sum(moved * implicit)
-        squares = jnp.sum(moved**2), jnp.sum(implicit**2), jnp.sum((moved - implicit) ** 2)
-        slopes = jnp.sum(slope * moved), jnp.sum(slope * implicit)
+        learned = ravel_pytree(_learned_along(state, direction))[0]
+        implicit_slope = slope_of(implicit)
         # What chance left, and what the linear solver did.
         chance = jnp.std(dots) / (len(dots) - 1) ** 0.5
-        error = jnp.hypot(chance, slopes[1] - jnp.mean(dots))
-        return dot, *squares, *slopes, error, solution.residual
+        return {
+            "dot": jnp.sum(learned * implicit),
+            "learned": jnp.sum(learned**2),
+            "implicit": jnp.sum(implicit**2),
+            "difference": jnp.sum((learned - implicit) ** 2),
+            "slope": slope_of(learned),
+            "implicit_slope": implicit_slope,
+            "slope_error": jnp.hypot(chance, implicit_slope - jnp.mean(dots)),
+            "residual": solution.residual,
+        }
 
-    return jax.lax.map(one, directions)
+    return jax.lax.map(along, directions)
 
 
 def _checked(

@@ -194,72 +194,33 @@ def train(
     meta = tree_strong(canonical_meta(meta))
     if state is None:
         check_model_state(learner, model_state)
-        state = TrainState(
-            meta=meta,
-            model_state=tree_strong(model_state),
-            optimizer_state=optimizer.init(split_trainable(meta)[0]),
-            num_steps=jnp.zeros((), int),
-            key=canonical_key(key),
-        )
+        state = _started(optimizer, meta, model_state, key)
         if path is not None and path.exists():
             state = _taken_up(path, state, num_steps)
-    elif path is not None and path.exists():
-        raise ValueError(
-            f"Both `state` and the checkpoint {path} say where to go on from. Hand over "
-            "one of them, or name a file that is not there yet."
-        )
-    elif key is not None or model_state is not None:
-        raise ValueError(
-            "`state` has the key and the model state of its run: hand over no others."
-        )
-    elif not _alike(state, meta):
-        raise ValueError("`state` is of another model than `meta`, with other arrays.")
-    run = _Run(learner, optimizer, tasks, state, steps_per_call)
-    saved = int(state.num_steps)
+    else:
+        _check_goes_on(state, meta, path, key, model_state)
+    run = _Run(learner, optimizer, tasks, state)
+    file = _File(path, checkpoint_every, run.num_steps)
     begin = time.perf_counter()
-    bar = tqdm(total=num_steps, initial=saved, disable=not progress, unit="step")
-    result: Any = RESULTS.successful
-    try:
-        while (done := int(run.state.num_steps)) < num_steps:
-            loss = run.go(min(steps_per_call, num_steps - done))
-            now = int(run.state.num_steps)
-            bar.update(now - done)
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            if throw and run.failed:
-                break
-            if path is not None and (now - saved >= checkpoint_every or now >= num_steps):
-                save(path, run.state)
-                saved = now
-            if callback is not None:
-                callback(now, run.state)
-    except KeyboardInterrupt:
-        result = RESULTS.interrupted
-    except _Exhausted:
-        result = RESULTS.outer_data_exhausted
-    finally:
-        bar.close()
-    # Where a step failed and that is to be seen, a run that is taken up sees it again.
-    last = run.state_before if throw and run.failed else run.state
-    if path is not None and int(last.num_steps) != saved:
-        save(path, last)
-    if run.failed:
-        result = RESULTS.all_tasks_failed
-    solution = TrainSolution(
-        meta=run.state.meta,
-        model_state=run.state.model_state,
-        history=run.history(),
-        state=run.state,
-        result=result,
-        seconds=time.perf_counter() - begin,
+    run.go(num_steps, steps_per_call, file, progress, callback, throw)
+    solution = run.solution(time.perf_counter() - begin)
+    interrupted = bool(solution.result == RESULTS.interrupted)
+    return raise_on_failure(solution, solution.result, throw and not interrupted)
+
+
+def _started(
+    optimizer: optax.GradientTransformation,
+    meta: Any,
+    model_state: ModelState,
+    key: Key | None,
+) -> TrainState:
+    return TrainState(
+        meta=meta,
+        model_state=tree_strong(model_state),
+        optimizer_state=optimizer.init(split_trainable(meta)[0]),
+        num_steps=jnp.zeros((), int),
+        key=canonical_key(key),
     )
-    interrupted = bool(result == RESULTS.interrupted)
-    return raise_on_failure(solution, result, throw and not interrupted)
-
-
-def _alike(state: Any, meta: Any) -> bool:
-    check_kind(state, TrainState, "state", "solution.state")
-    shapes = (tree_structs(split_trainable(x)[0]) for x in (state.meta, meta))
-    return eqx.tree_equal(*shapes) is True
 
 
 def _taken_up(path: Path, begun: TrainState, num_steps: int) -> TrainState:
@@ -284,12 +245,50 @@ def _taken_up(path: Path, begun: TrainState, num_steps: int) -> TrainState:
     return state
 
 
+def _check_goes_on(
+    state: Any, meta: Any, path: Path | None, key: Key | None, model_state: ModelState
+) -> None:
+    """Raises where a `state` to go on from is beside something that contradicts it."""
+    if path is not None and path.exists():
+        raise ValueError(
+            f"Both `state` and the checkpoint {path} say where to go on from. Hand over "
+            "one of them, or name a file that is not there yet."
+        )
+    if key is not None or model_state is not None:
+        raise ValueError(
+            "`state` has the key and the model state of its run: hand over no others."
+        )
+    check_kind(state, TrainState, "state", "solution.state")
+    shapes = (tree_structs(split_trainable(x)[0]) for x in (state.meta, meta))
+    if eqx.tree_equal(*shapes) is not True:
+        raise ValueError("`state` is of another model than `meta`, with other arrays.")
+
+
+class _File:
+    """The checkpoint of a run, if it is to have one."""
+
+    def __init__(self, path: Path | None, every: int, num_steps: int):
+        self.path = path
+        self.every = every
+        self.num_steps = num_steps  # of the state that need not be written any more
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether the last one was so many steps ago."""
+        return num_steps - self.num_steps >= self.every
+
+    def write(self, state: TrainState) -> None:
+        """Writes that state, unless it is the one that is there."""
+        if self.path is not None and int(state.num_steps) != self.num_steps:
+            save(self.path, state)
+            self.num_steps = int(state.num_steps)
+
+
 class _Exhausted(Exception):
     """An iterator over batches has ended."""
 
 
 class _Run:
-    """The steps taken so far."""
+    """One run, and what it has come to so far."""
 
     def __init__(
         self,
@@ -297,7 +296,6 @@ class _Run:
         optimizer: optax.GradientTransformation,
         tasks: Any,
         state: TrainState,
-        steps_per_call: int,
     ):
         self.learner = learner
         self.optimizer = optimizer
@@ -307,8 +305,9 @@ class _Run:
         self.num_failed: list[jax.Array] = []
         self.reason: Any = RESULTS.successful
         self.failed = False
+        self.result: Any = RESULTS.successful
         if isinstance(tasks, HostEpisodes):
-            tasks = tasks.starting_at(int(state.num_steps))
+            tasks = tasks.starting_at(self.num_steps)
         self.tasks = tasks
         if not callable(tasks) and not isinstance(tasks, Iterator):
             raise ValueError(
@@ -317,8 +316,60 @@ class _Run:
                 f"{type(tasks).__name__}. One batch over and over is `lambda key: tasks`."
             )
 
-    def go(self, count: int) -> float:
-        """Takes so many steps; the loss of the last one."""
+    @property
+    def num_steps(self) -> int:
+        """How many steps were taken, those before this run included."""
+        return int(self.state.num_steps)
+
+    def go(
+        self,
+        num_steps: int,
+        steps_per_call: int,
+        file: _File,
+        progress: bool,
+        callback: Callable[[int, TrainState], None] | None,
+        throw: bool,
+    ) -> None:
+        """Takes steps until done, interrupted, failed (under `throw`) or out of tasks."""
+        bar = tqdm(
+            total=num_steps, initial=self.num_steps, disable=not progress, unit="step"
+        )
+        try:
+            while (done := self.num_steps) < num_steps:
+                loss = self._call(min(steps_per_call, num_steps - done))
+                now = self.num_steps
+                bar.update(now - done)
+                bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                if throw and self.failed:
+                    break
+                if file.is_due(now) or now >= num_steps:
+                    file.write(self.state)
+                if callback is not None:
+                    callback(now, self.state)
+        except KeyboardInterrupt:
+            self.result = RESULTS.interrupted
+        except _Exhausted:
+            self.result = RESULTS.outer_data_exhausted
+        finally:
+            bar.close()
+        # Where a step failed and that is to be seen, a run that is taken up sees it again.
+        file.write(self.state_before if throw and self.failed else self.state)
+        if self.failed:
+            self.result = RESULTS.all_tasks_failed
+
+    def solution(self, seconds: float) -> TrainSolution:
+        """What it has come to, after so long."""
+        return TrainSolution(
+            meta=self.state.meta,
+            model_state=self.state.model_state,
+            history=self._history(),
+            state=self.state,
+            result=self.result,
+            seconds=seconds,
+        )
+
+    def _call(self, count: int) -> float:
+        """Takes so many steps in one call; the loss of the last one."""
         if callable(self.tasks):
             out = _steps(self.learner, self.optimizer, self.state, self.tasks, count)
             return self._take(out)
@@ -350,8 +401,7 @@ class _Run:
             self.reason = jax.tree.map(lambda a: a[first], reasons)
         return float(losses[-1])
 
-    def history(self) -> TrainHistory:
-        """All of them."""
+    def _history(self) -> TrainHistory:
         arrays = lambda parts: [np.asarray(part) for part in parts]
         join = lambda parts: np.concatenate(arrays(parts)) if parts else np.zeros(0)
         return TrainHistory(join(self.losses), join(self.num_failed), self.reason)
