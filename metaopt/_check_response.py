@@ -262,8 +262,8 @@ def _directions(state: SelfTuningState, count: int | None, key: Key):
 
 
 class _TrainingGradient(eqx.Module):
-    """The gradient of the training loss in the params, a function of the numbers in
-    `hyper`, over draws of what is random."""
+    """The gradient of the training loss in the params, a function of the trainable part
+    of `hyper`, over draws of what is random."""
 
     inner: AbstractInnerProblem
     params: Params
@@ -277,10 +277,9 @@ class _TrainingGradient(eqx.Module):
         params, hyper = (split_trainable(x)[0] for x in (self.params, self.hyper))
         return curvature.linearise(self._of_draw(self.keys[0]), params, hyper)[1]
 
-    def __call__(self, numbers: _Numbers, dual: Vector) -> tuple[Vector, Array]:
+    def __call__(self, hyper: Vector, dual: Vector) -> tuple[Vector, Array]:
         """Its mean, and for each draw its product with `dual`."""
         params = split_trainable(self.params)[0]
-        hyper = Coordinates(self.hyper).trainable(numbers)
 
         def one(key):
             of_draw = self._of_draw(key)(params, hyper)
@@ -294,7 +293,7 @@ class _TrainingGradient(eqx.Module):
     ) -> tuple[Vector, Array]:
         """The derivative of both along a direction, or their difference over that step."""
         numbers = Coordinates.vector(self.hyper)
-        at = lambda numbers: self(numbers, dual)
+        at = lambda numbers: self(Coordinates(self.hyper).trainable(numbers), dual)
         if step is None:
             return jax.jvp(at, (numbers,), (direction,))[1]
         ahead, behind = (at(numbers + s * direction) for s in (step, -step))
@@ -304,7 +303,8 @@ class _TrainingGradient(eqx.Module):
     def check_derivative(self, dual: Vector) -> None:
         """Raises where a leaf of `hyper` acts on it and has no derivative."""
         hyper = split_trainable(self.hyper)[0]
-        of_hyper = lambda hyper: self(ravel_pytree(hyper)[0], dual)[0]
+        # Leaf by leaf: in one vector, any leaf with a derivative would hide the others.
+        of_hyper = lambda hyper: self(hyper, dual)[0]
         names, marks = leaf_names(hyper, "hyper"), without_derivative(of_hyper, hyper)
         unseen = [f"`{name}`" for name, mark in zip(names, marks, strict=True) if mark]
         if unseen:

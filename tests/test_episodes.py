@@ -443,6 +443,37 @@ def test_a_rotation_is_a_class_of_its_own():
         ),
         (lambda: ClassData(np.zeros((2, 3)), [4, 3]), "1 and 3.*got values from 3 to 4"),
         (lambda: ClassData(np.zeros((2, 3)), [-1, 3]), "got values from -1 to 3"),
+        # Lists that are no array once came with an error of NumPy.
+        (
+            lambda: ClassData([[1, 2], [3]]),
+            r"`x` must be one array; got a list of 2 parts of shape \(2,\), \(1,\)\. "
+            r"Hand over rows of one length.*from_labels.*`counts`",
+        ),
+        (
+            lambda: ClassData((*map(np.zeros, [(2, 3), (2, 4), (2, 3)]),)),
+            r"got a tuple of 3 parts of shape \(2, 3\), \(2, 4\)\. ",
+        ),
+        (lambda: ClassData([[[1], [2, 3]], [4, 5]]), r"of shape \(2, \?\), \(2,\)\. "),
+        (
+            lambda: ClassData([np.zeros(n) for n in range(1, 7)]),
+            r"of 6 parts of shape \(1,\), \(2,\), \(3,\), \(4,\), \.\.\.\. Hand over",
+        ),
+        (
+            lambda: ClassData(np.zeros((2, 3)), [[1], [2, 3]]),
+            r"`counts` must be one array; got a list.*Hand over one whole number",
+        ),
+        (
+            lambda: ClassData.from_labels([[1, 2], [3]], [0, 1]),
+            r"`x` must be one array; got a list.*Hand over examples of one shape",
+        ),
+        (
+            lambda: ClassData.from_labels(np.zeros(2), [[0], [1, 2]]),
+            "`y` must be one array; got a list.*Hand over one whole number",
+        ),
+        (
+            lambda: ClassData.from_labels(3, [0, 1]),
+            r"`x` must have an axis of examples; got array\(3\)",
+        ),
         (lambda: ClassData([[1.0, np.nan]]), "`x` holds infinite or NaN values"),
         (lambda: ClassData([[1.0, np.inf]]), "`x` holds infinite or NaN values"),
         (lambda: ClassData([[1.0, 1j * np.inf]]), "`x` holds infinite or NaN values"),

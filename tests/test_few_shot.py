@@ -781,6 +781,43 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         trained(checkpoint=path, state=whole.state)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_seen_before_the_first_step(tmp_path):
+    # It once was at the first save, after hundreds of steps.
+    def tasks(key):
+        raise RuntimeError("The first step was begun.")
+
+    (tmp_path / "file").write_bytes(b"content")
+    message = r"`checkpoint` is .*run.npz, which cannot be written: .*file.* Name a file in"
+    for path in (tmp_path / "file" / "run.npz", tmp_path / "file" / "deep" / "run.npz"):
+        with pytest.raises(ValueError, match=message):
+            trained(tasks=tasks, checkpoint=path)
+        with pytest.raises(ValueError, match=message):
+            trained(tasks=tasks, checkpoint=str(path), state=trained(num_steps=1).state)
+    # A folder that is not there is no mistake, and nothing is left in it.
+    with pytest.raises(RuntimeError, match="was begun"):
+        trained(tasks=tasks, checkpoint=tmp_path / "a" / "b" / "run.npz")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_checkpoint_in_a_folder_that_is_read_only(tmp_path):
+    path = tmp_path / "folder" / "run.npz"
+    whole = trained(num_steps=3, checkpoint=path)
+    try:
+        path.parent.chmod(0o555)
+        for other in (path, path.parent / "other.npz", path.parent / "deep" / "run.npz"):
+            with pytest.raises(ValueError, match="cannot be written: .*Permission denied"):
+                trained(checkpoint=other)
+        # Of a run that has ended nothing needs to be written.
+        assert_same(trained(num_steps=3, checkpoint=path).state, whole.state)
+        path.parent.chmod(0o000)
+        with pytest.raises(ValueError, match="cannot be written: .*Permission denied"):
+            trained(checkpoint=path)
+    finally:
+        path.parent.chmod(0o755)
+    assert [p.name for p in path.parent.iterdir()] == ["run.npz"]
+
+
 def test_a_run_that_failed_fails_again(tmp_path):
     # The step that failed was once in the file, as one that was taken.
     def tasks(key):
@@ -817,7 +854,7 @@ def test_training_on_what_the_host_draws():
         assert_same(trained(tasks=tasks, state=half.state).state, whole.state)
     # What was pulled is not lost when nothing more comes.
     few = iter([ON_HOST.batch(index) for index in range(5)])
-    with pytest.raises(mo.SolveError, match="iterator.*ended") as caught:
+    with pytest.raises(mo.SolveError, match="iterator.*`tasks`.*ended") as caught:
         trained(tasks=few)
     assert int(caught.value.value.state.num_steps) == 5
     np.testing.assert_allclose(
@@ -1004,6 +1041,16 @@ def test_rates_cannot_be_read_in_another_way():
             lambda: maml().adapt(MODEL, (jnp.ones(3), jnp.ones(1))),
             "number of examples; got 3 in `support",
         ),
+        (
+            lambda: trained(state={}),
+            "`state` must be the `state` of .*; got dict. Leave it",
+        ),
+        (
+            lambda: trained(state=trained(num_steps=1), key=jax.random.key(0)),
+            "as in `state=solution.state`; got TrainSolution",
+        ),
+        # It was once called, after the first steps.
+        (lambda: trained(callback=3), r"`callback` must be a function `callback\(.*got 3"),
         (
             lambda: trained(state=trained(num_steps=1).state, key=jax.random.key(0)),
             "`state` has the key",

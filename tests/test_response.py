@@ -209,6 +209,36 @@ def test_arguments_of_the_check_that_are_refused(settings, message):
         mo.check_response(problem, solution, TRAIN, VALID, **arguments)
 
 
+class Dropped(mo.AbstractPredictionProblem):
+    """A penalty, and a dropout rate that acts through the masks alone."""
+
+    def init(self, hyper, key):
+        layers = [eqx.nn.Linear("scalar", "scalar", use_bias=False, key=key)] * 3
+        return mo.nn.self_tuning(layers, 4, tied=False, key=key)
+
+    def predict(self, params, hyper, batch, *, key):
+        keep = jax.random.bernoulli(key, 1 - hyper["rate"], batch["x"].shape)
+        return Separate().predict(params, hyper, batch | {"x": batch["x"] * keep})
+
+    def criterion(self, predictions, params, hyper, batch):
+        return Separate().criterion(predictions, params, hyper["decay"], batch)
+
+
+def test_a_leaf_without_a_derivative_is_refused_beside_one_that_has_it():
+    # It once passed, with an implicit norm of 0: the leaves were checked as one vector.
+    problem, hyper = mo.BilevelProblem(Dropped(), outer_loss), {"decay": HYPER, "rate": 0.3}
+    sources = (mo.FullBatch(jax.tree.map(jnp.asarray, rows)) for rows in (TRAIN, VALID))
+    settings = {"params": None, "model_state": None, "key": jax.random.key(0)}
+    hyper = jax.tree.map(jnp.asarray, hyper)
+    state = solver_for(STN).init(problem, hyper, *sources, **settings)
+    given: Any = {"solution": state, "train": TRAIN, "valid": VALID, "linear_solver": CG}
+    with pytest.raises(ValueError, match=r"depends on `hyper\['rate'\]` only .*step=0.3"):
+        mo.check_response(problem, **given)
+    with pytest.warns(UserWarning, match="response"):
+        found = mo.check_response(problem, **given, step=0.1)
+    assert found.names[-1] == "hyper['rate']" and np.all(found.implicit_norm > 0)
+
+
 def test_many_numbers_are_refused_by_count():
     state = eqx.tree_at(lambda s: s.hyper, started(DELTA), jnp.zeros(101))
     with pytest.raises(ValueError, match="holds 101 numbers.*num_directions=10"):

@@ -7,6 +7,13 @@ import equinox as eqx
 import numpy as np
 
 
+_FOR_ROWS = (
+    "rows of one length, with examples of one shape. Where classes have different numbers "
+    "of examples, `ClassData.from_labels(x, y)` takes all examples in a row with their "
+    "labels; or fill the rows up, and say by `counts` how many are real"
+)
+
+
 class ClassData(eqx.Module):
     """Examples sorted by class, held on the host as NumPy arrays.
 
@@ -30,13 +37,14 @@ class ClassData(eqx.Module):
     name: str = eqx.field(static=True)
 
     def __init__(self, x: Any, counts: Any = None, name: str = "examples"):
-        x = np.asarray(x)
+        x = _as_array(x, "x", _FOR_ROWS)
         if x.ndim < 2 or x.size == 0:
             raise ValueError(
                 "`x` must have an axis of classes and one of examples, and hold something; "
                 f"got shape {x.shape}."
             )
-        counts = np.full(len(x), x.shape[1]) if counts is None else np.asarray(counts)
+        counts = np.full(len(x), x.shape[1]) if counts is None else counts
+        counts = _as_array(counts, "counts", "one whole number for each class")
         if counts.shape != (len(x),) or not np.issubdtype(counts.dtype, np.integer):
             raise ValueError(
                 f"`counts` must be one whole number for each of the {len(x)} classes; got "
@@ -68,7 +76,10 @@ class ClassData(eqx.Module):
 
         A `ClassData` whose classes are in the order of their labels.
         """
-        x, y = np.asarray(x), np.asarray(y)
+        x = _as_array(x, "x", "examples of one shape: crop or resize them, or pad them")
+        y = _as_array(y, "y", "one whole number for each example")
+        if x.ndim == 0:
+            raise ValueError(f"`x` must have an axis of examples; got {x!r}.")
         if y.ndim != 1 or len(x) != len(y) or not np.issubdtype(y.dtype, np.integer):
             raise ValueError(
                 f"`y` must hold one whole number for each of the {len(x)} examples in `x`; "
@@ -115,3 +126,30 @@ class ClassData(eqx.Module):
                 f"Images that are turned must be square; got shape {self.x.shape[2:]}."
             )
         return ClassData(np.concatenate(turned), np.tile(self.counts, 4), self.name)
+
+
+def _as_array(value: Any, name: str, remedy: str) -> np.ndarray:
+    """`value` as a NumPy array.
+
+    **Raises:**
+
+    `ValueError` for lists of parts that do not fit together.
+    """
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        if not isinstance(value, list | tuple):
+            raise
+        shapes = list(dict.fromkeys(_shape(part) for part in value))
+        listed = ", ".join(shapes[:4] + ["..."] * (len(shapes) > 4))
+        raise ValueError(
+            f"`{name}` must be one array; got a {type(value).__name__} of {len(value)} "
+            f"parts of shape {listed}. Hand over {remedy}."
+        ) from error
+
+
+def _shape(part: Any) -> str:
+    try:
+        return str(np.shape(part))
+    except ValueError:
+        return f"({len(part)}, ?)"

@@ -11,10 +11,10 @@ from ._settings import (
     with_learned_curvature as with_learned_curvature,
     with_learned_rates as with_learned_rates,
 )
-from ._task import Learned as Learned, Task as Task
-from ._train import (
-    train as train,
+from ._solution import (
     TrainHistory as TrainHistory,
     TrainSolution as TrainSolution,
     TrainState as TrainState,
 )
+from ._task import Learned as Learned, Task as Task
+from ._train import train as train

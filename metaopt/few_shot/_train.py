@@ -1,6 +1,7 @@
 """Learning over tasks, step by step."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,93 +16,14 @@ from tqdm import tqdm
 
 from .._checkpoint import CheckpointError, load, save
 from .._raise import raise_on_failure
-from .._report import table, verdict
 from .._results import RESULTS
 from .._tree import split_trainable, tree_strong, tree_structs, tree_where_arrays
 from .._types import BoolScalar, FloatScalar, IntScalar, Key, ModelState
 from .._validate import canonical_key, check_count, check_kind
 from ._episodes import HostEpisodes
 from ._learner import AbstractLearner, as_tasks, canonical_meta, check_model_state
+from ._solution import TrainHistory, TrainSolution, TrainState
 from ._task import Task
-
-
-class TrainState(eqx.Module):
-    """What one meta-step hands to the next, and what a checkpoint holds.
-
-    **Attributes:**
-
-    - `meta`: what is learned.
-    - `model_state`: the model state, or `None`.
-    - `optimizer_state`: that of the optimizer.
-    - `num_steps`: how many meta-steps were taken.
-    - `key`: the randomness of the run.
-    """
-
-    meta: Any
-    model_state: ModelState
-    optimizer_state: Any
-    num_steps: IntScalar
-    key: Key
-
-
-class TrainHistory(eqx.Module):
-    """What every meta-step reported, one entry for each, as NumPy arrays.
-
-    **Attributes:**
-
-    - `loss`: the mean query loss over the batch of tasks, as `value_and_grad` returns it.
-    - `num_failed`: how many tasks failed.
-    - `reason`: why the first task that failed did; successful where none did.
-    """
-
-    loss: np.ndarray
-    num_failed: np.ndarray
-    reason: RESULTS
-
-
-class TrainSolution(eqx.Module):
-    """What learning over tasks came to.
-
-    **Attributes:**
-
-    - `meta`: what was learned.
-    - `model_state`: the model state, or `None`.
-    - `history`: the steps since the run began, or was taken up again.
-    - `state`: to go on from.
-    - `result`: how the run ended.
-    - `seconds`: how long it took, compilation included.
-    """
-
-    meta: Any
-    model_state: ModelState
-    history: TrainHistory
-    state: TrainState
-    result: RESULTS
-    seconds: float
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        losses, num_failed = self.history.loss, int(self.history.num_failed.sum())
-        rows = [
-            ("meta-steps", f"{int(self.state.num_steps)}, of which {len(losses)} now"),
-            ("tasks that failed", f"{num_failed}"),
-            ("seconds", f"{self.seconds:.1f}"),
-        ]
-        tenth = max(len(losses) // 10, 1)
-        if np.any(np.isfinite(losses)):
-            rows.insert(1, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
-            rows.insert(2, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
-        text = verdict(self.result)
-        if num_failed:
-            text += f" Tasks that failed are left out. {verdict(self.history.reason)}"
-        return table("Learning over tasks", rows, text)
-
-
-def _mean(losses: np.ndarray) -> float:
-    good = losses[np.isfinite(losses)]
-    return float(good.mean()) if good.size else float("nan")
 
 
 def train(
@@ -142,9 +64,10 @@ def train(
     - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
         and what is in `meta`.
     - `checkpoint`: a file. If it is there the run goes on from it; and it is written every
-        `checkpoint_every` steps and at the end. It holds what was reached, the state of
-        the optimizer and the key. Learner, optimizer and tasks are not in it: hand over
-        the same, and of an iterator one that goes on where it was.
+        `checkpoint_every` steps and at the end, in a folder that is made if need be. It
+        holds what was reached, the state of the optimizer and the key. Learner, optimizer
+        and tasks are not in it: hand over the same, and of an iterator one that goes on
+        where it was.
     - `progress`: whether to show a progress bar.
     - `callback`: called between calls as `callback(num_steps, state)`.
     - `throw`: whether a failure raises.
@@ -155,8 +78,9 @@ def train(
 
     **Raises:**
 
-    `ValueError` for arguments that do not fit; [`metaopt.SolveError`][] under `throw`
-    where all tasks of some step failed, whose `value` is the solution as far as it was
+    `ValueError` for arguments that do not fit, and before the first step for a `checkpoint`
+    that cannot be written; [`metaopt.SolveError`][] under `throw` where all tasks of some
+    step failed, whose `value` is the solution as far as it was
     reached (the file is as it was before that step); `metaopt.CheckpointError` for a file
     of another model, another kind of optimizer, another key or more steps.
 
@@ -190,17 +114,24 @@ def train(
     check_count(num_steps, "num_steps")
     check_count(steps_per_call, "steps_per_call")
     check_count(checkpoint_every, "checkpoint_every")
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"`callback` must be a function `callback(num_steps, state)`; got {callback!r}."
+        )
     path = None if checkpoint is None else Path(checkpoint)
     meta = tree_strong(canonical_meta(meta))
     if state is None:
         check_model_state(learner, model_state)
         state = _started(optimizer, meta, model_state, key)
-        if path is not None and path.exists():
+        # `path.exists()` raises where it may not look, of which `_File` has more to say.
+        if path is not None and os.path.exists(path):
             state = _taken_up(path, state, num_steps)
     else:
         _check_goes_on(state, meta, path, key, model_state)
     run = _Run(learner, optimizer, tasks, state)
     file = _File(path, checkpoint_every, run.num_steps)
+    if run.num_steps < num_steps:
+        file.check()
     begin = time.perf_counter()
     run.go(num_steps, steps_per_call, file, progress, callback, throw)
     solution = run.solution(time.perf_counter() - begin)
@@ -248,8 +179,15 @@ def _taken_up(path: Path, begun: TrainState, num_steps: int) -> TrainState:
 def _check_goes_on(
     state: Any, meta: Any, path: Path | None, key: Key | None, model_state: ModelState
 ) -> None:
-    """Raises where a `state` to go on from is beside something that contradicts it."""
-    if path is not None and path.exists():
+    """Raises where a `state` to go on from is none, or is beside something that contradicts
+    it."""
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            "`state` must be the `state` of a `metaopt.few_shot.TrainSolution`, as in "
+            f"`state=solution.state`; got {type(state).__name__}. Leave it out to begin at "
+            "`meta`."
+        )
+    if path is not None and os.path.exists(path):
         raise ValueError(
             f"Both `state` and the checkpoint {path} say where to go on from. Hand over "
             "one of them, or name a file that is not there yet."
@@ -258,7 +196,6 @@ def _check_goes_on(
         raise ValueError(
             "`state` has the key and the model state of its run: hand over no others."
         )
-    check_kind(state, TrainState, "state", "solution.state")
     shapes = (tree_structs(split_trainable(x)[0]) for x in (state.meta, meta))
     if eqx.tree_equal(*shapes) is not True:
         raise ValueError("`state` is of another model than `meta`, with other arrays.")
@@ -271,6 +208,22 @@ class _File:
         self.path = path
         self.every = every
         self.num_steps = num_steps  # of the state that need not be written any more
+
+    def check(self) -> None:
+        """Raises where it cannot be written, which would be seen after hours otherwise."""
+        if self.path is None:
+            return
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Permission bits say little of what the superuser and network disks may do.
+            with tempfile.NamedTemporaryFile(prefix=f".{self.path.name}.", dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`checkpoint` is {self.path}, which cannot be written: {error}. Name a "
+                "file in a folder that you may write to."
+            ) from error
 
     def is_due(self, num_steps: int) -> bool:
         """Whether the last one was so many steps ago."""
