@@ -143,6 +143,7 @@ from ._solver import (
     OptimistixSolver as OptimistixSolver,
     Outcome as Outcome,
     Picard as Picard,
+    ReversiblePicard as ReversiblePicard,
     ReversibleSGD as ReversibleSGD,
     StepOutput as StepOutput,
 )

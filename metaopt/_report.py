@@ -83,6 +83,8 @@ class Report(eqx.Module):
         for bit; `None` where none were.
     - `stored_bits`: what undoing them took, in bits for each step and parameter, or
         `None`.
+    - `drift`: how far from the start steps that were undone to rounding have led,
+        relative to the norm of the start or of the end, whichever is larger; or `None`.
     - `error`: the Euclidean norm of the error of the hypergradient, or `None` where the
         adjoint was not asked for it.
     - `error_is_bound`: whether the error cannot be larger; otherwise it is an estimate.
@@ -110,6 +112,7 @@ class Report(eqx.Module):
     tolerance: FloatScalar | None
     returned_to_start: BoolScalar | None
     stored_bits: FloatScalar | None
+    drift: FloatScalar | None
     error: FloatScalar | None
     error_is_bound: bool = eqx.field(static=True)
     adjoint: str = eqx.field(static=True)
@@ -151,6 +154,8 @@ class Report(eqx.Module):
         if self.returned_to_start is not None:
             rows.append(("returned to start", _yes_or_no(self.returned_to_start)))
             rows.append(("bits per step and parameter", _number(self.stored_bits)))
+        if self.drift is not None:
+            rows.append(("drift on the way back", _number(self.drift)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", _number(self.failed_step)))
         if self.left_out:

@@ -63,6 +63,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "depends on the order of operations, such as sums by atomic operations on a GPU "
         "(`XLA_FLAGS=--xla_gpu_deterministic_ops=true`), or use `UnrolledAdjoint`."
     )
+    inner_drifted = (
+        "The steps of `ReversiblePicard` were undone and ended too far from where they "
+        "began, so the derivative is not that of the steps taken. Each step that is undone "
+        "magnifies rounding by `1 / (1 - relaxation)` or more. Use float64, fewer steps or "
+        "a lower `relaxation`, or `UnrolledAdjoint`, which undoes nothing; or accept a "
+        "larger drift by name with `ReversibleAdjoint(max_drift=...)`."
+    )
     curvature_contradicted = (
         "The linear solver met a curvature smaller than the `curvature` that "
         "`StrongConvexity` was given, so its bound does not hold. Give a smaller "
@@ -117,9 +124,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "hypergradient was met. Raise `num_steps` or loosen the tolerance."
     )
     outer_data_exhausted = (
-        "The iterator of `train` or `valid` ended before `num_steps` outer steps were "
-        "taken. Give one that goes on, such as `itertools.cycle(batches)`, or lower "
-        "`num_steps`. What had been reached is returned."
+        "An iterator over batches (`train` or `valid`; `tasks` in few-shot learning) ended "
+        "before `num_steps` steps were taken. Give one that goes on, such as "
+        "`itertools.cycle(batches)`, or lower `num_steps`. What had been reached is "
+        "returned."
     )
     all_tasks_failed = (
         "Every task of the batch failed, so that there is nothing to learn from. "

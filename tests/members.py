@@ -114,6 +114,9 @@ SOLVERS = {
     "picard": _member(
         lambda case: mo.Picard(num_steps=case.num_steps, rtol=None), FIXED_POINT
     ),
+    "reversible picard": _member(
+        lambda case: mo.ReversiblePicard(case.num_steps, relaxation=0.9), FIXED_POINT
+    ),
     "anderson": _member(lambda case: mo.Anderson(rtol=case.rtol), FIXED_POINT),
     "broyden": _member(lambda case: mo.Broyden(rtol=case.rtol), FIXED_POINT),
     "newton krylov": _member(lambda case: mo.NewtonKrylov(rtol=case.rtol), FIXED_POINT),

@@ -55,6 +55,8 @@ class AdjointInfo(eqx.Module):
     - `returned_to_start`: whether steps that were undone ended where they had begun, bit
         for bit.
     - `stored_bits`: what undoing them took, in bits for each step and parameter.
+    - `drift`: how far from the start steps that were undone to rounding have led,
+        relative to the norm of the start or of the end, whichever is larger.
     - `error`: a bound on the error of the hypergradient, or an estimate of it, as a
         Euclidean norm.
     - `error_is_bound`: which of the two.
@@ -71,6 +73,7 @@ class AdjointInfo(eqx.Module):
     tolerance: FloatScalar | None = None
     returned_to_start: BoolScalar | None = None
     stored_bits: FloatScalar | None = None
+    drift: FloatScalar | None = None
     error: FloatScalar | None = None
     error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)

@@ -317,6 +317,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
             tolerance=None,
             returned_to_start=None,
             stored_bits=None,
+            drift=None,
             error=None,
             error_is_bound=False,
             adjoint=f"learned response ({type(self.steps.method).__name__})",

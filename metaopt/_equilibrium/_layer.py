@@ -1,6 +1,6 @@
 """A layer whose output is a fixed point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,16 +8,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._adjoint import AbstractAdjoint, ImplicitAdjoint
-from ._detach import detached, stop_gradient
-from ._linear import GMRES
-from ._problem import AbstractFixedPointProblem
-from ._results import RESULTS
-from ._solve_inner import solve_inner
-from ._solver import AbstractSolver, Anderson
-from ._tree import split_trainable, tree_scaled_norm, tree_sub
-from ._types import FloatScalar, IntScalar, PyTree
-from ._validate import ADJOINT_EXAMPLE, canonical_arrays, check_kind
+from .._adjoint import AbstractAdjoint, ImplicitAdjoint
+from .._data import FullBatch
+from .._detach import detached, stop_gradient
+from .._problem import AbstractFixedPointProblem
+from .._results import RESULTS
+from .._solve_inner import solve_inner
+from .._solver import (
+    AbstractFixedPointSolver,
+    AbstractIterativeSolver,
+    AbstractSolver,
+    Anderson,
+    InnerSolve,
+    LinearFixedPoint,
+)
+from .._tree import split_trainable, tree_scaled_norm, tree_sub
+from .._types import FloatScalar, IntScalar, PyTree
+from .._validate import ADJOINT_EXAMPLE, canonical_arrays, check_count, check_kind
+from ._cell import AbstractCell
 
 
 class EquilibriumInfo(eqx.Module):
@@ -74,15 +82,24 @@ class Equilibrium(eqx.Module):
 
     **Arguments:**
 
-    - `cell`: `cell(z, x)`, which returns a pytree like `z`; usually an Equinox module.
+    - `cell`: `cell(z, x)`, which returns a pytree like `z`; usually an Equinox module,
+        or a [`metaopt.nn.AbstractCell`][]. Randomness in it must stay the same from step
+        to step: draw a mask of dropout once and hand it over in `x`.
     - `initial`: `initial(x)`, where the solver starts, any pytree of arrays; by default
-        zeros like `x`. No derivative passes through it, but for an adjoint that follows
-        the path.
-    - `solver`: how the fixed point is found: [`metaopt.Anderson`][], [`metaopt.Picard`][].
+        what the cell says, or zeros like `x`. No derivative passes through it, but for an
+        adjoint that follows the path.
+    - `solver`: how the fixed point is found: [`metaopt.Anderson`][],
+        [`metaopt.Broyden`][], [`metaopt.NewtonKrylov`][], [`metaopt.Picard`][], or one of
+        optimistix or jaxopt.
     - `adjoint`: how the derivative passes through that: [`metaopt.ImplicitAdjoint`][] with
-        any linear solver for systems that are not symmetric ([`metaopt.Neumann`][] with a
-        few terms is the phantom gradient of Geng et al., 2021),
-        [`metaopt.OneStepAdjoint`][], [`metaopt.UnrolledAdjoint`][].
+        any linear solver for systems that are not symmetric; by default
+        [`metaopt.LinearFixedPoint`][], Anderson's method on the adjoint equation.
+        [`metaopt.Neumann`][] with a few terms is the phantom gradient of Geng et al.
+        (2021), with none the Jacobian-free one, and [`metaopt.SHINE`][] shares Broyden's
+        inverse. Or [`metaopt.UnrolledAdjoint`][] and its like.
+    - `inference_solver`: the solver in inference mode; by default the same.
+    - `inference`: whether the layer is in inference mode, which
+        `equinox.nn.inference_mode` sets.
     - `throw`: whether a solve that fails raises. If not, `info.result` says so, and a
         derivative that fails its checks is NaN.
 
@@ -94,9 +111,11 @@ class Equilibrium(eqx.Module):
     """
 
     cell: Callable[..., Any]
-    initial: Callable[[Any], Any]
+    initial: Callable[[Any], Any] | None
     solver: AbstractSolver
     adjoint: AbstractAdjoint
+    inference_solver: AbstractSolver | None
+    inference: bool
     throw: bool = eqx.field(static=True)
 
     def __init__(
@@ -105,21 +124,31 @@ class Equilibrium(eqx.Module):
         initial: Callable[[Any], Any] | None = None,
         *,
         solver: AbstractSolver = Anderson(),
-        adjoint: AbstractAdjoint = ImplicitAdjoint(GMRES(rtol=1e-4)),
+        adjoint: AbstractAdjoint = ImplicitAdjoint(
+            LinearFixedPoint(Anderson(rtol=1e-4)), inner_rtol=1e-2
+        ),
+        inference_solver: AbstractSolver | None = None,
+        inference: bool = False,
         throw: bool = True,
     ):
         if not callable(cell):
             raise ValueError(f"`cell` must be a function `cell(z, x)`; got {cell!r}.")
         check_kind(solver, AbstractSolver, "solver", "metaopt.Anderson()")
         check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
+        if inference_solver is not None:
+            check_kind(
+                inference_solver, AbstractSolver, "inference_solver", "metaopt.Anderson()"
+            )
         self.cell = cell
-        self.initial = _zeros_like if initial is None else initial
+        self.initial = initial
         self.solver = solver
         self.adjoint = adjoint
+        self.inference_solver = inference_solver
+        self.inference = inference
         self.throw = throw
 
     def __call__(
-        self, x: PyTree, z: PyTree | None = None
+        self, x: PyTree, z: PyTree | None = None, *, budget: IntScalar | int | None = None
     ) -> tuple[PyTree, EquilibriumInfo]:
         """The fixed point for one input.
 
@@ -128,22 +157,19 @@ class Equilibrium(eqx.Module):
         - `x`: the input, any pytree of arrays.
         - `z`: where to start, in place of `initial(x)`: the fixed point of a step of
             training before this one, say.
+        - `budget`: the most steps that the solver takes, at most its own `num_steps`; an
+            integer array, which can change without compiling again.
 
         **Returns:**
 
         A pytree like `z`, and an [`metaopt.nn.EquilibriumInfo`][].
         """
-        x = canonical_arrays(x, "x")
-        start = canonical_arrays(self.initial(x) if z is None else z, "z")
-        if not self.adjoint.sees_path:
-            start = stop_gradient(start)
-        moving, fixed = split_trainable((self.cell, x))
-        problem = _CellProblem(fixed)
+        problem, moving, start = self._problem(x, z)
         solution = solve_inner(
             problem,
             moving,
             start,
-            solver=self.solver,
+            solver=self._solver(budget),
             adjoint=self.adjoint,
             throw=self.throw,
         )
@@ -155,9 +181,114 @@ class Equilibrium(eqx.Module):
         )
         return solution.value, info
 
+    def iterates(
+        self, x: PyTree, steps: Sequence[int], z: PyTree | None = None
+    ) -> list[PyTree]:
+        """Iterates on the way to the fixed point, for losses on them (fixed-point
+        corrections; Bai, Geng, Savani and Kolter, 2022).
+
+        Each has had the cell applied to it once more, and is differentiable in the cell and
+        in `x` through that alone, like a one-step estimate. Start the layer at the last of
+        them and nothing is solved twice: `layer(x, iterates[-1])`.
+
+        **Arguments:**
+
+        - `x`: the input, any pytree of arrays.
+        - `steps`: after which steps of the solver; increasing, and at most its
+            `num_steps`.
+        - `z`: where to start, in place of `initial(x)`.
+
+        **Returns:**
+
+        A list of pytrees like `z`, one for each entry of `steps`.
+
+        **Raises:**
+
+        `ValueError` where the steps do not increase, and for a solver that runs as a whole.
+        """
+        solver = self._solver(None)
+        if not isinstance(solver, AbstractIterativeSolver):
+            raise ValueError(
+                "`iterates` needs a solver that proceeds by steps, such as "
+                f"`metaopt.Anderson()`; `{type(solver).__name__}` runs as a whole."
+            )
+        ends = list(steps)
+        for end in ends:
+            check_count(end, "steps")
+        if ends != sorted(set(ends)) or (ends and ends[-1] > solver.num_steps):
+            raise ValueError(
+                "`steps` must increase, up to the `num_steps` of the solver at most, "
+                f"{solver.num_steps}; got {ends}."
+            )
+        problem, moving, start = self._problem(x, z)
+        data = FullBatch(None)
+        solver.check(problem, data)
+
+        def run(problem, moving, start):
+            inner = InnerSolve(problem, solver, data, jax.random.key(0))
+            loop = inner.loop(start)
+            state, begin, reached = loop.start(start, moving, None), 0, []
+            for end in ends:
+                state, _ = loop.run_primal(moving, state, begin, end)
+                reached.append(eqx.combine(state.params, loop.static_params))
+                begin = end
+            return reached
+
+        return [
+            problem.step(stop_gradient(z), moving, None)
+            for z in detached(run, problem, moving, start)
+        ]
+
+    def _problem(
+        self, x: PyTree, z: PyTree | None
+    ) -> tuple["_CellProblem", PyTree, PyTree]:
+        """The problem, what its derivative is in, and where a solver starts."""
+        x = canonical_arrays(x, "x")
+        if z is None:
+            z = self._start(x)
+        start = canonical_arrays(z, "z")
+        if not self.adjoint.sees_path:
+            start = stop_gradient(start)
+        step = _Step(self.cell, x)
+        if isinstance(self.cell, AbstractCell):
+            step = self.cell.prepare(x)
+        moving, fixed = split_trainable(step)
+        return _CellProblem(fixed), moving, start
+
+    def _start(self, x: PyTree) -> PyTree:
+        if self.initial is not None:
+            return self.initial(x)
+        if isinstance(self.cell, AbstractCell):
+            return self.cell.initial(x)
+        return jax.tree.map(jnp.zeros_like, x)
+
+    def _solver(self, budget: IntScalar | int | None) -> AbstractSolver:
+        """The solver of the mode that the layer is in, with a budget."""
+        solver = self.solver
+        if self.inference and self.inference_solver is not None:
+            solver = self.inference_solver
+        if budget is None:
+            return solver
+        if not isinstance(solver, AbstractFixedPointSolver):
+            raise ValueError(
+                f"`{type(solver).__name__}` takes no `budget`. Use `metaopt.Anderson()`, "
+                "`metaopt.Broyden()`, `metaopt.NewtonKrylov()` or `metaopt.Picard()`."
+            )
+        return solver.with_budget(budget)
+
+
+class _Step(eqx.Module):
+    """A cell at an input, as a function of the state."""
+
+    cell: Callable[..., Any]
+    x: PyTree
+
+    def __call__(self, z: PyTree) -> PyTree:
+        return self.cell(z, self.x)
+
 
 class _CellProblem(AbstractFixedPointProblem):
-    """The fixed point of a cell, whose arrays and input are the outer variables."""
+    """The fixed point of a cell at an input, whose arrays are the outer variables."""
 
     fixed: Any
 
@@ -165,8 +296,7 @@ class _CellProblem(AbstractFixedPointProblem):
         raise ValueError("A cell does not say where the solver starts.")
 
     def step(self, params, hyper, batch):
-        cell, x = eqx.combine(hyper, self.fixed)
-        return cell(params, x)
+        return eqx.combine(hyper, self.fixed)(params)
 
 
 def _relative_residual(problem: _CellProblem, z: PyTree, hyper: PyTree) -> FloatScalar:
@@ -174,7 +304,3 @@ def _relative_residual(problem: _CellProblem, z: PyTree, hyper: PyTree) -> Float
     size = tree_scaled_norm(before)
     difference = tree_scaled_norm(tree_sub(after, before))
     return jnp.where(difference == 0, 0.0, difference / size)
-
-
-def _zeros_like(x: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, x)

@@ -18,7 +18,6 @@ from ._common import (
 )
 from ._descent import Descent as Descent
 from ._fixed_point import (
-    AbstractAcceleratedSolver as AbstractAcceleratedSolver,
     AbstractFixedPointSolver as AbstractFixedPointSolver,
 )
 from ._inner_solve import InnerSolve as InnerSolve
@@ -28,4 +27,5 @@ from ._loop import Loop as Loop, LoopState as LoopState
 from ._newton_krylov import NewtonKrylov as NewtonKrylov
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
+from ._reversible_picard import ReversiblePicard as ReversiblePicard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD

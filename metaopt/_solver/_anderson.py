@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._model_state import AbstractStatePolicy
-from .._tree import tree_dtype
+from .._tree import tree_dtype, tree_sub
 from .._types import IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._examples import Examples
@@ -113,16 +113,16 @@ class Anderson(AbstractAcceleratedSolver):
             of_values=jax.tree.map(empty, params),
             of_residuals=jax.tree.map(empty, params),
             products=jnp.zeros((*examples.shape, size, size), tree_dtype(params)),
+            right=jnp.zeros((*examples.shape, size), tree_dtype(params)),
         )
 
     def advance(
         self, at: Applied, memory: "_History", progress: Progress
     ) -> tuple[Vector, "_History"]:
         memory = memory.pushed(at, progress.step)
-        weights = memory.weights(at, self.regularization)
+        weights = memory.weights(self.regularization)
         # The map's value, less what the differences account for.
-        of_values = at.examples.combined(weights, memory.of_values)
-        new = jax.tree.map(lambda f, d: (f - d).astype(f.dtype), at.value, of_values)
+        new = tree_sub(at.value, at.examples.combined(weights, memory.of_values))
         if self.relaxation != 1:
             of_residuals = at.examples.combined(weights, memory.of_residuals)
             short = 1 - self.relaxation
@@ -134,34 +134,47 @@ class Anderson(AbstractAcceleratedSolver):
 
 
 class _History(eqx.Module):
-    """Differences between steps, which are written in turn."""
+    """Differences between steps, which are written in turn.
 
-    value: Vector  # of the map, at the last step
+    **Attributes:**
+
+    - `value`, `residual`: of the map, at the last step.
+    - `of_values`, `of_residuals`: differences of these, leaves `(history_size, ...)`.
+    - `products`: of the differences of residuals with each other.
+    - `right`: their products with the residual.
+    """
+
+    value: Vector
     residual: Vector
-    of_values: Vector  # differences of these, (history_size, ...)
+    of_values: Vector
     of_residuals: Vector
-    products: Array  # of the differences of residuals with each other
+    products: Array
+    right: Array
 
     def pushed(self, at: Applied, step: IntScalar) -> "_History":
         """With the differences to the last step in the place of the oldest ones."""
-        slot = (step - 1) % self.products.shape[-1]
+        slot = (step - 1) % self.right.shape[-1]
         difference = lambda new, old: jnp.where(step == 0, 0, new - old).astype(old.dtype)
-        put = lambda history, new: history.at[slot].set(new)
-        of_values = jax.tree.map(difference, at.value, self.value)
-        of_residuals = jax.tree.map(difference, at.residual, self.residual)
-        history = jax.tree.map(put, self.of_residuals, of_residuals)
-        row = at.examples.products(history, of_residuals)
+        put = lambda history, new: history.at[slot].set(new, mode="promise_in_bounds")
+        of_value = jax.tree.map(difference, at.value, self.value)
+        of_residual = jax.tree.map(difference, at.residual, self.residual)
+        history = jax.tree.map(put, self.of_residuals, of_residual)
+        right = at.examples.products(history, at.residual)
+        # The histories are the largest arrays here, and each is read once: the products
+        # of a difference with the others are differences of their products.
+        row = right - self.right
+        row = row.at[..., slot].set(at.examples.dot(of_residual, of_residual))
         return _History(
             value=at.value,
             residual=at.residual,
-            of_values=jax.tree.map(put, self.of_values, of_values),
+            of_values=jax.tree.map(put, self.of_values, of_value),
             of_residuals=history,
             products=self.products.at[..., slot, :].set(row).at[..., :, slot].set(row),
+            right=right,
         )
 
-    def weights(self, at: Applied, regularization: float) -> Array:
+    def weights(self, regularization: float) -> Array:
         """What each difference counts for: the least squares solution."""
-        right = at.examples.products(self.of_residuals, at.residual)
         squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
         # Differences of length one, so that old and new ones are regularised alike. What
         # is not there yet is zero, and gets the weight zero.
@@ -170,5 +183,5 @@ class _History(eqx.Module):
         scaled = self.products * scale[..., :, None] * scale[..., None, :]
         least = jnp.maximum(regularization, 10 * jnp.finfo(squares.dtype).eps)
         ridge = jnp.where(used, least, 1)[..., None] * jnp.eye(squares.shape[-1])
-        solved = jnp.linalg.solve(scaled + ridge, (scale * right)[..., None])
+        solved = jnp.linalg.solve(scaled + ridge, (scale * self.right)[..., None])
         return scale * solved[..., 0]

@@ -76,13 +76,17 @@ class Examples(eqx.Module):
     def products(self, history: Vector, x: Vector) -> Array:
         """The inner products of each entry of a history, `(m, *leaf.shape)`, with a
         vector: an array of shape `(*self.shape, m)`."""
-        dtype, batched = tree_dtype(history), len(self.shape)
+        dtype, given = tree_dtype(history), len(self.shape)
 
         def leaf(h, a):
+            # A product for each row, and their sum: over all axes at once the history
+            # would be copied into another shape.
+            batched = max(given, min(a.ndim - 1, 1))
             kept, summed = tuple(range(batched)), tuple(range(batched, a.ndim))
             after = lambda axes: tuple(axis + 1 for axis in axes)
             dims = (after(summed), summed), (after(kept), kept)
-            return jax.lax.dot_general(h, a, dims, preferred_element_type=dtype)
+            rows = jax.lax.dot_general(h, a, dims, preferred_element_type=dtype)
+            return jnp.sum(rows, tuple(range(given, batched)))
 
         return ft.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, history, x)))
 

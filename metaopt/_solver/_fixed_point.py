@@ -57,6 +57,11 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
     def stops_early(self):
         return self.rtol is not None or self.budget is not None
 
+    def with_budget(self, budget: IntScalar | int) -> "AbstractFixedPointSolver":
+        """The same, with another budget of steps."""
+        is_none = lambda leaf: leaf is None
+        return eqx.tree_at(lambda s: s.budget, self, as_budget(budget), is_leaf=is_none)
+
     def check(self, problem: AbstractProblem, data: AbstractData) -> None:
         name = type(self).__name__
         if not isinstance(problem, AbstractFixedPointProblem):

@@ -20,12 +20,11 @@ from .._linear import (
     steps_left_out,
 )
 from .._problem import FixedPointProblem
-from .._results import RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
     divided,
     scale_and_norm,
     tree_add,
-    tree_all_finite,
     tree_norm,
     tree_scale,
     tree_where,
@@ -36,6 +35,9 @@ from ._anderson import Anderson
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver
 from ._inner_solve import InnerSolve
+
+
+_MARGIN = 0.8
 
 
 class LinearFixedPoint(AbstractLinearSolver):
@@ -97,7 +99,9 @@ class LinearFixedPoint(AbstractLinearSolver):
                 # A shorter right-hand side, for which the same number is a looser one.
                 divisor *= jnp.maximum(tolerance.astype(size.dtype) / rtol, 1)
             parts = math.prod(Examples.of(vector, solver.per_example).shape)
-            solver = dataclasses.replace(solver, rtol=0.0, atol=rtol / parts**0.5)
+            # The residual is computed anew in the end, with other rounding.
+            within = _MARGIN * rtol / parts**0.5
+            solver = dataclasses.replace(solver, rtol=0.0, atol=within)
 
         def shortened(x):
             return divided(divided(x, scale), divisor)
@@ -117,18 +121,23 @@ class LinearFixedPoint(AbstractLinearSolver):
         key, nothing = jax.random.key(0), jnp.zeros(())
         inner = InnerSolve(problem, solver, FullBatch(None), key)
         outcome = inner.primal(x, nothing, None)
-        finite = tree_all_finite(outcome.params)
-        x = tree_where(finite, outcome.params, tree_zeros_like(b))
-        residual = tree_norm(remaining(x))
-        converged = jnp.isfinite(size) & finite
+        healthy = jnp.isfinite(size)
+        residual = tree_norm(remaining(outcome.params))
+        # Nothing is better than what is further from the solution.
+        useful = healthy & (residual <= tree_norm(b))
+        x = tree_where(useful, outcome.params, tree_zeros_like(b))
+        residual = jnp.where(useful, residual, tree_norm(b))
+        converged = healthy & (useful | (size == 0))
         if rtol is not None:
             converged &= residual <= rtol
-        result = how_it_ended(
+        diverged = healthy & (outcome.result == RESULTS.inner_diverged)
+        ended = how_it_ended(
             converged,
-            ~finite | ~jnp.isfinite(size),
+            ~healthy | (outcome.result == RESULTS.inner_nonfinite),
             outcome.result == RESULTS.inner_stagnation,
             rtol,
         )
+        result = first_failure(mask_result(diverged, RESULTS.linear_diverged), ended)
         return reported(
             tree_scale(scale, tree_scale(divisor, x)),
             result,

@@ -59,7 +59,7 @@ class NewtonKrylov(AbstractAcceleratedSolver):
     linear_solver: AbstractLinearSolver
     budget: IntScalar | None
     state_policy: AbstractStatePolicy | None
-    per_example: bool = eqx.field(static=True)
+    per_example: bool = eqx.field(default=False, init=False, static=True)
 
     def __init__(
         self,
@@ -77,7 +77,6 @@ class NewtonKrylov(AbstractAcceleratedSolver):
         self.linear_solver = linear_solver
         self.budget = as_budget(budget)
         self.state_policy = state_policy
-        self.per_example = False
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")

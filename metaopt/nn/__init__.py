@@ -17,8 +17,14 @@ from .._best_response import (
     squared_norm as squared_norm,
 )
 from .._equilibrium import (
+    AbstractCell as AbstractCell,
+    bound_spectral_norm as bound_spectral_norm,
+    ContractiveCell as ContractiveCell,
     Equilibrium as Equilibrium,
     EquilibriumInfo as EquilibriumInfo,
+    jacobian_penalty as jacobian_penalty,
+    MonotoneCell as MonotoneCell,
+    spectral_radius as spectral_radius,
 )
 from .._layers import (
     BatchNorm as BatchNorm,

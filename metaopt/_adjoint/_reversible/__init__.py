@@ -1,0 +1,3 @@
+"""Reversible differentiation: steps are undone where others keep what they computed."""
+
+from ._adjoint import ReversibleAdjoint as ReversibleAdjoint

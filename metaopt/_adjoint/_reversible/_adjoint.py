@@ -1,0 +1,199 @@
+"""The adjoint that undoes the steps of a solver."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ..._detach import unknown_derivative
+from ..._model_state import FrozenState
+from ..._results import mask_result
+from ..._solver import AbstractSolver, InnerSolve, ReversiblePicard, ReversibleSGD
+from ..._tree import split_trainable, tree_add
+from ..._types import Hyper, ModelState, Params
+from ..._validate import check_tolerance
+from .._base import (
+    AbstractAdjoint,
+    AdjointInfo,
+    HypergradientOutput,
+    reverse_mode_explained,
+)
+from ._coupled import CoupledRun
+from ._derivative import once, with_reverse_derivative
+from ._momentum import MomentumRun
+from ._run import Inputs, outcome_of, Reached
+from ._shared import with_shared_derivative
+
+
+class ReversibleAdjoint(AbstractAdjoint):
+    r"""Reverse mode through every step of [`metaopt.ReversibleSGD`][] or
+    [`metaopt.ReversiblePicard`][], each of which is undone on the way back.
+
+    It gives the derivative of the steps taken, as [`metaopt.UnrolledAdjoint`][] does,
+    with the memory of one step. Where the steps fit in memory, the unrolled adjoint takes
+    any solver, and less time.
+
+    **`ReversibleSGD`** is undone to the last bit, for which $\log_2(1 / momentum)$ bits
+    are kept for each step and parameter. Use it for long runs whose learning rates,
+    momenta, schedules or initial params are tuned. The way back has to end at the initial
+    params and at a velocity of zero, with every stored bit used up. The report says
+    whether it did (`returned_to_start`) and how much was stored (`stored_bits`).
+
+    **`ReversiblePicard`** is undone to rounding, and nothing is kept. Use it for
+    equilibrium layers. Rounding is magnified with each step that is undone, and shows in
+    how far from the start the way back ends, which the report says (`drift`). The error of
+    the derivative is smaller as a rule, because what is furthest off counts for least.
+
+    Where steps were not undone the hypergradient is NaN, and the result says why.
+
+    Not for model state that changes: freeze it. Second derivatives of what is solved are
+    an error, and so is forward mode. Of the losses of a fixed point, which are norms of
+    residuals, there is no derivative.
+
+    **Arguments:**
+
+    - `max_drift`: how far from the start the way back of
+        [`metaopt.ReversiblePicard`][] may end, relative to the norm of the start or of
+        the end, whichever is larger. Beyond it is a failure; `jax.numpy.inf` is never.
+
+    **Raises:**
+
+    `ValueError` for arguments out of range, for other solvers, and for model state that
+    changes.
+
+    ??? cite "Source"
+
+        Maclaurin, Duvenaud, Adams: *Gradient-based hyperparameter optimization through
+        reversible learning*, 2015. McCallum, Arora, Foster: *Reversible deep equilibrium
+        models*, 2025.
+    """
+
+    max_drift: float = eqx.field(default=1e-2, static=True)
+
+    sees_path: ClassVar[bool] = True
+    sees_inner_loss: ClassVar[bool] = True
+    heeds_tolerance: ClassVar[bool] = False
+
+    def __check_init__(self):
+        check_tolerance(self.max_drift, "max_drift", infinite=True, optional=False)
+
+    def check(self, solver, data):
+        if not isinstance(solver, ReversibleSGD | ReversiblePicard):
+            raise ValueError(
+                "`ReversibleAdjoint` undoes the steps of the inner solver, and those of "
+                f"`{type(solver).__name__}` cannot be undone. Use `metaopt.ReversibleSGD` "
+                "for a loss, `metaopt.ReversiblePicard` for a fixed point, or "
+                "`metaopt.UnrolledAdjoint()`."
+            )
+        policy = solver.state_policy
+        if policy is not None and not isinstance(policy, FrozenState):
+            raise ValueError(
+                "`ReversibleAdjoint` cannot undo what becomes of model state under "
+                f"`{type(policy).__name__}`. Write `state_policy=metaopt.FrozenState()`, "
+                "or use `metaopt.UnrolledAdjoint()`."
+            )
+
+    def init(self, params):
+        return None
+
+    def solve(self, inner, params, hyper, model_state, throw):
+        inputs = Inputs(
+            split_trainable(params)[0],
+            (split_trainable(hyper)[0], split_trainable(model_state)[0]),
+            _settings(inner.solver, hyper),
+        )
+        run = self._run(inner, params, hyper, model_state, inputs)
+        if isinstance(run, MomentumRun):
+            reached, rest = with_reverse_derivative(run, inputs, throw=throw)
+        else:
+            reached, rest = with_shared_derivative(run, inputs, throw)
+            # Norms of residuals, which solvers of fixed points hold constant: asked for
+            # their derivative, no zero is the answer.
+            of = jax.tree.leaves(split_trainable((run.evaluate, inputs))[0])
+            losses = unknown_derivative(
+                reached.losses, of, message=_LOSSES_MESSAGE, throw=throw
+            )
+            reached = eqx.tree_at(lambda r: r.losses, reached, losses)
+        return outcome_of(inner.loop(params), reached, rest, model_state)
+
+    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+        solver = inner.solver
+        trainable, static_hyper = split_trainable(hyper)
+        static_start: Any = None
+
+        def begin(trainable):
+            nonlocal static_start
+            full = eqx.combine(trainable, static_hyper)
+            floats, rest = split_trainable(start(full))
+            arrays, static_start = eqx.partition(rest, eqx.is_array)
+            return (*floats, _settings(solver, full)), arrays
+
+        (params, state, settings), pull_to_hyper, rest = jax.vjp(
+            begin, trainable, has_aux=True
+        )
+        static_params, static_state = eqx.combine(rest, static_start)
+        inputs = Inputs(params, (trainable, state), settings)
+        full_params = eqx.combine(params, static_params)
+        model_state = eqx.combine(state, static_state)
+        run = self._run(inner, full_params, hyper, model_state, inputs)
+        run, inputs = once(run, inputs)
+        record = run.record(inputs)
+        reached, rest = record.split()
+        outcome = outcome_of(inner.loop(full_params), reached, rest, model_state)
+
+        def outer_loss(params, state, trainable):
+            return outer(
+                eqx.combine(params, static_params),
+                eqx.combine(trainable, static_hyper),
+                eqx.combine(state, static_state),
+            )
+
+        value, pull, aux = jax.vjp(
+            outer_loss, reached.params, state, trainable, has_aux=True
+        )
+        in_params, in_state, direct = pull(scale.astype(value.dtype))
+        # Arrays that the problem holds are not differentiated here.
+        fixed = jax.tree.map(lambda _: False, run.evaluate)
+        with reverse_mode_explained():
+            undone = run.undo(inputs, record, Reached(in_params, None, None), (fixed, True))
+        _, into = undone.cotangents
+        into_hyper, into_state = into.others
+        (through_start,) = pull_to_hyper(
+            (into.params, tree_add(into_state, in_state), into.settings)
+        )
+        info = AdjointInfo(
+            mask_result(jnp.logical_not(undone.succeeded), run.failure),
+            inner.last_residual(outcome, hyper),
+            returned_to_start=undone.returned_to_start,
+            stored_bits=undone.stored_bits,
+            drift=undone.drift,
+        )
+        through_solution = tree_add(through_start, into_hyper)
+        return HypergradientOutput(
+            value, aux, direct, through_solution, outcome, info, None
+        )
+
+    def _run(
+        self,
+        inner: InnerSolve,
+        params: Params,
+        hyper: Hyper,
+        model_state: ModelState,
+        inputs: Inputs,
+    ) -> MomentumRun | CoupledRun:
+        arguments = inner, params, hyper, model_state, inputs
+        if isinstance(inner.solver, ReversibleSGD):
+            return MomentumRun(*arguments)
+        return CoupledRun.of(*arguments, self.max_drift)
+
+
+def _settings(solver: AbstractSolver, hyper: Hyper) -> tuple[jax.Array, ...]:
+    """The arrays of a solver that depend on `hyper`."""
+    return solver.schedules(hyper) if isinstance(solver, ReversibleSGD) else ()
+
+
+_LOSSES_MESSAGE = (
+    "The losses of `ReversiblePicard` are norms of residuals, which have no derivative "
+    "under `ReversibleAdjoint`. Compute what you need from `solution.value`."
+)

@@ -1,0 +1,33 @@
+"""Sums of cotangents, in at least float32."""
+
+import jax
+import jax.numpy as jnp
+
+from ..._types import PyTree
+
+
+def wide_zeros(tree: PyTree) -> list[jax.Array]:
+    """Zeros to sum in, in at least float32."""
+    return [
+        jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def added(sums: list[jax.Array], terms: list[jax.Array]) -> list[jax.Array]:
+    """`sums + terms`, in the dtypes of the sums."""
+    return [a + b.astype(a.dtype) for a, b in zip(sums, terms, strict=True)]
+
+
+def in_dtypes(leaves: list[jax.Array], like: PyTree) -> PyTree:
+    """Leaves as a pytree with the structure and the dtypes of another."""
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    leaves = [leaf.astype(a.dtype) for leaf, a in pairs]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def or_zeros(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree, or zeros like another where it is `None`."""
+    if tree is None:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    return tree

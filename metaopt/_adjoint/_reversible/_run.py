@@ -1,0 +1,118 @@
+"""A solve whose steps can be undone: what goes in, what comes out, and the way back."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from ..._solver import Loop, LoopState, Outcome
+from ..._tree import split_trainable
+from ..._types import BoolScalar, FloatScalar, ModelState, Vector
+
+
+class Inputs(eqx.Module):
+    """What a run starts from: floating-point arrays only.
+
+    **Attributes:**
+
+    - `params`: the trainable part of the initial params.
+    - `others`: those of `hyper` and of the model state.
+    - `settings`: arrays of the solver that depend on `hyper`.
+    """
+
+    params: Vector
+    others: tuple[Vector, Vector]
+    settings: tuple[jax.Array, ...]
+
+
+class Reached(eqx.Module):
+    """What a run comes to that can be differentiated."""
+
+    params: Vector
+    losses: Any
+    aux: Any
+
+
+class Record(eqx.Module):
+    """The end of a run, from which it can be undone."""
+
+    state: LoopState
+    losses: jax.Array
+
+    def split(self) -> tuple[Reached, LoopState]:
+        """What can be differentiated, and all the rest of what an outcome holds."""
+        aux, rest = split_trainable(self.state.aux)
+        state = eqx.tree_at(
+            lambda s: (s.params, s.solver_state, s.model_state, s.aux),
+            self.state,
+            (None, None, None, rest),
+            is_leaf=lambda x: x is None,
+        )
+        return Reached(self.state.params, self.losses, aux), state
+
+
+class Undone(eqx.Module):
+    """A run that has been undone.
+
+    **Attributes:**
+
+    - `cotangents`: those of `(run.evaluate, inputs)`; NaN where it has failed.
+    - `succeeded`: whether the way back ended where it should.
+    - `returned_to_start`, `stored_bits`, `drift`: as in [`metaopt.AdjointInfo`][].
+    """
+
+    cotangents: tuple[Any, Inputs]
+    succeeded: BoolScalar
+    returned_to_start: BoolScalar | None = None
+    stored_bits: FloatScalar | None = None
+    drift: FloatScalar | None = None
+
+
+class AbstractRun(eqx.Module):
+    """The steps of one solve and their way back, as functions that hold nothing but
+    arrays.
+
+    **Attributes:**
+
+    - `evaluate`: what a step evaluates, and the way back again. The floating-point arrays
+        that it holds are all that a run does.
+    """
+
+    evaluate: eqx.AbstractVar[Callable]
+
+    @property
+    @abc.abstractmethod
+    def failure(self) -> Any:
+        """What has happened where the way back did not end where it should."""
+
+    @abc.abstractmethod
+    def record(self, inputs: Inputs) -> Record:
+        """All of the steps."""
+
+    @abc.abstractmethod
+    def undo(
+        self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
+    ) -> Undone:
+        """The derivative of the run, which is undone on the way.
+
+        **Arguments:**
+
+        - `inputs`, `record`: what the run started from and what it came to.
+        - `cotangent`: of what it came to, with `None` for zero.
+        - `moving`: which arrays of `(evaluate, inputs.others)` are differentiated.
+        """
+
+
+def outcome_of(
+    loop: Loop, reached: Reached, rest: LoopState, model_state: ModelState
+) -> Outcome:
+    """The outcome; model state that is frozen comes out as it went in."""
+    state = eqx.tree_at(
+        lambda s: (s.params, s.model_state, s.aux),
+        rest,
+        (reached.params, model_state, eqx.combine(reached.aux, rest.aux)),
+        is_leaf=lambda x: x is None,
+    )
+    return loop.finish(state, reached.losses)
