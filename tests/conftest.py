@@ -42,7 +42,11 @@ _ONE_OF = {
         "test_no_weights_for_each_example": 3,
         "test_response_of_zero_is_the_original_to_the_last_bit": 3,
     },
+    "test_cells": {"test_a_norm_is_never_too_small": 3},
     "test_chunks": {"test_chunks_add_up": 3},
+    "test_equilibrium": {
+        "test_value_and_gradient_are_those_of_unrolling_to_convergence": 3,
+    },
     "test_error": {
         "test_error_is_quadratic_in_the_residual_after_a_newton_step": 3,
         "test_estimate_is_within_a_factor_of_two": 3,
@@ -52,6 +56,12 @@ _ONE_OF = {
         "test_model_state_is_a_choice": 2,
         "test_states_of_each_step_outlast_the_tasks": 2,
         "test_the_answer_is_judged_with_the_state_of_its_last_step": 3,
+    },
+    "test_fixed_points": {
+        "test_a_budget_changes_without_compiling_again": 2,
+        "test_cells_that_do_not_contract_get_a_code_and_a_finite_answer": 3,
+        "test_linear_systems_as_fixed_points": 3,
+        "test_steps_on_contracting_cells": 3,
     },
     "test_layers": {"test_conv_and_derivatives_are_those_of_equinox": 4},
     "test_linear": {

@@ -1,11 +1,14 @@
 """Equilibrium layers and their solvers: right answers, or a word that they are not."""
 
 import functools as ft
+import importlib.util
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optimistix as optx
 import pytest
 
 import metaopt as mo
@@ -288,6 +291,156 @@ def test_a_warm_start_takes_fewer_steps():
     assert int(jnp.sum(jnp.isfinite(cold.residuals))) == int(cold.num_steps)
 
 
+# Parts of the layer
+
+
+def test_solvers_of_other_libraries():
+    cell, initial = Tanh(), CELLS["tanh"][1]
+    x = normal((INPUTS,), 9)
+    own = mo.nn.Equilibrium(cell, initial, solver=mo.Anderson(rtol=1e-10), adjoint=EXACT)
+    solvers = [
+        mo.OptimistixSolver(optx.FixedPointIteration(rtol=1e-11, atol=1e-11)),
+        mo.OptimistixSolver(optx.Newton(rtol=1e-10, atol=1e-10)),
+    ]
+    if importlib.util.find_spec("jaxopt"):
+        solvers.append(mo.JaxoptSolver("AndersonAcceleration", {"tol": 1e-10}))
+    for solver in solvers:
+        layer = mo.nn.Equilibrium(cell, initial, solver=solver, adjoint=EXACT)
+        z, info = layer(x)
+        np.testing.assert_allclose(z, own(x)[0], rtol=1e-8)
+        assert info.residuals is None and int(info.num_steps) > 0
+        slopes = [jax.grad(lambda x, m=m: value_of(m(x)[0]))(x) for m in (layer, own)]
+        assert_close(*slopes, rtol=1e-7)
+
+
+def test_inference_mode_has_a_solver_of_its_own():
+    cell, initial = Tanh(0.95), CELLS["tanh"][1]
+    layer = mo.nn.Equilibrium(
+        cell,
+        initial,
+        solver=mo.Anderson(rtol=1e-2),
+        inference_solver=mo.Anderson(rtol=1e-9),
+    )
+    x = normal((INPUTS,), 9)
+    _, training = layer(x)
+    _, inference = eqx.nn.inference_mode(layer)(x)
+    assert training.residual > 1e-6 > 1e-8 > inference.residual
+    plain = mo.nn.Equilibrium(cell, initial)
+    same = eqx.nn.inference_mode(plain)(x)[0]
+    np.testing.assert_array_equal(same, plain(x)[0])
+
+
+def test_iterates_on_the_way():
+    cell, initial = Tanh(0.95), CELLS["tanh"][1]
+    solver = mo.Anderson(rtol=1e-9)
+    layer = mo.nn.Equilibrium(cell, initial, solver=solver, adjoint=EXACT)
+    x = normal((INPUTS,), 9)
+    z, info = layer(x)
+    reached = layer.iterates(x, (1, 3, 8))
+    # The cell once more on where the solver was after so many steps.
+    np.testing.assert_allclose(reached[0], cell(cell(initial(x), x), x), rtol=1e-12)
+    errors = [float(jnp.linalg.norm(one - z)) for one in reached]
+    assert errors[0] > errors[1] > errors[2] > 0
+    # Each has the derivative of that one application.
+    held = jax.lax.stop_gradient(reached[1])
+    before = layer.iterates(x, (3,))[0]
+    np.testing.assert_array_equal(before, held)
+    slope = jax.grad(lambda x: jnp.sum(layer.iterates(x, (3,))[0]))(x)
+    inside = (1 - held**2)[:, None] * cell.inputs
+    np.testing.assert_allclose(slope, jnp.sum(inside, 0), rtol=1e-12)
+    # The layer goes on from there.
+    _, rest = layer(x, reached[-1])
+    assert int(rest.num_steps) < int(info.num_steps)
+
+
+def test_a_loss_on_iterates_trains_in_one_program():
+    cell, initial = Tanh(), CELLS["tanh"][1]
+    layer = mo.nn.Equilibrium(cell, initial)
+    x = normal((BATCH, INPUTS), 9)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def slope(layer):
+        def one(x):
+            *early, last = layer.iterates(x, (2, 5))
+            z, _ = layer(x, last)
+            return sum(jnp.sum(z**2) for z in (*early, last, z))
+
+        return jnp.sum(jax.vmap(one)(x))
+
+    found = slope(layer)
+    assert float(jnp.linalg.norm(found.cell.weight)) > 0
+    assert found.solver.budget is None
+
+
+def test_normalisations_of_equinox_work_in_a_cell():
+    class Normalised(eqx.Module):
+        hidden: eqx.nn.WeightNorm
+
+        def __call__(self, z, x):
+            return jnp.tanh(0.3 * self.hidden(z) + x)
+
+    linear = eqx.nn.Linear(WIDTH, WIDTH, key=jax.random.key(0))
+    layer = mo.nn.Equilibrium(Normalised(eqx.nn.WeightNorm(linear)))
+    x = normal((WIDTH,))
+    slope = eqx.filter_grad(lambda layer: value_of(layer(x)[0]))(layer)
+    assert float(jnp.linalg.norm(slope.cell.hidden.layer.weight)) > 0
+
+
+def test_the_hyperparameter_of_a_network_with_an_equilibrium():
+    """The hypergradient of the decay and of the scale of a cell, through training."""
+    x, y = normal((8, INPUTS)), normal((8,), 1)
+    weight, inputs, readout = (
+        contraction(norm=0.6),
+        normal((WIDTH, INPUTS), 1),
+        normal(6, 2),
+    )
+
+    def predict(params, hyper, layer_of):
+        cell = lambda z, x: jnp.tanh(hyper["scale"] * params["weight"] @ z + inputs @ x)
+        return jax.vmap(layer_of(cell))(x) @ params["readout"]
+
+    def loss(layer_of):
+        def mean(params, hyper, batch):
+            decay = sum(jnp.sum(leaf**2) for leaf in params.values())
+            errors = predict(params, hyper, layer_of) - y
+            return jnp.mean(errors**2) + jnp.exp(hyper["decay"]) * decay
+
+        return mean
+
+    def by_layer(cell):
+        solver = mo.Anderson(100, rtol=1e-12)
+        layer = mo.nn.Equilibrium(
+            cell, lambda x: jnp.zeros(WIDTH), solver=solver, adjoint=EXACT
+        )
+        return lambda x: layer(x)[0]
+
+    def by_scan(cell):  # which reverse mode can pass
+        step = lambda x: lambda z, _: (cell(z, x), None)
+        return lambda x: jax.lax.scan(step(x), jnp.zeros(WIDTH), None, 60)[0]
+
+    hyper = {"decay": jnp.asarray(-4.0), "scale": jnp.asarray(0.9)}
+    params = {"weight": weight, "readout": readout}
+    found = []
+    for layer_of in (by_layer, by_scan):
+        problem = mo.BilevelProblem(
+            mo.InnerProblem(loss(layer_of)),
+            lambda params, hyper, batch, layer_of=layer_of: jnp.sum(
+                jnp.sin(predict(params, hyper, layer_of))
+            ),
+        )
+        gradient, report = mo.hypergradient(
+            problem,
+            hyper,
+            params,
+            inner=mo.Descent(optax.sgd(0.02), 3),
+            adjoint=mo.UnrolledAdjoint(),
+        )
+        found.append(gradient)
+    assert abs(float(found[1]["decay"])) > 1e-6 and abs(float(found[1]["scale"])) > 1e-3
+    assert_close(*found, rtol=1e-7)
+
+
 # What does not converge
 
 
@@ -393,6 +546,25 @@ def test_anderson_by_least_squares(history_size, relaxation):
         (lambda: mo.Anderson(relaxation=0.0), r"`relaxation` must lie in \(0, 1\]"),
         (lambda: mo.Anderson(regularization=-1.0), "`regularization` must be"),
         (lambda: mo.Anderson(rtol=float("nan")), "`rtol` must be"),
+        (
+            lambda: mo.nn.Equilibrium(expanding(0.5)).iterates(normal((WIDTH,)), (3, 2)),
+            "`steps` must increase",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(expanding(0.5)).iterates(normal((WIDTH,)), (101,)),
+            "at most, 100",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(
+                expanding(0.5),
+                solver=mo.OptimistixSolver(optx.FixedPointIteration(1e-6, 1e-6)),
+            ).iterates(normal((WIDTH,)), (1,)),
+            "runs as a whole",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(Tanh(), inference_solver=3),  # pyright: ignore[reportArgumentType]
+            "`inference_solver` must be",
+        ),
         (lambda: mo.nn.Equilibrium(3), "`cell` must be a function"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.Equilibrium(Tanh(), solver=mo.Anderson), "`solver` is the class"),  # pyright: ignore[reportArgumentType]
         (
