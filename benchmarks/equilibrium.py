@@ -149,19 +149,19 @@ def in_jaxopt():
 
 
 def in_banax(kind):
-    from banax import adjoint, solver
+    from banax import adjoint, solver  # pyright: ignore[reportMissingImports]
 
     kwargs: dict[str, Any] = {"rtol": RTOL, "max_steps": MAX_STEPS}
     made = getattr(solver, kind)(**kwargs)
     implicit = adjoint.Implicit(solver=made, b_solver=made)
-    run = lambda cell, x: implicit((lambda z, cell, x: cell(z, x), (cell, x)), 0 * x)
+    start = lambda x: jax.lax.stop_gradient(jnp.zeros_like(x))
+    run = lambda cell, x: implicit((lambda z, cell, x: cell(z, x), (cell, x)), start(x))
     return lambda cell, x: run(cell, x).value, lambda cell, x: run(cell, x).stats.steps
 
 
 def contenders() -> dict[str, Callable]:
-    history = {"history_size": HISTORY}
-    anderson = mo.Anderson(MAX_STEPS, rtol=RTOL, **history)
-    each = mo.Anderson(MAX_STEPS, rtol=RTOL, per_example=True, **history)
+    anderson = mo.Anderson(MAX_STEPS, rtol=RTOL, history_size=HISTORY)
+    each = mo.Anderson(MAX_STEPS, rtol=RTOL, history_size=HISTORY, per_example=True)
     broyden = mo.Broyden(MAX_STEPS, rtol=RTOL)
     picard = mo.Picard(MAX_STEPS, rtol=RTOL)
     return {

@@ -154,7 +154,8 @@ def train(way, data, num_steps, key, watched) -> tuple[Classifier, dict]:
         )
         updates, state = optimizer.update(gradient, state)
         failed = jnp.mean(info.result != mo.RESULTS.successful)
-        numbers = loss, jnp.mean(info.num_steps), failed, ~state.last_finite
+        not_taken = ~optax.tree.get(state, "last_finite")
+        numbers = loss, jnp.mean(info.num_steps), failed, not_taken
         return eqx.apply_updates(model, updates), state, numbers
 
     # Compiled beforehand, so that the seconds are those of training.
@@ -246,7 +247,7 @@ def picture(out, runs, sizes):
 
 
 def main():
-    arguments = parse_arguments("deq_digits", __doc__, steps=400, data=("digits",))
+    arguments = parse_arguments("deq_digits", str(__doc__), steps=400, data=("digits",))
     num_steps = 5 if arguments.quick else arguments.steps
     train_data, test_data = mo.datasets.split(
         load(arguments.data), (1200, 597), arguments.seed

@@ -298,7 +298,7 @@ def test_solvers_of_other_libraries():
     cell, initial = Tanh(), CELLS["tanh"][1]
     x = normal((INPUTS,), 9)
     own = mo.nn.Equilibrium(cell, initial, solver=mo.Anderson(rtol=1e-10), adjoint=EXACT)
-    solvers = [
+    solvers: list[mo.AbstractSolver] = [
         mo.OptimistixSolver(optx.FixedPointIteration(rtol=1e-11, atol=1e-11)),
         mo.OptimistixSolver(optx.Newton(rtol=1e-10, atol=1e-10)),
     ]
@@ -539,6 +539,14 @@ def test_anderson_by_least_squares(history_size, relaxation):
             lambda: mo.nn.Equilibrium(expanding(0.5), adjoint=mo.OneStepAdjoint())(
                 normal((WIDTH,))
             ),
+            "mixes the map with earlier steps",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(
+                expanding(0.5),
+                solver=mo.ReversiblePicard(),
+                adjoint=mo.OneStepAdjoint(),
+            )(normal((WIDTH,))),
             "mixes the map with earlier steps",
         ),
         (lambda: mo.Anderson(0), "`num_steps` must be at least 1"),

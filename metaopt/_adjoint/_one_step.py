@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._detach import detached
-from .._solver import AbstractBestIterateSolver
+from .._solver import AbstractBestIterateSolver, ReversiblePicard
 from ._base import AbstractPathAdjoint, check_iterative
 
 
@@ -33,7 +33,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
-        if isinstance(solver, AbstractBestIterateSolver):
+        if isinstance(solver, AbstractBestIterateSolver | ReversiblePicard):
             raise ValueError(
                 f"The last step of `{type(solver).__name__}` mixes the map with earlier "
                 "steps, so that its derivative is not the one-step estimate. Use "

@@ -272,7 +272,7 @@ class Equilibrium(eqx.Module):
         if not isinstance(solver, AbstractFixedPointSolver):
             raise ValueError(
                 f"`{type(solver).__name__}` takes no `budget`. Use `metaopt.Anderson()`, "
-                "`metaopt.Broyden()`, `metaopt.NewtonKrylov()` or `metaopt.Picard()`."
+                "or another of metaopt's own solvers of fixed points."
             )
         return solver.with_budget(budget)
 
