@@ -117,10 +117,9 @@ class Broyden(AbstractAcceleratedSolver):
         inverse, direction = memory.updated(at)
         direction = examples.where(back, memory.direction, direction)
         direction = examples.where(anew, at.residual, direction)
-        count = jnp.where(back, memory.inverse.count, inverse.count)
         new = examples.axpy(jnp.where(back, -length / 2, 1), direction, at.params)
         return new, _Memory(
-            inverse=dataclasses.replace(inverse, count=jnp.where(anew, 0, count)),
+            inverse=inverse.where(back, memory.inverse).emptied(anew),
             direction=direction,
             residual=examples.where(back, memory.residual, at.residual),
             length=jnp.where(back, length / 2, 1),
@@ -130,45 +129,84 @@ class Broyden(AbstractAcceleratedSolver):
 class BroydenInverse(AbstractInverse):
     r"""The identity and terms of rank one, $I + \sum_i u_i v_i^T$.
 
+    The last term is not among the others yet. It is put there before they are read, and not
+    when it is known, which is after that: compiled loops can then write in place, where
+    they would copy everything.
+
     **Attributes:**
 
     - `left`, `right`: the vectors $u_i$ and $v_i$, leaves of shape `(m, ...)`.
-    - `count`: how many of them count, for each fixed point.
+    - `last_left`, `last_right`: those of the last term.
+    - `count`: how many terms there are, for each fixed point.
     - `examples`: how many fixed points there are.
     """
 
     left: Vector
     right: Vector
+    last_left: Vector
+    last_right: Vector
     count: Array
     examples: Examples
 
     @classmethod
     def identity(cls, params: Vector, examples: Examples, size: int) -> "BroydenInverse":
         """The identity, with room for terms."""
+        zero = jax.tree.map(jnp.zeros_like, params)
         zeros = jax.tree.map(lambda a: jnp.zeros((size, *a.shape), a.dtype), params)
-        return cls(zeros, zeros, jnp.zeros(examples.shape, jnp.int32), examples)
+        count = jnp.zeros(examples.shape, jnp.int32)
+        return cls(zeros, zeros, zero, zero, count, examples)
 
     def apply(self, vector):
+        return self.written().apply_written(vector)
+
+    def apply_written(self, vector: Vector) -> Vector:
+        """The same, where the last term is among the others."""
         weights = self.examples.products(self.right, vector)
         counts = jnp.arange(weights.shape[-1]) < self.count[..., None]
         weights = jnp.where(counts, weights, 0)
         return tree_add(vector, self.examples.combined(weights, self.left))
 
     def transposed(self):
-        return BroydenInverse(self.right, self.left, self.count, self.examples)
+        return dataclasses.replace(
+            self,
+            left=self.right,
+            right=self.left,
+            last_left=self.last_right,
+            last_right=self.last_left,
+        )
+
+    def written(self) -> "BroydenInverse":
+        """With the last term among the others."""
+        slot = jnp.maximum(self.count - 1, 0)
+        place = (slot,)
+        if self.examples.shape:
+            place = (slot, jnp.arange(self.examples.shape[0]))
+        put = lambda history, new: history.at[place].set(new, mode="promise_in_bounds")
+        return dataclasses.replace(
+            self,
+            left=jax.tree.map(put, self.left, self.last_left),
+            right=jax.tree.map(put, self.right, self.last_right),
+        )
 
     def with_term(self, left: Vector, right: Vector) -> "BroydenInverse":
-        """With one more term; there must be room for it."""
-        place = (self.count,)
-        if self.examples.shape:
-            place = (self.count, jnp.arange(self.examples.shape[0]))
-        put = lambda history, new: history.at[place].set(new)
-        return BroydenInverse(
-            jax.tree.map(put, self.left, left),
-            jax.tree.map(put, self.right, right),
-            self.count + 1,
-            self.examples,
+        """With one more term, there being room for it and the last one being written."""
+        return dataclasses.replace(
+            self, last_left=left, last_right=right, count=self.count + 1
         )
+
+    def where(self, condition: Array, old: "BroydenInverse") -> "BroydenInverse":
+        """What it was before its last term where the condition of an example holds."""
+        where = self.examples.where
+        return dataclasses.replace(
+            self,
+            last_left=where(condition, old.last_left, self.last_left),
+            last_right=where(condition, old.last_right, self.last_right),
+            count=jnp.where(condition, old.count, self.count),
+        )
+
+    def emptied(self, condition: Array) -> "BroydenInverse":
+        """The identity where the condition of an example holds."""
+        return dataclasses.replace(self, count=jnp.where(condition, 0, self.count))
 
 
 class _Memory(eqx.Module):
@@ -195,11 +233,9 @@ class _Memory(eqx.Module):
         """
         examples, size = at.examples, jax.tree.leaves(self.inverse.left)[0].shape[0]
         full = self.inverse.count >= size
-        inverse = dataclasses.replace(
-            self.inverse, count=jnp.where(full, 0, self.inverse.count)
-        )
+        inverse = self.inverse.written().emptied(full)
         step = examples.scale(self.length, self.direction)
-        ahead = inverse.apply(at.residual)
+        ahead = inverse.apply_written(at.residual)
         before = examples.where(full, self.residual, self.direction)
         change = tree_sub(before, ahead)  # H y
         squared = examples.dot(step, step)
@@ -211,6 +247,6 @@ class _Memory(eqx.Module):
         curvature = jnp.where(small, least, curvature)
         factor = jnp.where(moves, share / jnp.where(moves, curvature * squared, 1), 0)
         left = examples.scale(factor, tree_sub(step, change))
-        right = inverse.transposed().apply(step)
+        right = inverse.transposed().apply_written(step)
         along = examples.dot(right, at.residual)
         return inverse.with_term(left, right), examples.axpy(along, left, ahead)
