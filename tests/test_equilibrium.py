@@ -244,6 +244,30 @@ def test_other_adjoints(adjoint, cosine):
         assert not np.allclose(ours, exact, rtol=1e-5)
 
 
+def test_errors_of_approximate_derivatives():
+    """At a norm of 0.8: the last step alone keeps the direction, and terms of the series
+    gain a digit for two or three of them."""
+    cell, initial = Tanh(0.8, 64), lambda x: jnp.zeros(64)
+    x, cotangent = normal((INPUTS,), 9), normal((64,), 10)
+    solver = mo.Anderson(200, rtol=1e-12)
+
+    @eqx.filter_jit
+    def slope(cell, linear):
+        adjoint = mo.ImplicitAdjoint(linear)
+        layer = mo.nn.Equilibrium(cell, initial, solver=solver, adjoint=adjoint)
+        return jnp.vdot(cotangent, layer(x)[0])
+
+    exact, *series = (
+        eqx.filter_grad(slope)(cell, linear).weight
+        for linear in (mo.GMRES(rtol=1e-12), *map(mo.Neumann, (0, 3, 5, 10)))
+    )
+    errors = [jnp.linalg.norm(a - exact) / jnp.linalg.norm(exact) for a in series]
+    assert np.all(np.asarray(errors) < [0.4, 2e-2, 2e-3, 1e-5])
+    assert np.all(np.asarray(errors) > [0.1, 1e-3, 1e-5, 1e-9])
+    cosine = jnp.vdot(series[0], exact) / jnp.linalg.norm(series[0])
+    assert 0.9 < cosine / jnp.linalg.norm(exact) < 0.995
+
+
 def test_memory_does_not_grow_with_the_steps():
     def temporaries(adjoint, num_steps):
         solver = mo.Anderson(num_steps, rtol=None)
