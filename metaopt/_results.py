@@ -16,7 +16,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     # -- the inner problem
     inner_max_steps = (
         "The inner solver reached its step limit before its tolerance was met. Raise "
-        "its number of steps, loosen its tolerance, or start it closer to the solution."
+        "its number of steps, loosen its tolerance (for a fixed point near zero give an "
+        "`atol`), or start it closer to the solution."
     )
     inner_nonfinite = (
         "The inner loss or its gradient became infinite or NaN (`stats` and the report "

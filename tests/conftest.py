@@ -61,6 +61,7 @@ _ONE_OF = {
         "test_a_budget_changes_without_compiling_again": 2,
         "test_cells_that_do_not_contract_get_a_code_and_a_finite_answer": 3,
         "test_linear_systems_as_fixed_points": 3,
+        "test_steps_after_convergence_do_no_harm_to_the_derivative": 2,
         "test_steps_on_contracting_cells": 3,
     },
     "test_layers": {"test_conv_and_derivatives_are_those_of_equinox": 4},

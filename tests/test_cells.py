@@ -80,6 +80,23 @@ def test_a_norm_is_never_too_small(shape, scale):
     np.testing.assert_array_equal(zero, 1)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_norm_is_bounded_in_any_precision(dtype):
+    largest = {"float16": 300.0, "bfloat16": 1e30, "float32": 1e30}[dtype]
+    for scale in (largest, 1.0, 1e-3):
+        matrix = (scale * normal((16, 16))).astype(dtype)
+        bounded = mo.nn.bound_spectral_norm(matrix, 0.9)
+        assert bounded.dtype == matrix.dtype
+        assert float(jnp.linalg.norm(bounded.astype(float), 2)) <= 0.9 * (1 + 1e-6)
+        slope = jax.grad(lambda m: jnp.sum(mo.nn.bound_spectral_norm(m, 0.9)))(matrix)
+        assert np.all(np.isfinite(slope.astype(float)))
+    tiny = 1e-25 * normal((4, 4)).astype(jnp.float32)
+    slope = jax.grad(lambda m: jnp.sum(mo.nn.bound_spectral_norm(m, 0.9)))(tiny)
+    np.testing.assert_array_equal(slope, 1)
+    nan = mo.nn.bound_spectral_norm(normal((4, 4)).at[0, 0].set(jnp.nan), 0.9)
+    assert np.all(np.isnan(nan))
+
+
 def test_norms_are_bounded_in_a_pytree():
     layer = eqx.nn.MLP(3, 4, 16, 2, key=jax.random.key(0))
     bounded = mo.nn.bound_spectral_norm(blown_up(layer), 0.7)

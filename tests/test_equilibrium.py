@@ -397,6 +397,15 @@ def test_a_loss_on_iterates_trains_in_one_program():
     assert found.solver.budget is None
 
 
+def test_inputs_without_derivative():
+    table = normal((5, WIDTH))
+    cell = lambda z, token: jnp.tanh(0.5 * z + table[token])
+    layer = mo.nn.Equilibrium(cell, lambda token: jnp.zeros(WIDTH))
+    z, _ = layer(jnp.array(3))
+    np.testing.assert_allclose(z, cell(z, 3), rtol=1e-3)
+    assert mo.nn.Equilibrium(lambda z, x: 0.5 * z + x)(0.3)[0].shape == ()
+
+
 def test_normalisations_of_equinox_work_in_a_cell():
     class Normalised(eqx.Module):
         hidden: eqx.nn.WeightNorm
@@ -602,6 +611,13 @@ def test_anderson_by_least_squares(history_size, relaxation):
         (
             lambda: mo.nn.Equilibrium(lambda z, x: z[:2])(normal((INPUTS,))),
             "the step of the fixed-point",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(
+                lambda z, x: (jnp.tanh(z[0]), z[1] + 1),
+                lambda x: (jnp.zeros(2), jnp.array(0)),
+            )(normal((WIDTH,))),
+            "floating-point arrays only",
         ),
         (
             lambda: mo.nn.Equilibrium(expanding(0.5), solver=mo.Anderson(per_example=True))(

@@ -75,9 +75,15 @@ def bound_spectral_norm(tree: PyTree, bound: float = 0.9) -> PyTree:
 def _bounded(matrix: jax.Array, bound: float) -> jax.Array:
     if matrix.size == 0:
         return matrix
-    norm = spectral_norm(matrix)
-    over = norm > bound
-    return matrix * jnp.where(over, bound / jnp.where(over, norm, 1), 1)
+    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    norm = spectral_norm(wide)
+    if wide.dtype != matrix.dtype:
+        # Rounding to the dtype of the matrix may stretch it again.
+        norm = norm * (1 + float(jnp.finfo(matrix.dtype).eps) * max(matrix.shape) ** 0.5)
+    over = ~(norm <= bound)  # or not a number
+    return (wide * jnp.where(over, bound / jnp.where(over, norm, 1), 1)).astype(
+        matrix.dtype
+    )
 
 
 def spectral_norm(matrix: jax.Array) -> FloatScalar:
@@ -89,8 +95,10 @@ def spectral_norm(matrix: jax.Array) -> FloatScalar:
     much. Unlike the power method it never is too small, and it has a derivative where
     singular values are equal; unlike a decomposition it is made of products alone.
     """
-    is_zero = jnp.sum(jnp.abs(matrix)) == 0
-    power = jnp.where(is_zero, 1, matrix)
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(matrix)))
+    is_zero = largest == 0
+    scale = jnp.where(is_zero, 1, largest)
+    power = jnp.where(is_zero, 1, matrix / scale)
     power = power if power.shape[0] >= power.shape[1] else power.T
     log_scale = jnp.zeros((), matrix.dtype)
     for _ in range(_NUM_SQUARINGS):
@@ -99,4 +107,4 @@ def spectral_norm(matrix: jax.Array) -> FloatScalar:
         power = jnp.matmul(power.T, power, precision=jax.lax.Precision.HIGHEST)
         log_scale = 2 * (log_scale + jnp.log(size))
     last = log_scale + jnp.log(jnp.linalg.norm(power))
-    return jnp.where(is_zero, 0, jnp.exp(last / 2**_NUM_SQUARINGS))
+    return jnp.where(is_zero, 0, scale * jnp.exp(last / 2**_NUM_SQUARINGS))

@@ -156,9 +156,10 @@ class Equilibrium(eqx.Module):
 
         - `x`: the input, any pytree of arrays.
         - `z`: where to start, in place of `initial(x)`: the fixed point of a step of
-            training before this one, say.
-        - `budget`: the most steps that the solver takes, at most its own `num_steps`; an
-            integer array, which can change without compiling again.
+            training before this one, say. No derivative passes to it, but for an adjoint
+            that follows the path.
+        - `budget`: the most steps that the solver takes, at least 1 and at most its own
+            `num_steps`; an integer array, which can change without compiling again.
 
         **Returns:**
 
@@ -247,12 +248,22 @@ class Equilibrium(eqx.Module):
         if z is None:
             z = self._start(x)
         start = canonical_arrays(z, "z")
+        for leaf in jax.tree.leaves(eqx.filter(start, eqx.is_array)):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise ValueError(
+                    "The state of an equilibrium holds floating-point arrays only, and "
+                    f"`z` has one of {leaf.dtype}. Hand what does not change over in `x`."
+                )
         if not self.adjoint.sees_path:
             start = stop_gradient(start)
         step = _Step(self.cell, x)
         if isinstance(self.cell, AbstractCell):
             step = self.cell.prepare(x)
         moving, fixed = split_trainable(step)
+        if not jax.tree.leaves(moving):
+            # Nothing to differentiate in; a problem has some outer variable all the same.
+            step = _Still(step, jnp.zeros(()))
+            moving, fixed = split_trainable(step)
         return _CellProblem(fixed), moving, start
 
     def _start(self, x: PyTree) -> PyTree:
@@ -285,6 +296,16 @@ class _Step(eqx.Module):
 
     def __call__(self, z: PyTree) -> PyTree:
         return self.cell(z, self.x)
+
+
+class _Still(eqx.Module):
+    """A step without floating-point arrays, beside one."""
+
+    step: Callable[..., Any]
+    nothing: Array
+
+    def __call__(self, z: PyTree) -> PyTree:
+        return self.step(z)
 
 
 class _CellProblem(AbstractFixedPointProblem):

@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+from jaxtyping import Array
 
 from .._types import Vector
 
@@ -18,8 +19,44 @@ class AbstractInverse(eqx.Module):
         **Arguments:**
 
         - `vector`: a vector like the params.
+
+        **Returns:**
+
+        A vector likewise.
         """
 
     @abc.abstractmethod
     def transposed(self) -> "AbstractInverse":
-        """The approximation of the transposed inverse."""
+        """The approximation of the transposed inverse.
+
+        **Returns:**
+
+        Another one of these.
+        """
+
+    @abc.abstractmethod
+    def norm(self, vector: Vector) -> Array:
+        """The norm of a vector, one for each fixed point that it holds.
+
+        **Arguments:**
+
+        - `vector`: a vector like the params.
+
+        **Returns:**
+
+        A scalar, or an array `(n,)` for params that hold `n` fixed points.
+        """
+
+    @abc.abstractmethod
+    def choose(self, condition: Array, x: Vector, y: Vector) -> Vector:
+        """One vector or the other for each fixed point.
+
+        **Arguments:**
+
+        - `condition`: of the shape that `norm` returns.
+        - `x`, `y`: vectors like the params.
+
+        **Returns:**
+
+        `x` where the condition holds, else `y`.
+        """

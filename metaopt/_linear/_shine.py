@@ -63,6 +63,11 @@ class SHINE(AbstractLinearSolver):
     def __check_init__(self):
         if self.refine is not None:
             check_kind(self.refine, AbstractLinearSolver, "refine", "metaopt.GMRES()")
+        if isinstance(self.refine, SHINE):
+            raise ValueError(
+                "`refine` must be a linear solver that improves what it is given, such as "
+                "`metaopt.LinearFixedPoint()`; got another `SHINE`."
+            )
 
     @property
     def left_out(self):
@@ -85,16 +90,17 @@ class SHINE(AbstractLinearSolver):
         scale, size = scale_and_norm(vector)
         b = divided(vector, scale)
 
-        def left(x: Vector):
+        def left(x: Vector) -> Vector:
             product = operator.mv(x)
-            return tree_norm(jax.tree.map(lambda r, p: r - p.astype(r.dtype), b, product))
+            return jax.tree.map(lambda r, p: r - p.astype(r.dtype), b, product)
 
         shared = jax.tree.map(lambda a, r: a.astype(r.dtype), self.inverse.apply(b), b)
         by_one_step, by_inverse = left(b), left(shared)
         # Comparing with NaN is false.
-        better = by_inverse <= by_one_step
-        x = tree_where(better, shared, b)
-        residual = jnp.where(better, by_inverse, by_one_step)
+        better = self.inverse.norm(by_inverse) <= self.inverse.norm(by_one_step)
+        x = self.inverse.choose(better, shared, b)
+        # Fixed points that one problem holds do not act on each other.
+        residual = tree_norm(self.inverse.choose(better, by_inverse, by_one_step))
         if self.refine is not None:
             start = tree_scale(scale, x)
             refined = self.refine.solve(operator, vector, start, tolerance)

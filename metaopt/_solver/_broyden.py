@@ -47,7 +47,9 @@ class Broyden(AbstractAcceleratedSolver):
     - `num_steps`: the most steps that are taken.
     - `rtol`, `atol`: stop once the Euclidean norm of `step(params) - params` is at most
         `atol + rtol * norm(params)`. With `rtol=None` all the steps are taken.
-    - `history_size`: how many terms are kept.
+    - `history_size`: how many terms are kept. Where the inverse is shared with the
+        derivative it should be as many as a solve takes steps, because what is left of a
+        memory that has begun anew is little.
     - `per_example`: whether the leading axis of every array of the params is one of
         examples, each a fixed point of its own, with its own inverse and its own residual,
         and held once it has converged. Under `jax.vmap` it is so without.
@@ -101,6 +103,7 @@ class Broyden(AbstractAcceleratedSolver):
             direction=zeros,
             residual=zeros,
             length=jnp.ones(examples.shape, tree_dtype(params)),
+            held=jnp.zeros(examples.shape, bool),
         )
 
     def advance(
@@ -118,11 +121,14 @@ class Broyden(AbstractAcceleratedSolver):
         direction = examples.where(back, memory.direction, direction)
         direction = examples.where(anew, at.residual, direction)
         new = examples.axpy(jnp.where(back, -length / 2, 1), direction, at.params)
+        # An example that was held has taken no step to learn from.
+        held = memory.held
         return new, _Memory(
-            inverse=inverse.where(back, memory.inverse).emptied(anew),
+            inverse=inverse.where(back | held, memory.inverse).emptied(anew & ~held),
             direction=direction,
             residual=examples.where(back, memory.residual, at.residual),
             length=jnp.where(back, length / 2, 1),
+            held=at.settled,
         )
 
 
@@ -165,6 +171,12 @@ class BroydenInverse(AbstractInverse):
         counts = jnp.arange(weights.shape[-1]) < self.count[..., None]
         weights = jnp.where(counts, weights, 0)
         return tree_add(vector, self.examples.combined(weights, self.left))
+
+    def norm(self, vector):
+        return self.examples.norm(vector)
+
+    def choose(self, condition, x, y):
+        return self.examples.where(condition, x, y)
 
     def transposed(self):
         return dataclasses.replace(
@@ -217,12 +229,14 @@ class _Memory(eqx.Module):
     - `inverse`: $H$.
     - `residual`, `direction`: $g$ and $d = H g$ where the last step began.
     - `length`: how much of the direction was taken, for each fixed point.
+    - `held`: whether none of it was, because the point was the answer.
     """
 
     inverse: BroydenInverse
     residual: Vector
     direction: Vector
     length: Array
+    held: Array
 
     def updated(self, at: Applied) -> tuple[BroydenInverse, Vector]:
         r"""The inverse with what the last step says of it, and the next direction.

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -21,6 +22,8 @@ from ._examples import Examples
 
 
 _FEW_STEPS = 10  # of which none says that a solve stalls
+_MUCH_LARGER = 1e3  # than where the steps began
+_ROUNDING = 10  # units of it, below which a residual says nothing
 
 
 class Applied(eqx.Module):
@@ -32,6 +35,7 @@ class Applied(eqx.Module):
     - `residual`: `value - params`.
     - `norm`: the norm of the residual, one for each fixed point; without derivative.
     - `met`: where it meets the tolerance; `None` where none was asked for.
+    - `settled`: where it is met, or the residual is nothing but rounding.
     - `examples`: how many fixed points there are.
     - `apply`: the map, as a function of such a vector.
     """
@@ -41,8 +45,29 @@ class Applied(eqx.Module):
     residual: Vector
     norm: Array
     met: Array | None
+    settled: Array
     examples: Examples
     apply: Callable[[Vector], Vector]
+
+
+class Begun(eqx.Module):
+    """Where the steps began, and how many there have been.
+
+    **Attributes:**
+
+    - `step`: the number of steps.
+    - `size`: the norm of the initial params or of the map there, whichever is larger; one
+        for each fixed point.
+    """
+
+    step: IntScalar
+    size: Array
+
+    @classmethod
+    def at_start(cls, params: Vector, examples: Examples) -> "Begun":
+        """Before the first step."""
+        size = jnp.zeros(examples.shape, tree_dtype(params))
+        return cls(jnp.zeros((), int), size)
 
 
 class AbstractFixedPointSolver(AbstractIterativeSolver):
@@ -78,14 +103,22 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
         return problem_optimality(problem, params, hyper, batch, key, state)
 
     def applied(
-        self, problem, params, hyper, batch, key, model_state, step: IntScalar
-    ) -> tuple[Applied, StepOutput]:
+        self, problem, params, hyper, batch, key, model_state, begun: Begun
+    ) -> tuple[Applied, StepOutput, Begun]:
         """The map at some params, and what there is to say of it.
+
+        A map without a fixed point may drive params to where any residual is small in
+        comparison with them. So what the residual is compared with is not much more than
+        the size that params began with.
 
         **Arguments:**
 
-        - `step`: the number of steps before this one.
+        - `begun`: of the steps before this one.
         - all others: as for a step of any solver.
+
+        **Returns:**
+
+        The map, the output of the step, and `begun` for the next one.
         """
         old, static = split_trainable(params)
 
@@ -97,13 +130,17 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
         value = split_trainable(out.value)[0]
         residual = jax.tree.map(jnp.subtract, value, old)
         examples = Examples.of(old, self.per_example)
-        norm = examples.norm(jax.lax.stop_gradient(residual))
+        fixed = jax.lax.stop_gradient((old, value, residual))
+        size, first, norm = map(examples.norm, fixed)
+        first = jnp.where(begun.step == 0, jnp.maximum(size, first), begun.size)
+        size = jnp.minimum(size, _MUCH_LARGER * first)
+        settled = norm <= _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
         met = None
         if self.rtol is not None:
-            size = examples.norm(jax.lax.stop_gradient(old))
             met = norm <= self.atol + self.rtol * size
+            settled = settled | met
         at = Applied(
-            *(old, value, residual, norm, met, examples),
+            *(old, value, residual, norm, met, settled, examples),
             apply=lambda x: split_trainable(evaluate(x).value)[0],
         )
         output = StepOutput(
@@ -111,9 +148,9 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
             converged=None if met is None else jnp.all(met),
             model_state=out.state,
             aux=out.aux,
-            stops=None if self.budget is None else step + 1 >= self.budget,
+            stops=None if self.budget is None else begun.step + 1 >= self.budget,
         )
-        return at, output
+        return at, output, Begun(begun.step + 1, first)
 
 
 class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSolver):
@@ -147,22 +184,24 @@ class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSol
 
     def init(self, problem, params, hyper):
         examples = Examples.of(params, self.per_example)
-        return Progress.at_start(params, examples), self.begin(params, examples)
+        begun = Begun.at_start(params, examples)
+        return begun, Progress.at_start(params, examples), self.begin(params, examples)
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
-        progress, memory = solver_state
-        at, output = self.applied(
-            problem, params, hyper, batch, key, model_state, progress.step
+        begun, progress, memory = solver_state
+        at, output, begun = self.applied(
+            problem, params, hyper, batch, key, model_state, begun
         )
         new, memory = self.advance(at, memory, progress)
-        if at.met is not None:
-            # The point whose residual is known to be small is the answer.
-            new = at.examples.where(at.met, at.params, new)
+        # The point whose residual is known to be small is the answer. Where no tolerance
+        # was asked for, going on from there would combine nothing but rounding.
+        new = at.examples.where(at.settled, at.params, new)
         static = split_trainable(params)[1]
-        return eqx.combine(new, static), (progress.passed(at), memory), output
+        state = begun, progress.passed(at), memory
+        return eqx.combine(new, static), state, output
 
     def conclude(self, params, solver_state, converged):
-        progress, _ = solver_state
+        _, progress, _ = solver_state
         best = jax.tree.map(
             lambda new, best: jnp.where(converged, new, best), params, progress.best
         )
@@ -228,6 +267,8 @@ def as_budget(budget: Any) -> IntScalar | None:
             "`budget` must be an integer, or an integer array without axes; got "
             f"{budget!r}."
         )
+    if not isinstance(array, jax.core.Tracer) and array < 1:
+        raise ValueError(f"`budget` must be at least 1; got {budget!r}.")
     return array.astype(jnp.int32)
 
 

@@ -32,9 +32,11 @@ from .._tree import (
 )
 from .._validate import check_kind
 from ._anderson import Anderson
+from ._broyden import Broyden
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver
 from ._inner_solve import InnerSolve
+from ._picard import Picard
 
 
 _MARGIN = 0.8
@@ -71,8 +73,16 @@ class LinearFixedPoint(AbstractLinearSolver):
 
     def __check_init__(self):
         check_kind(
-            self.solver, AbstractFixedPointSolver, "solver", "metaopt.Anderson(rtol=1e-4)"
+            self.solver,
+            AbstractFixedPointSolver,
+            "solver",
+            "metaopt.Anderson(rtol=1e-4)",
         )
+        if not isinstance(self.solver, Anderson | Broyden | Picard):
+            raise ValueError(
+                "`solver` must be `metaopt.Anderson`, `metaopt.Broyden` or "
+                f"`metaopt.Picard`, with one product in each step; got `{self.solver!r}`."
+            )
         if self.solver.rtol == 0:
             raise ValueError(
                 "The `rtol` of the solver must be positive, or `None` for a fixed number "

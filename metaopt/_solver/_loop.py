@@ -25,6 +25,7 @@ from .._types import (
     Vector,
 )
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
+from ._fixed_point import AbstractFixedPointSolver
 
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
@@ -199,7 +200,7 @@ class Loop(eqx.Module):
         )
         if state.result is not None:
             result = first_failure(state.result, result)
-        if self.solver.stops_early:
+        if self.solver.stops_early and not _by_budget_alone(self.solver):
             stopped_short = jnp.logical_not(state.converged | failed)
             short = first_failure(why, RESULTS.inner_max_steps)
             result = where_result(stopped_short, short, result)
@@ -270,6 +271,11 @@ class Loop(eqx.Module):
             result=result,
         )
         return new, loss.astype(dtype)
+
+
+def _by_budget_alone(solver: AbstractIterativeSolver) -> bool:
+    """Whether nothing but a number of steps was asked for."""
+    return isinstance(solver, AbstractFixedPointSolver) and solver.rtol is None
 
 
 def _cast_like(new: Any, old: Any) -> Any:

@@ -121,7 +121,17 @@ class NewtonKrylov(AbstractAcceleratedSolver):
         ratio = at.norm / jnp.where(memory.norm > 0, memory.norm, 1)
         tolerance = jnp.minimum(0.9 * ratio**2, _LOOSEST)
         tolerance = jnp.where(jnp.isfinite(memory.norm), tolerance, _LOOSEST)
-        return self.linear_solver.solve(operator, at.residual, None, tolerance).value
+        tolerance = jax.lax.stop_gradient(tolerance)
+
+        def solve(product, vector):
+            made = lx.FunctionLinearOperator(product, tree_structs(vector))
+            return self.linear_solver.solve(made, vector, None, tolerance).value
+
+        # So that derivatives along the path can pass it.
+        self.linear_solver.check(operator)
+        return jax.lax.custom_linear_solve(
+            operator.mv, at.residual, solve, transpose_solve=solve
+        )
 
 
 class _Memory(eqx.Module):

@@ -4,12 +4,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from .._model_state import AbstractStatePolicy
 from .._types import IntScalar
 from .._validate import check_count, check_tolerance
-from ._fixed_point import AbstractFixedPointSolver, as_budget, check_relaxation
+from ._examples import Examples
+from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun, check_relaxation
 
 
 class Picard(AbstractFixedPointSolver):
@@ -17,7 +17,8 @@ class Picard(AbstractFixedPointSolver):
 
     Use it for contractions, and wherever the derivative should follow the path; it
     converges at the rate of the contraction. Where the map is no contraction it
-    diverges or circles, which the result says.
+    diverges or circles, which the result says. What is returned is the map, applied to the
+    first params that meet the tolerance: for a contraction that is nearer still.
 
     **Arguments:**
 
@@ -73,14 +74,14 @@ class Picard(AbstractFixedPointSolver):
         check_relaxation(self.relaxation)
 
     def init(self, problem, params, hyper):
-        return jnp.zeros((), int)
+        return Begun.at_start(params, Examples.of(params, self.per_example))
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
-        at, output = self.applied(
+        at, output, begun = self.applied(
             problem, params, hyper, batch, key, model_state, solver_state
         )
         new = at.value
         if self.relaxation != 1:
             new = jax.tree.map(lambda z, g: z + self.relaxation * g, at.params, at.residual)
         static = eqx.filter(params, eqx.is_inexact_array, inverse=True)
-        return eqx.combine(new, static), solver_state + 1, output
+        return eqx.combine(new, static), begun, output

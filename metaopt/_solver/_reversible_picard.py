@@ -11,7 +11,7 @@ from .._tree import split_trainable, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._examples import Examples
-from ._fixed_point import AbstractFixedPointSolver, as_budget
+from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun
 
 
 class ReversiblePicard(AbstractFixedPointSolver):
@@ -106,17 +106,18 @@ class ReversiblePicard(AbstractFixedPointSolver):
             )
 
     def init(self, problem, params, hyper):
-        return CoupledState(params, jnp.zeros((), int))
+        examples = Examples.of(params, self.per_example)
+        return CoupledState(params, Begun.at_start(params, examples))
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
         state: CoupledState = solver_state
-        at, output = self.applied(
-            problem, params, hyper, batch, key, model_state, state.count
+        at, output, begun = self.applied(
+            problem, params, hyper, batch, key, model_state, state.begun
         )
         companion = self.mixed(state.companion, at.value)
         new = self.mixed(at.params, at.apply(companion))
         static = split_trainable(params)[1]
-        return eqx.combine(new, static), CoupledState(companion, state.count + 1), output
+        return eqx.combine(new, static), CoupledState(companion, begun), output
 
     #
     # What the adjoint that undoes the steps needs besides
@@ -172,7 +173,7 @@ class ReversiblePicard(AbstractFixedPointSolver):
 
 
 class CoupledState(eqx.Module):
-    """The iterate beside the params, and the number of steps."""
+    """The iterate beside the params, and where the steps began."""
 
     companion: Vector
-    count: IntScalar
+    begun: Begun
