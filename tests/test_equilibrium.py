@@ -610,7 +610,7 @@ def test_anderson_by_least_squares(history_size, relaxation):
         (lambda: mo.nn.Equilibrium(Tanh(), solver=mo.Anderson), "`solver` is the class"),  # pyright: ignore[reportArgumentType]
         (
             lambda: mo.nn.Equilibrium(lambda z, x: z[:2])(normal((INPUTS,))),
-            "the step of the fixed-point",
+            "must return a state like `z`",
         ),
         (
             lambda: mo.nn.Equilibrium(

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
 from .._data import FullBatch
 from .._detach import detached, stop_gradient
-from .._problem import AbstractFixedPointProblem
 from .._results import RESULTS
 from .._solve_inner import solve_inner
 from .._solver import (
@@ -22,10 +21,10 @@ from .._solver import (
     InnerSolve,
     LinearFixedPoint,
 )
-from .._tree import split_trainable, tree_scaled_norm, tree_sub
 from .._types import FloatScalar, IntScalar, PyTree
 from .._validate import ADJOINT_EXAMPLE, canonical_arrays, check_count, check_kind
 from ._cell import AbstractCell
+from ._cell_problem import cell_problem, CellProblem
 
 
 class EquilibriumInfo(eqx.Module):
@@ -139,6 +138,7 @@ class Equilibrium(eqx.Module):
             check_kind(
                 inference_solver, AbstractSolver, "inference_solver", "metaopt.Anderson()"
             )
+            adjoint.check(inference_solver, FullBatch(None))
         self.cell = cell
         self.initial = initial
         self.solver = solver
@@ -176,7 +176,7 @@ class Equilibrium(eqx.Module):
         )
         info = EquilibriumInfo(
             num_steps=solution.stats["num_steps"],
-            residual=detached(_relative_residual, problem, solution.value, moving),
+            residual=detached(problem.relative_residual, solution.value, moving),
             residuals=stop_gradient(solution.stats["losses"]),
             result=solution.result,
         )
@@ -240,31 +240,14 @@ class Equilibrium(eqx.Module):
             for z in detached(run, problem, moving, start)
         ]
 
-    def _problem(
-        self, x: PyTree, z: PyTree | None
-    ) -> tuple["_CellProblem", PyTree, PyTree]:
+    def _problem(self, x: PyTree, z: PyTree | None) -> tuple[CellProblem, PyTree, PyTree]:
         """The problem, what its derivative is in, and where a solver starts."""
         x = canonical_arrays(x, "x")
-        if z is None:
-            z = self._start(x)
-        start = canonical_arrays(z, "z")
-        for leaf in jax.tree.leaves(eqx.filter(start, eqx.is_array)):
-            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-                raise ValueError(
-                    "The state of an equilibrium holds floating-point arrays only, and "
-                    f"`z` has one of {leaf.dtype}. Hand what does not change over in `x`."
-                )
+        start = canonical_arrays(self._start(x) if z is None else z, "z")
         if not self.adjoint.sees_path:
             start = stop_gradient(start)
-        step = _Step(self.cell, x)
-        if isinstance(self.cell, AbstractCell):
-            step = self.cell.prepare(x)
-        moving, fixed = split_trainable(step)
-        if not jax.tree.leaves(moving):
-            # Nothing to differentiate in; a problem has some outer variable all the same.
-            step = _Still(step, jnp.zeros(()))
-            moving, fixed = split_trainable(step)
-        return _CellProblem(fixed), moving, start
+        problem, moving = cell_problem(self.cell, x, start)
+        return problem, moving, start
 
     def _start(self, x: PyTree) -> PyTree:
         if self.initial is not None:
@@ -286,42 +269,3 @@ class Equilibrium(eqx.Module):
                 "or another of metaopt's own solvers of fixed points."
             )
         return solver.with_budget(budget)
-
-
-class _Step(eqx.Module):
-    """A cell at an input, as a function of the state."""
-
-    cell: Callable[..., Any]
-    x: PyTree
-
-    def __call__(self, z: PyTree) -> PyTree:
-        return self.cell(z, self.x)
-
-
-class _Still(eqx.Module):
-    """A step without floating-point arrays, beside one."""
-
-    step: Callable[..., Any]
-    nothing: Array
-
-    def __call__(self, z: PyTree) -> PyTree:
-        return self.step(z)
-
-
-class _CellProblem(AbstractFixedPointProblem):
-    """The fixed point of a cell at an input, whose arrays are the outer variables."""
-
-    fixed: Any
-
-    def init(self, hyper, key):
-        raise ValueError("A cell does not say where the solver starts.")
-
-    def step(self, params, hyper, batch):
-        return eqx.combine(hyper, self.fixed)(params)
-
-
-def _relative_residual(problem: _CellProblem, z: PyTree, hyper: PyTree) -> FloatScalar:
-    before, after = (split_trainable(a)[0] for a in (z, problem.step(z, hyper, None)))
-    size = tree_scaled_norm(before)
-    difference = tree_scaled_norm(tree_sub(after, before))
-    return jnp.where(difference == 0, 0.0, difference / size)
