@@ -620,9 +620,9 @@ def test_anderson_by_least_squares(history_size, relaxation):
             "floating-point arrays only",
         ),
         (
-            lambda: mo.nn.Equilibrium(expanding(0.5), solver=mo.Anderson(per_example=True))(
-                jnp.zeros(())
-            ),
+            lambda: mo.nn.Equilibrium(
+                lambda z, x: 0.5 * z + x, solver=mo.Anderson(per_example=True)
+            )(jnp.zeros(())),
             "must share their leading",
         ),
         (
