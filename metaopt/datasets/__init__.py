@@ -8,3 +8,5 @@ from ._image_data import ImageData as ImageData, split as split
 from ._image_folder import load_image_folder as load_image_folder
 from ._mnist import load_mnist as load_mnist
 from ._omniglot import load_omniglot as load_omniglot
+from ._text_data import TextData as TextData
+from ._tiny_shakespeare import load_tiny_shakespeare as load_tiny_shakespeare
