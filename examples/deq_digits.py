@@ -183,7 +183,7 @@ def train(way, data, num_steps, key, watched) -> tuple[Classifier, dict]:
     }
 
 
-def memory(data, key) -> dict[str, list[float]]:
+def memory(data, key, depths) -> dict[str, list[float]]:
     """MiB of temporary memory that XLA plans for a gradient, for each depth."""
     makers: dict[str, Callable] = {
         "implicit": lambda k: (mo.Anderson(k, rtol=None), IMPLICIT),
@@ -194,7 +194,7 @@ def memory(data, key) -> dict[str, list[float]]:
     table = {}
     for name, make in makers.items():
         table[name] = []
-        for depth in DEPTHS:
+        for depth in depths:
             model = classifier(Way(True, *make(depth)), data, key)
             arrays, static = eqx.partition(model, eqx.is_inexact_array)
 
@@ -208,7 +208,7 @@ def memory(data, key) -> dict[str, list[float]]:
     return table
 
 
-def picture(out, runs, sizes):
+def picture(out, runs, sizes, depths):
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     shown = [name for name in runs if name.startswith("implicit")]
     for color, name in zip(("C0", "C3", "C1", "C2"), shown, strict=True):
@@ -231,12 +231,12 @@ def picture(out, runs, sizes):
     for axis in axes[:2]:
         axis.legend(frameon=False)
     for marker, (name, row) in zip("os^", sizes.items(), strict=True):
-        axes[2].loglog(DEPTHS, row, marker + "-", label=name)
+        axes[2].loglog(depths, row, marker + "-", label=name)
     axes[2].set(
         title="Memory of a gradient (MiB)",
         xlabel="steps of the solver",
-        xticks=DEPTHS,
-        xticklabels=DEPTHS,
+        xticks=depths,
+        xticklabels=depths,
     )
     axes[2].minorticks_off()
     axes[2].legend(frameon=False)
@@ -272,14 +272,15 @@ def main():
         )
     header = ["trained", "test accuracy", "solver steps", "radius", "not taken", "CPU s"]
     print_table(f"{num_steps} training steps on 1200 digits", header, table)
-    sizes = memory(train_data, key)
+    depths = DEPTHS[:2] if arguments.quick else DEPTHS
+    sizes = memory(train_data, key, depths)
     print_table(
         "MiB of a gradient by solver steps",
-        ["", *(f"{depth}" for depth in DEPTHS)],
+        ["", *(f"{depth}" for depth in depths)],
         [[name, *(f"{size:.2f}" for size in row)] for name, row in sizes.items()],
     )
-    picture(arguments.out, runs, sizes)
-    write_metrics(arguments.out, {"runs": runs, "memory": sizes, "depths": DEPTHS})
+    picture(arguments.out, runs, sizes, depths)
+    write_metrics(arguments.out, {"runs": runs, "memory": sizes, "depths": depths})
 
 
 if __name__ == "__main__":
