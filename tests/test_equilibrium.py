@@ -187,6 +187,20 @@ def test_examples_of_one_state_converge_each_for_itself():
     assert int(found.stats["num_steps"]) == int(expected.max())
     assert len(set(expected.tolist())) > 1
 
+    # A layer says how each of them was found; it once had one number for all.
+    layer = mo.nn.Equilibrium(lambda z, x: jnp.tanh(z @ weight.T + x), solver=solver)
+    z, info = layer(x)
+    assert info.residual.shape == (BATCH,)
+    by_hand = jnp.linalg.norm(jnp.tanh(z @ weight.T + x) - z, axis=1)
+    np.testing.assert_allclose(info.residual, by_hand / jnp.linalg.norm(z, axis=1), 1e-3)
+
+
+def test_an_error_inside_of_a_cell_says_what_the_cell_was_given():
+    layer = mo.nn.Equilibrium(Tanh(), lambda x: jnp.zeros(WIDTH + 1))
+    with pytest.raises(TypeError) as raised:
+        layer(normal((INPUTS,)))
+    assert f"({WIDTH + 1},), 'float64'" in "".join(raised.value.__notes__)
+
 
 def test_a_second_call_does_not_compile_again():
     count = 0

@@ -345,6 +345,8 @@ def test_linear_systems_that_are_not_solved():
     asked = fixed.solve(operator(jnp.eye(WIDTH) - random(0.9)), b)
     assert asked.result == mo.RESULTS.successful
     assert fixed.left_out == ("what more than 3 steps of the linear solver would add",)
+    (budgeted,) = mo.LinearFixedPoint(mo.Anderson(3, rtol=None, budget=2)).left_out
+    assert "more steps than its budget" in budgeted
     nan = mo.LinearFixedPoint().solve(operator(jnp.full((WIDTH, WIDTH), jnp.nan)), b)
     assert nan.result == mo.RESULTS.linear_nonfinite
     assert np.all(np.isfinite(nan.value))

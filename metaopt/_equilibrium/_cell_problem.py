@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._problem import AbstractFixedPointProblem
 from .._tree import split_trainable, tree_scaled_norm, tree_sub
-from .._types import FloatScalar, PyTree, Vector
+from .._types import PyTree, Vector
 from ._cell import AbstractCell
 
 
@@ -30,11 +30,12 @@ class CellProblem(AbstractFixedPointProblem):
     def step(self, params, hyper, batch):
         return eqx.combine(hyper, self.fixed)(params)
 
-    def relative_residual(self, z: PyTree, hyper: Vector) -> FloatScalar:
-        """The norm of what the cell still changes, over that of the state."""
+    def relative_residual(self, z: PyTree, hyper: Vector, per_example: bool) -> Array:
+        """The norm of what the cell still changes, over that of the state; a scalar, or
+        one for each entry of the leading axis."""
         before, after = (split_trainable(a)[0] for a in (z, self.step(z, hyper, None)))
-        size = tree_scaled_norm(before)
-        difference = tree_scaled_norm(tree_sub(after, before))
+        norm = jax.vmap(tree_scaled_norm) if per_example else tree_scaled_norm
+        size, difference = norm(before), norm(tree_sub(after, before))
         return jnp.where(difference == 0, 0.0, difference / size)
 
 
@@ -60,10 +61,19 @@ def cell_problem(
                 f"one of {leaf.dtype}. Hand what does not change over in `x`."
             )
     step = cell.prepare(x) if isinstance(cell, AbstractCell) else _Step(cell, x)
-    given, returned = (
-        jax.tree.map(lambda a: (a.shape, str(a.dtype)), eqx.filter(tree, _is_array))
-        for tree in (start, eqx.filter_eval_shape(step, start))
+    shapes = lambda tree: jax.tree.map(
+        lambda a: (a.shape, str(a.dtype)), eqx.filter(tree, _is_array)
     )
+    given = shapes(start)
+    try:
+        returned = shapes(eqx.filter_eval_shape(step, start))
+    except Exception as error:
+        error.add_note(
+            f"This came from `cell(z, x)`, for the state {given} and the input "
+            f"{shapes(x)}. A cell takes one example under `jax.vmap(layer)(x)`, and what "
+            "it is given otherwise; `initial(x)`, or `z`, says what a state is."
+        )
+        raise
     if given != returned:
         raise ValueError(
             "`cell(z, x)` must return a state like `z`, with its structure, shapes and "

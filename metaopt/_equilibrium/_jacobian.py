@@ -42,6 +42,10 @@ def jacobian_penalty(
 
     A scalar. Under `jax.vmap` one for each example.
 
+    **Raises:**
+
+    `ValueError` for a number of samples below 1, and for a key that is none.
+
     ??? cite "Source"
 
         Bai, Koltun, Kolter: *Stabilizing equilibrium models by Jacobian regularization*,
@@ -86,6 +90,10 @@ def spectral_radius(
     **Returns:**
 
     A scalar. Under `jax.vmap` one for each example.
+
+    **Raises:**
+
+    `ValueError` for fewer than 2 steps, and for a key that is none.
 
     ??? cite "Source"
 

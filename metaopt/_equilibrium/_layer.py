@@ -21,7 +21,7 @@ from .._solver import (
     InnerSolve,
     LinearFixedPoint,
 )
-from .._types import FloatScalar, IntScalar, PyTree
+from .._types import IntScalar, PyTree
 from .._validate import ADJOINT_EXAMPLE, canonical_arrays, check_count, check_kind
 from ._cell import AbstractCell
 from ._cell_problem import cell_problem, CellProblem
@@ -30,19 +30,21 @@ from ._cell_problem import cell_problem, CellProblem
 class EquilibriumInfo(eqx.Module):
     """How an equilibrium was found.
 
-    Under `jax.vmap` every field has an axis of examples.
+    Under `jax.vmap` every field has an axis of examples. A solver with `per_example=True`
+    runs one loop for all of them: then `residual` alone has that axis.
 
     **Attributes:**
 
     - `num_steps`: the number of steps that the solver took.
     - `residual`: the norm of `cell(z, x) - z` at the answer, over the norm of `z`.
     - `residuals`: the norms of `cell(z, x) - z` at the start of each step, of shape
-        `(num_steps,)`, padded with NaN; `None` for a solver that runs as a whole.
+        `(num_steps,)`, padded with NaN; the largest one over the examples of a solver with
+        `per_example=True`; `None` for a solver that runs as a whole.
     - `result`: how the solve ended.
     """
 
     num_steps: IntScalar
-    residual: FloatScalar
+    residual: Float[Array, "..."]
     residuals: Float[Array, " num_steps"] | None
     result: RESULTS
 
@@ -164,19 +166,29 @@ class Equilibrium(eqx.Module):
         **Returns:**
 
         A pytree like `z`, and an [`metaopt.nn.EquilibriumInfo`][].
+
+        **Raises:**
+
+        `ValueError` where the cell does not return a state like `z`, where the state holds
+        anything but floating-point arrays, and for a budget below 1 or for a solver that
+        takes none; [`metaopt.SolveError`][], or inside of compiled functions an error of
+        JAX, where no fixed point is found (unless `throw=False`).
         """
+        solver = self._solver(budget)
         problem, moving, start = self._problem(x, z)
         solution = solve_inner(
             problem,
             moving,
             start,
-            solver=self._solver(budget),
+            solver=solver,
             adjoint=self.adjoint,
             throw=self.throw,
         )
+        each = isinstance(solver, AbstractFixedPointSolver) and solver.per_example
+        residual = lambda z, moving: problem.relative_residual(z, moving, each)
         info = EquilibriumInfo(
             num_steps=solution.stats["num_steps"],
-            residual=detached(problem.relative_residual, solution.value, moving),
+            residual=detached(residual, solution.value, moving),
             residuals=stop_gradient(solution.stats["losses"]),
             result=solution.result,
         )

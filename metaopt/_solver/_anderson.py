@@ -1,7 +1,5 @@
 """Anderson acceleration of a fixed-point iteration."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -62,44 +60,18 @@ class Anderson(AbstractAcceleratedSolver):
     point.
     """
 
-    num_steps: int = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
-    history_size: int = eqx.field(static=True)
-    relaxation: float = eqx.field(static=True)
-    regularization: float = eqx.field(static=True)
-    per_example: bool = eqx.field(static=True)
-    budget: IntScalar | None
-    state_policy: AbstractStatePolicy | None
-
-    def __init__(
-        self,
-        num_steps: int = 100,
-        *,
-        rtol: float | None = 1e-4,
-        atol: float = 0.0,
-        history_size: int = 5,
-        relaxation: float = 1.0,
-        regularization: float = 1e-8,
-        per_example: bool = False,
-        budget: Any = None,
-        state_policy: AbstractStatePolicy | None = None,
-    ):
-        self.num_steps = num_steps
-        self.rtol = rtol
-        self.atol = atol
-        self.history_size = history_size
-        self.relaxation = relaxation
-        self.regularization = regularization
-        self.per_example = per_example
-        self.budget = as_budget(budget)
-        self.state_policy = state_policy
+    num_steps: int = eqx.field(default=100, static=True)
+    rtol: float | None = eqx.field(default=1e-4, kw_only=True, static=True)
+    atol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    history_size: int = eqx.field(default=5, kw_only=True, static=True)
+    relaxation: float = eqx.field(default=1.0, kw_only=True, static=True)
+    regularization: float = eqx.field(default=1e-8, kw_only=True, static=True)
+    per_example: bool = eqx.field(default=False, kw_only=True, static=True)
+    budget: IntScalar | None = eqx.field(default=None, converter=as_budget, kw_only=True)
+    state_policy: AbstractStatePolicy | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps")
         check_count(self.history_size, "history_size")
-        check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol", optional=False)
         check_tolerance(self.regularization, "regularization", optional=False)
         check_relaxation(self.relaxation)
 

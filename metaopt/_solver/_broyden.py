@@ -1,7 +1,6 @@
 """Broyden's method with limited memory, for fixed points."""
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +11,7 @@ from .._linear import AbstractInverse
 from .._model_state import AbstractStatePolicy
 from .._tree import tree_add, tree_dtype, tree_sub
 from .._types import IntScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._validate import check_count
 from ._examples import Examples
 from ._fixed_point import AbstractAcceleratedSolver, Applied, as_budget, Progress
 
@@ -63,38 +62,16 @@ class Broyden(AbstractAcceleratedSolver):
     point.
     """
 
-    num_steps: int = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
-    history_size: int = eqx.field(static=True)
-    per_example: bool = eqx.field(static=True)
-    budget: IntScalar | None
-    state_policy: AbstractStatePolicy | None
-
-    def __init__(
-        self,
-        num_steps: int = 100,
-        *,
-        rtol: float | None = 1e-4,
-        atol: float = 0.0,
-        history_size: int = 10,
-        per_example: bool = False,
-        budget: Any = None,
-        state_policy: AbstractStatePolicy | None = None,
-    ):
-        self.num_steps = num_steps
-        self.rtol = rtol
-        self.atol = atol
-        self.history_size = history_size
-        self.per_example = per_example
-        self.budget = as_budget(budget)
-        self.state_policy = state_policy
+    num_steps: int = eqx.field(default=100, static=True)
+    rtol: float | None = eqx.field(default=1e-4, kw_only=True, static=True)
+    atol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    history_size: int = eqx.field(default=10, kw_only=True, static=True)
+    per_example: bool = eqx.field(default=False, kw_only=True, static=True)
+    budget: IntScalar | None = eqx.field(default=None, converter=as_budget, kw_only=True)
+    state_policy: AbstractStatePolicy | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps")
         check_count(self.history_size, "history_size")
-        check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol", optional=False)
 
     def begin(self, params: Vector, examples: Examples) -> "_Memory":
         zeros = jax.tree.map(jnp.zeros_like, params)

@@ -1,6 +1,7 @@
 """What solvers of fixed-point problems share: the map is applied, the residual judged."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from .._problem import AbstractFixedPointProblem, AbstractProblem
 from .._results import mask_result, RESULTS
 from .._tree import split_trainable, tree_dtype
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_tolerance
+from .._validate import check_count, check_tolerance
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
 from ._examples import Examples
@@ -78,14 +79,18 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
     per_example: eqx.AbstractVar[bool]
     budget: eqx.AbstractVar[IntScalar | None]
 
+    def __check_init__(self):
+        check_count(self.num_steps, "num_steps")
+        check_tolerance(self.rtol, "rtol")
+        check_tolerance(self.atol, "atol", optional=False)
+
     @property
     def stops_early(self):
         return self.rtol is not None or self.budget is not None
 
     def with_budget(self, budget: IntScalar | int) -> "AbstractFixedPointSolver":
         """The same, with another budget of steps."""
-        is_none = lambda leaf: leaf is None
-        return eqx.tree_at(lambda s: s.budget, self, as_budget(budget), is_leaf=is_none)
+        return dataclasses.replace(self, budget=budget)
 
     def check(self, problem: AbstractProblem, data: AbstractData) -> None:
         name = type(self).__name__

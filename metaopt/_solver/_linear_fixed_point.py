@@ -91,7 +91,10 @@ class LinearFixedPoint(AbstractLinearSolver):
 
     @property
     def left_out(self):
-        return steps_left_out(self.solver.rtol, self.solver.num_steps)
+        most, budget = self.solver.num_steps, self.solver.budget
+        if budget is not None and self.solver.rtol is None:
+            return (f"what more steps than its budget, at most {most}, would add",)
+        return steps_left_out(self.solver.rtol, most)
 
     def check(self, operator):
         check_square("LinearFixedPoint", operator)

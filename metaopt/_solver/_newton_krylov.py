@@ -1,7 +1,5 @@
 """Newton's method with a Krylov solver, for fixed points."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from .._linear import AbstractLinearSolver, GMRES
 from .._model_state import AbstractStatePolicy
 from .._tree import tree_axpy, tree_dtype, tree_structs, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
-from .._validate import check_count, check_kind, check_tolerance
+from .._validate import check_kind
 from ._examples import Examples
 from ._fixed_point import AbstractAcceleratedSolver, Applied, as_budget, Progress
 
@@ -53,35 +51,17 @@ class NewtonKrylov(AbstractAcceleratedSolver):
     point.
     """
 
-    num_steps: int = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
-    linear_solver: AbstractLinearSolver
-    budget: IntScalar | None
-    state_policy: AbstractStatePolicy | None
+    num_steps: int = eqx.field(default=50, static=True)
+    rtol: float | None = eqx.field(default=1e-6, kw_only=True, static=True)
+    atol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    linear_solver: AbstractLinearSolver = eqx.field(
+        default=GMRES(rtol=1e-3, restart=10), kw_only=True
+    )
+    budget: IntScalar | None = eqx.field(default=None, converter=as_budget, kw_only=True)
+    state_policy: AbstractStatePolicy | None = eqx.field(default=None, kw_only=True)
     per_example: bool = eqx.field(default=False, init=False, static=True)
 
-    def __init__(
-        self,
-        num_steps: int = 50,
-        *,
-        rtol: float | None = 1e-6,
-        atol: float = 0.0,
-        linear_solver: AbstractLinearSolver = GMRES(rtol=1e-3, restart=10),
-        budget: Any = None,
-        state_policy: AbstractStatePolicy | None = None,
-    ):
-        self.num_steps = num_steps
-        self.rtol = rtol
-        self.atol = atol
-        self.linear_solver = linear_solver
-        self.budget = as_budget(budget)
-        self.state_policy = state_policy
-
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps")
-        check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol", optional=False)
         check_kind(
             self.linear_solver, AbstractLinearSolver, "linear_solver", "metaopt.GMRES()"
         )

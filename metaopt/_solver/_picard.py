@@ -1,13 +1,10 @@
 """Picard iteration: applying the step map again and again."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 
 from .._model_state import AbstractStatePolicy
 from .._types import IntScalar
-from .._validate import check_count, check_tolerance
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun, check_relaxation
 
@@ -40,37 +37,15 @@ class Picard(AbstractFixedPointSolver):
     point.
     """
 
-    num_steps: int = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
-    relaxation: float = eqx.field(static=True)
-    per_example: bool = eqx.field(static=True)
-    budget: IntScalar | None
-    state_policy: AbstractStatePolicy | None
-
-    def __init__(
-        self,
-        num_steps: int = 100,
-        *,
-        rtol: float | None = 1e-6,
-        atol: float = 0.0,
-        relaxation: float = 1.0,
-        per_example: bool = False,
-        budget: Any = None,
-        state_policy: AbstractStatePolicy | None = None,
-    ):
-        self.num_steps = num_steps
-        self.rtol = rtol
-        self.atol = atol
-        self.relaxation = relaxation
-        self.per_example = per_example
-        self.budget = as_budget(budget)
-        self.state_policy = state_policy
+    num_steps: int = eqx.field(default=100, static=True)
+    rtol: float | None = eqx.field(default=1e-6, kw_only=True, static=True)
+    atol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    relaxation: float = eqx.field(default=1.0, kw_only=True, static=True)
+    per_example: bool = eqx.field(default=False, kw_only=True, static=True)
+    budget: IntScalar | None = eqx.field(default=None, converter=as_budget, kw_only=True)
+    state_policy: AbstractStatePolicy | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps")
-        check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol", optional=False)
         check_relaxation(self.relaxation)
 
     def init(self, problem, params, hyper):

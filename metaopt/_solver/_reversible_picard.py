@@ -1,7 +1,5 @@
 """Picard iteration of two coupled iterates, whose steps can be undone."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 from .._model_state import AbstractStatePolicy
 from .._tree import split_trainable, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._validate import check_tolerance
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun
 
@@ -67,37 +65,15 @@ class ReversiblePicard(AbstractFixedPointSolver):
         initial params need not be zero.
     """
 
-    num_steps: int = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
-    relaxation: float = eqx.field(static=True)
-    per_example: bool = eqx.field(static=True)
-    budget: IntScalar | None
-    state_policy: AbstractStatePolicy | None
-
-    def __init__(
-        self,
-        num_steps: int = 6,
-        *,
-        rtol: float | None = None,
-        atol: float = 0.0,
-        relaxation: float = 0.5,
-        per_example: bool = False,
-        budget: Any = None,
-        state_policy: AbstractStatePolicy | None = None,
-    ):
-        self.num_steps = num_steps
-        self.rtol = rtol
-        self.atol = atol
-        self.relaxation = relaxation
-        self.per_example = per_example
-        self.budget = as_budget(budget)
-        self.state_policy = state_policy
+    num_steps: int = eqx.field(default=6, static=True)
+    rtol: float | None = eqx.field(default=None, kw_only=True, static=True)
+    atol: float = eqx.field(default=0.0, kw_only=True, static=True)
+    relaxation: float = eqx.field(default=0.5, kw_only=True, static=True)
+    per_example: bool = eqx.field(default=False, kw_only=True, static=True)
+    budget: IntScalar | None = eqx.field(default=None, converter=as_budget, kw_only=True)
+    state_policy: AbstractStatePolicy | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count(self.num_steps, "num_steps")
-        check_tolerance(self.rtol, "rtol")
-        check_tolerance(self.atol, "atol", optional=False)
         check_tolerance(self.relaxation, "relaxation", optional=False)
         if not 0 < self.relaxation < 1:
             raise ValueError(
