@@ -4,8 +4,9 @@ Three tanh cells of width 512 on a batch of 256, to a relative tolerance of 1e-4
 and backward: one as training begins, one that contracts slowly (symmetric, with a spectral
 radius near 0.95), and one whose Jacobian is far from normal as well. The measure is a
 textbook Anderson acceleration in plain JAX: a history of five for each example, the weights
-from one system of six unknowns for each, on both passes. jaxopt and banax (Python 3.12 and
-later) take part where they are installed.
+from one system of six unknowns for each, on both passes. It is written for a batch, with
+one loop for all; and for one example, with `jax.vmap` around it, where each stops by
+itself. jaxopt and banax (Python 3.12 and later) take part where they are installed.
 
 All are compiled and checked against a solution to convergence, then run in turn. Printed
 are ratios to the textbook, of the least of the times; the steps taken; and the error of the
@@ -120,6 +121,14 @@ def textbook(solve):
     return layer, steps
 
 
+def by_example(pair):
+    """A layer under `jax.vmap`, and the most steps that an example takes."""
+    layer, steps = pair
+    each = lambda cell, x: jax.vmap(lambda x: layer(cell, x[None])[0])(x)
+    most = lambda cell, x: jnp.max(jax.vmap(lambda x: steps(cell, x[None]))(x))
+    return each, most
+
+
 # Others
 
 
@@ -166,8 +175,10 @@ def contenders() -> dict[str, Callable]:
     picard = mo.Picard(MAX_STEPS, rtol=RTOL)
     return {
         "textbook Anderson": lambda: textbook(textbook_anderson),
+        "textbook Anderson, vmap": lambda: by_example(textbook(textbook_anderson)),
         "metaopt, Anderson": lambda: ours(anderson, anderson),
         "metaopt, Anderson per example": lambda: ours(each, each),
+        "metaopt, Anderson, vmap": lambda: by_example(ours(anderson, anderson)),
         "metaopt, Broyden": lambda: ours(broyden, broyden),
         "metaopt, Picard": lambda: ours(picard, picard),
         "jaxopt, Anderson": in_jaxopt,

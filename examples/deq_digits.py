@@ -10,7 +10,8 @@ and with a penalty on the Jacobian in place of the bound.
 
 A training step whose solve failed, or whose derivative did not pass its checks, is not
 taken; the table counts these. The picture shows the spectral radius in training, the steps
-of the solver, and the memory of a gradient against the number of steps.
+of the solver, and for layers of a fixed number of evaluations of the cell the accuracy and
+the memory of a gradient.
 """
 
 import time
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 WIDTH, BATCH_SIZE, RATE = 64, 128, 3e-3
 RTOL, MAX_STEPS, UNROLLED_STEPS = 1e-5, 60, 30
 BOUND, PENALTY = 0.9, 0.2
-DEPTHS = (10, 50, 200, 800)
+EVALUATIONS, DEPTHS = (2, 4, 8, 16), (10, 50, 200, 800)
 
 
 class Cell(eqx.Module):
@@ -87,6 +88,15 @@ WAYS = {
     "implicit, no bound, no checks": Way(False, FIXED, UNCHECKED),
     "implicit, penalty": Way(False, ANDERSON, IMPLICIT, PENALTY),
     f"unrolled, {UNROLLED_STEPS} steps, no bound": Way(False, PLAIN, mo.UnrolledAdjoint()),
+}
+# Layers that are trained with a number of evaluations of the cell, and derive what that
+# comes to.
+ROUGH = mo.ImplicitAdjoint(mo.LinearFixedPoint(mo.Anderson(rtol=1e-4)), inner_rtol=jnp.inf)
+OF_LENGTH: dict[str, Callable[[int], Way]] = {
+    "implicit": lambda n: Way(True, mo.Anderson(n, rtol=None), ROUGH),
+    # Each of its steps is two evaluations.
+    "reversible": lambda n: Way(True, mo.ReversiblePicard(n // 2), mo.ReversibleAdjoint()),
+    "unrolled": lambda n: Way(True, mo.Picard(n, rtol=None), mo.UnrolledAdjoint()),
 }
 
 
@@ -183,35 +193,25 @@ def train(way, data, num_steps, key, watched) -> tuple[Classifier, dict]:
     }
 
 
-def memory(data, key, depths) -> dict[str, list[float]]:
-    """MiB of temporary memory that XLA plans for a gradient, for each depth."""
-    makers: dict[str, Callable] = {
-        "implicit": lambda k: (mo.Anderson(k, rtol=None), IMPLICIT),
-        "reversible": lambda k: (mo.ReversiblePicard(k), mo.ReversibleAdjoint()),
-        "unrolled": lambda k: (mo.Picard(k, rtol=None), mo.UnrolledAdjoint()),
-    }
+def memory(way, data, key) -> float:
+    """MiB of temporary memory that XLA plans for a gradient."""
     batch = jnp.asarray(data.x[:BATCH_SIZE]), jnp.asarray(data.y[:BATCH_SIZE])
-    table = {}
-    for name, make in makers.items():
-        table[name] = []
-        for depth in depths:
-            model = classifier(Way(True, *make(depth)), data, key)
-            arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    arrays, static = eqx.partition(classifier(way, data, key), eqx.is_inexact_array)
 
-            def loss(arrays, batch, static=static):
-                return cross_entropy(eqx.combine(arrays, static), batch, 0.0, key)[0]
+    def loss(arrays, batch):
+        return cross_entropy(eqx.combine(arrays, static), batch, 0.0, key)[0]
 
-            compiled = jax.jit(jax.grad(loss)).lower(arrays, batch).compile()
-            analysis = compiled.memory_analysis()
-            assert analysis is not None
-            table[name].append(analysis.temp_size_in_bytes / 2**20)
-    return table
+    compiled = jax.jit(jax.grad(loss)).lower(arrays, batch).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / 2**20
 
 
-def picture(out, runs, sizes, depths):
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+def picture(out, runs, accuracies, sizes):
+    figure, grid = plt.subplots(2, 2, figsize=(10.5, 8), layout="constrained")
+    axes = grid.ravel()
     shown = [name for name in runs if name.startswith("implicit")]
-    for color, name in zip(("C0", "C3", "C1", "C2"), shown, strict=True):
+    for color, name in zip(("C0", "C3", "C1", "C2"), shown):
         steps, radii = np.asarray(runs[name]["spectral_radius"]).T
         axes[0].plot(steps, radii, "o-", color=color, markersize=3, label=name)
         smooth = np.convolve(runs[name]["solver_steps"], np.ones(10) / 10, "valid")
@@ -230,20 +230,30 @@ def picture(out, runs, sizes, depths):
     )
     for axis in axes[:2]:
         axis.legend(frameon=False)
-    for marker, (name, row) in zip("os^", sizes.items(), strict=True):
-        axes[2].loglog(depths, row, marker + "-", label=name)
-    axes[2].set(
-        title="Memory of a gradient (MiB)",
-        xlabel="steps of the solver",
-        xticks=depths,
-        xticklabels=depths,
-    )
-    axes[2].minorticks_off()
-    axes[2].legend(frameon=False)
+    for axis, table in zip(axes[2:], (accuracies, sizes), strict=True):
+        # Dashes, where lines lie on one another.
+        for style, (name, row) in zip(("o-", "s-", "^--"), table.items(), strict=True):
+            axis.plot(list(row), list(row.values()), style, label=name)
+            axis.set_xscale("log")
+            axis.set(xticks=list(row), xticklabels=list(row))
+        axis.set(xlabel="evaluations of the cell")
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    axes[2].set(title="Test accuracy (%), trained with so many", ylim=(90, 100))
+    axes[3].set(title="Memory of a gradient (MiB)", yscale="log")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "deq_digits.png", dpi=130)
+
+
+def print_rows(title, table, digits):
+    header = ["", *(f"{count}" for count in next(iter(table.values())))]
+    rows = [
+        [name, *(f"{value:.{digits}f}" for value in row.values())]
+        for name, row in table.items()
+    ]
+    print_table(title, header, rows)
 
 
 def main():
@@ -255,7 +265,9 @@ def main():
     test = jnp.asarray(test_data.x), jnp.asarray(test_data.y)
     key = jax.random.key(arguments.seed)
     runs, table = {}, []
-    for name, way in WAYS.items():
+    # Each takes seconds to compile.
+    names = list(WAYS)[::2] if arguments.quick else list(WAYS)
+    for name, way in ((name, WAYS[name]) for name in names):
         model, run = train(way, train_data, num_steps, key, test[0][:32])
         accuracy, solver_steps = evaluate(model, test)
         run |= {"accuracy": float(accuracy), "test_solver_steps": float(solver_steps)}
@@ -272,15 +284,22 @@ def main():
         )
     header = ["trained", "test accuracy", "solver steps", "radius", "not taken", "CPU s"]
     print_table(f"{num_steps} training steps on 1200 digits", header, table)
-    depths = DEPTHS[:2] if arguments.quick else DEPTHS
-    sizes = memory(train_data, key, depths)
-    print_table(
-        "MiB of a gradient by solver steps",
-        ["", *(f"{depth}" for depth in depths)],
-        [[name, *(f"{size:.2f}" for size in row)] for name, row in sizes.items()],
+    few = 1 if arguments.quick else None
+    accuracies: dict[str, dict[int, float]] = {name: {} for name in OF_LENGTH}
+    sizes: dict[str, dict[int, float]] = {name: {} for name in OF_LENGTH}
+    for name, of_length in OF_LENGTH.items():
+        for count in EVALUATIONS[:few]:
+            model, _ = train(of_length(count), train_data, num_steps, key, test[0][:32])
+            accuracies[name][count] = 100 * float(evaluate(model, test)[0])
+        for count in DEPTHS[: few and 2]:
+            sizes[name][count] = memory(of_length(count), train_data, key)
+    print_rows(
+        "Test accuracy (%), trained with so many evaluations of the cell", accuracies, 1
     )
-    picture(arguments.out, runs, sizes, depths)
-    write_metrics(arguments.out, {"runs": runs, "memory": sizes, "depths": depths})
+    print_rows("MiB of a gradient by evaluations of the cell", sizes, 2)
+    picture(arguments.out, runs, accuracies, sizes)
+    metrics = {"runs": runs, "accuracy_by_evaluations": accuracies, "memory": sizes}
+    write_metrics(arguments.out, metrics)
 
 
 if __name__ == "__main__":

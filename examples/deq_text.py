@@ -270,12 +270,15 @@ def memory(num_characters, key, depths) -> dict[str, list[float]]:
 def picture(out, runs, tried, sizes, depths):
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     colors = dict(zip(runs, ("0.7", "0.5", "0.3", "C0", "C1", "C2"), strict=True))
+    # Dashes, where lines lie on one another.
+    styles = dict(zip(runs, ("-", "-", "-", "-", "-", "--"), strict=True))
     for name, run in runs.items():
         smooth = min(100, len(run["loss"]))
         mean = np.convolve(run["loss"], np.ones(smooth) / smooth, "valid")
-        axes[0].plot(mean, color=colors[name], label=name)
+        axes[0].plot(mean, styles[name], color=colors[name], label=name)
         if "at_budgets" in run:
-            axes[1].plot(tried, run["at_budgets"], "o-", color=colors[name], label=name)
+            row = run["at_budgets"]
+            axes[1].plot(tried, row, "o" + styles[name], color=colors[name], label=name)
         else:
             axes[1].axhline(run["test"], color=colors[name], linestyle=":", linewidth=1.2)
     axes[0].set(title="Bits per character in training", xlabel="training step")
