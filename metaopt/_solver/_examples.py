@@ -95,10 +95,12 @@ class Examples(eqx.Module):
         `(*self.shape, m)`."""
 
         def leaf(h):
-            by = weights.astype(h.dtype)
-            if not self.shape:
-                return jnp.tensordot(by, h, 1)
-            return jnp.einsum("bm,mb...->b...", by, h)
+            # Term by term: on CPUs a product would take two or three times as long.
+            terms = (
+                self._expanded(weights[..., i], h.ndim - 1).astype(h.dtype) * h[i]
+                for i in range(h.shape[0])
+            )
+            return ft.reduce(jnp.add, terms)
 
         return jax.tree.map(leaf, history)
 

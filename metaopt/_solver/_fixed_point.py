@@ -57,8 +57,8 @@ class Begun(eqx.Module):
     **Attributes:**
 
     - `step`: the number of steps.
-    - `size`: the norm of the initial params or of the map there, whichever is larger; one
-        for each fixed point.
+    - `size`: the norm of the initial params and of the residual there, summed: at least
+        that of the map; one for each fixed point.
     """
 
     step: IntScalar
@@ -135,9 +135,9 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
         value = split_trainable(out.value)[0]
         residual = jax.tree.map(jnp.subtract, value, old)
         examples = Examples.of(old, self.per_example)
-        fixed = jax.lax.stop_gradient((old, value, residual))
-        size, first, norm = map(examples.norm, fixed)
-        first = jnp.where(begun.step == 0, jnp.maximum(size, first), begun.size)
+        fixed = jax.lax.stop_gradient((old, residual))
+        size, norm = map(examples.norm, fixed)
+        first = jnp.where(begun.step == 0, size + norm, begun.size)
         size = jnp.minimum(size, _MUCH_LARGER * first)
         settled = norm <= _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
         met = None
