@@ -111,8 +111,8 @@ class Model(eqx.Module):
 
 
 IMPLICIT = mo.ImplicitAdjoint(mo.LinearFixedPoint(mo.Picard(64, rtol=1e-2)), inner_rtol=0.1)
-# What a position tells those after it takes a step for each lag: a Jacobian far from
-# normal, on which Anderson's method stalls.
+# News travel by a few positions in each step, whatever the solver: there are cells of this
+# kind, early in training, on which Anderson's method stalls.
 PLAIN = mo.Picard(64, rtol=1e-3)
 PAIRS = mo.ReversiblePicard(EVALUATIONS // 2)
 PATH = mo.Picard(EVALUATIONS, rtol=None)
