@@ -28,7 +28,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     inner_diverged = (
         "The inner solver diverged: its iterates grew until they were no longer finite. "
-        "Lower its learning rate, clip its gradients, or use a solver with a line search."
+        "Lower its learning rate, clip its gradients, or use a solver with a line search. "
+        "The map of a fixed point may be no contraction: bound its norm, or use "
+        "`metaopt.Anderson`, which can converge all the same."
     )
     inner_stagnation = (
         "The residual of the fixed point stopped falling before the tolerance was met; the "
@@ -41,7 +43,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The inner problem was not solved accurately enough for implicit "
         "differentiation, which is only right at a solution. Give the inner solver more "
         "steps or a better rate (with minibatches or dropout, one that decays to zero), "
-        "use `UnrolledAdjoint`, which is right at any point, or "
+        "use `UnrolledAdjoint` (or `ReversibleAdjoint`, for a solver whose steps it can "
+        "undo), which is right at any point, or "
         "accept a larger error by name with `ImplicitAdjoint(inner_rtol=...)`: of about "
         "0.02 for params in bfloat16, which cannot be more accurate."
     )

@@ -27,6 +27,12 @@ def check_count(value: Any, name: str, minimum: int = 1) -> None:
         raise ValueError(f"`{name}` must be at least {minimum}; got {value}.")
 
 
+def check_flag(value: Any, name: str) -> None:
+    """Raises a `ValueError` unless `value` is `True` or `False`."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be `True` or `False`; got {value!r}.")
+
+
 def check_tolerance(
     value: Any, name: str, *, infinite: bool = False, optional: bool = True
 ) -> None:

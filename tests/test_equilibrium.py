@@ -620,6 +620,27 @@ def test_anderson_by_least_squares(history_size, relaxation):
             lambda: mo.nn.Equilibrium(Tanh(), inference_solver=3),  # pyright: ignore[reportArgumentType]
             "`inference_solver` must be",
         ),
+        (
+            lambda: mo.nn.Equilibrium(Tanh(), jnp.zeros(WIDTH)),  # pyright: ignore[reportArgumentType]
+            "`initial` must be a function",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(Tanh(), throw="no"),  # pyright: ignore[reportArgumentType]
+            "`throw` must be `True` or `False`",
+        ),
+        (
+            lambda: mo.Anderson(per_example="yes"),  # pyright: ignore[reportArgumentType]
+            "`per_example` must be `True` or `False`",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(Tanh()).iterates(normal((INPUTS,)), 3),  # pyright: ignore[reportArgumentType]
+            "`steps` must be a sequence",
+        ),
+        (
+            lambda: mo.nn.Equilibrium(lambda z, x: z, lambda x: ())(jnp.ones(2)),
+            "state of an equilibrium holds floating-point arrays",
+        ),
+        (lambda: mo.nn.ContractiveCell(2, 2, key=0), "`key` must come from"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.Equilibrium(3), "`cell` must be a function"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.Equilibrium(Tanh(), solver=mo.Anderson), "`solver` is the class"),  # pyright: ignore[reportArgumentType]
         (

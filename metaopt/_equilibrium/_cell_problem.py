@@ -60,6 +60,11 @@ def cell_problem(
                 "The state of an equilibrium holds floating-point arrays only, and `z` has "
                 f"one of {leaf.dtype}. Hand what does not change over in `x`."
             )
+    if not jax.tree.leaves(eqx.filter(start, eqx.is_inexact_array)):
+        raise ValueError(
+            "The state of an equilibrium holds floating-point arrays, and the one to start "
+            f"from has none: it is {start!r}. Look at `initial(x)`, or at `z`."
+        )
     step = cell.prepare(x) if isinstance(cell, AbstractCell) else _Step(cell, x)
     shapes = lambda tree: jax.tree.map(
         lambda a: (a.shape, str(a.dtype)), eqx.filter(tree, _is_array)

@@ -22,7 +22,13 @@ from .._solver import (
     LinearFixedPoint,
 )
 from .._types import IntScalar, PyTree
-from .._validate import ADJOINT_EXAMPLE, canonical_arrays, check_count, check_kind
+from .._validate import (
+    ADJOINT_EXAMPLE,
+    canonical_arrays,
+    check_count,
+    check_flag,
+    check_kind,
+)
 from ._cell import AbstractCell
 from ._cell_problem import cell_problem, CellProblem
 
@@ -134,6 +140,13 @@ class Equilibrium(eqx.Module):
     ):
         if not callable(cell):
             raise ValueError(f"`cell` must be a function `cell(z, x)`; got {cell!r}.")
+        if initial is not None and not callable(initial):
+            raise ValueError(
+                "`initial` must be a function `initial(x)`, such as "
+                f"`lambda x: jnp.zeros(16)`; got {initial!r}."
+            )
+        check_flag(throw, "throw")
+        check_flag(inference, "inference")
         check_kind(solver, AbstractSolver, "solver", "metaopt.Anderson()")
         check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
         if inference_solver is not None:
@@ -217,13 +230,19 @@ class Equilibrium(eqx.Module):
 
         **Raises:**
 
-        `ValueError` where the steps do not increase, and for a solver that runs as a whole.
+        `ValueError` where the steps are no sequence or do not increase, and for a solver
+        that runs as a whole.
         """
         solver = self._solver(None)
         if not isinstance(solver, AbstractIterativeSolver):
             raise ValueError(
                 "`iterates` needs a solver that proceeds by steps, such as "
                 f"`metaopt.Anderson()`; `{type(solver).__name__}` runs as a whole."
+            )
+        if not isinstance(steps, Sequence):
+            raise ValueError(
+                "`steps` must be a sequence of numbers of steps, such as (2, 4, 8); got "
+                f"{steps!r}."
             )
         ends = list(steps)
         for end in ends:
@@ -255,7 +274,9 @@ class Equilibrium(eqx.Module):
     def _problem(self, x: PyTree, z: PyTree | None) -> tuple[CellProblem, PyTree, PyTree]:
         """The problem, what its derivative is in, and where a solver starts."""
         x = canonical_arrays(x, "x")
-        start = canonical_arrays(self._start(x) if z is None else z, "z")
+        start = self._start(x) if z is None else z
+        as_array = lambda a: jnp.asarray(a) if isinstance(a, float) else a
+        start = canonical_arrays(jax.tree.map(as_array, start), "z")
         if not self.adjoint.sees_path:
             start = stop_gradient(start)
         problem, moving = cell_problem(self.cell, x, start)

@@ -16,7 +16,7 @@ from .._problem import AbstractFixedPointProblem, AbstractProblem
 from .._results import mask_result, RESULTS
 from .._tree import split_trainable, tree_dtype
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._validate import check_count, check_flag, check_tolerance
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
 from ._examples import Examples
@@ -83,6 +83,7 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
         check_count(self.num_steps, "num_steps")
         check_tolerance(self.rtol, "rtol")
         check_tolerance(self.atol, "atol", optional=False)
+        check_flag(self.per_example, "per_example")
 
     @property
     def stops_early(self):
