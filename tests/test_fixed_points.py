@@ -356,7 +356,7 @@ def layer_gradient(solver, adjoint, weight, x, cotangent):
     layer = mo.nn.Equilibrium(
         lambda z, x: jnp.tanh(z @ weight.T + x), solver=solver, adjoint=adjoint
     )
-    return jax.grad(lambda x: jnp.sum(cotangent * layer(x)[0]))(x)
+    return jax.jit(jax.grad(lambda x: jnp.sum(cotangent * layer(x)[0])))(x)
 
 
 def distance(a, b):
@@ -382,9 +382,10 @@ def test_shared_inverse():
         solver=solver,
         adjoint=mo.ImplicitAdjoint(mo.SHINE()),
     )
-    rows = jax.jacrev(lambda x: layer(x)[0])(x)
-    columns = jax.jacfwd(lambda x: layer(x)[0])(x)
-    z = layer(x)[0]
+    fixed_point = lambda x: layer(x)[0]
+    rows = jax.jit(jax.jacrev(fixed_point))(x)
+    columns = jax.jit(jax.jacfwd(fixed_point))(x)
+    z = jax.jit(fixed_point)(x)
     slope = (1 - z**2)[:, None]
     exact = jnp.linalg.solve(jnp.eye(6) - slope * weight, jnp.diag(slope[:, 0]))
     for found in (rows, columns):
