@@ -3,8 +3,10 @@
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 import metaopt as mo
 
@@ -73,6 +75,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
         print("  " + "  ".join(cells))
+
+
+def temporary_memory(fn: Callable[..., Any], *arguments: Any) -> float:
+    """MiB of temporary memory that XLA plans for a function of arrays."""
+    analysis = jax.jit(fn).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / 2**20
 
 
 def write_metrics(out: pathlib.Path, metrics: dict[str, Any]) -> None:

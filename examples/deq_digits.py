@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from _shared import load, parse_arguments, print_table, write_metrics
+from _shared import load, parse_arguments, print_table, temporary_memory, write_metrics
 
 import metaopt as mo
 
@@ -194,17 +194,14 @@ def train(way, data, num_steps, key, watched) -> tuple[Classifier, dict]:
 
 
 def memory(way, data, key) -> float:
-    """MiB of temporary memory that XLA plans for a gradient."""
+    """MiB of a gradient."""
     batch = jnp.asarray(data.x[:BATCH_SIZE]), jnp.asarray(data.y[:BATCH_SIZE])
     arrays, static = eqx.partition(classifier(way, data, key), eqx.is_inexact_array)
 
     def loss(arrays, batch):
         return cross_entropy(eqx.combine(arrays, static), batch, 0.0, key)[0]
 
-    compiled = jax.jit(jax.grad(loss)).lower(arrays, batch).compile()
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes / 2**20
+    return temporary_memory(jax.grad(loss), arrays, batch)
 
 
 def picture(out, runs, accuracies, sizes):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from _shared import make_parser, parsed, print_table, write_metrics
+from _shared import make_parser, parsed, print_table, temporary_memory, write_metrics
 
 import metaopt as mo
 
@@ -243,7 +243,7 @@ def _looked_up(keys, values, asked):
 
 
 def memory(num_characters, key, depths) -> dict[str, list[float]]:
-    """MiB of temporary memory that XLA plans for a gradient, for each depth."""
+    """MiB of a gradient, for each depth."""
     makers: dict[str, Callable] = {
         "implicit": lambda k: (mo.Picard(k, rtol=None), IMPLICIT),
         "reversible": lambda k: (mo.ReversiblePicard(k // 2), mo.ReversibleAdjoint()),
@@ -260,10 +260,7 @@ def memory(num_characters, key, depths) -> dict[str, list[float]]:
             def loss(arrays, windows, static=static):
                 return mean_loss(eqx.combine(arrays, static), windows)[0]
 
-            compiled = jax.jit(jax.grad(loss)).lower(arrays, windows).compile()
-            analysis = compiled.memory_analysis()
-            assert analysis is not None
-            table[name].append(analysis.temp_size_in_bytes / 2**20)
+            table[name].append(temporary_memory(jax.grad(loss), arrays, windows))
     return table
 
 
