@@ -129,14 +129,14 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
 
 
-def canonical_key(key: Any) -> Key:
-    """`key`, or key 0 for `None`.
+def canonical_key(key: Any, *, optional: bool = True) -> Key:
+    """`key`, or key 0 for `None` where it is `optional`.
 
     **Raises:**
 
     `ValueError` for anything but a key of JAX.
     """
-    if key is None:
+    if key is None and optional:
         return jax.random.key(0)
     typed = eqx.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and not (eqx.is_array(key) and key.dtype == jnp.uint32):

@@ -92,7 +92,7 @@ class ContractiveCell(AbstractCell):
         check_tolerance(bound, "bound", optional=False)
         if not 0 < bound < 1:
             raise ValueError(f"`bound` must lie in (0, 1); got {bound!r}.")
-        keys = jax.random.split(canonical_key(key))
+        keys = jax.random.split(canonical_key(key, optional=False))
         self.weight = jax.random.normal(keys[0], (size, size)) / size**0.5
         self.inputs = jax.random.normal(keys[1], (size, input_size)) / input_size**0.5
         self.bias = jnp.zeros(size)
@@ -147,7 +147,7 @@ class MonotoneCell(AbstractCell):
         check_tolerance(margin, "margin", optional=False)
         if not 0 < margin <= 1:
             raise ValueError(f"`margin` must lie in (0, 1]; got {margin!r}.")
-        keys = jax.random.split(canonical_key(key), 3)
+        keys = jax.random.split(canonical_key(key, optional=False), 3)
         self.symmetric = jax.random.normal(keys[0], (size, size)) / (2 * size**0.5)
         self.skew = jax.random.normal(keys[1], (size, size)) / (2 * size**0.5)
         self.inputs = jax.random.normal(keys[2], (size, input_size)) / input_size**0.5

@@ -65,12 +65,12 @@ def cell_problem(
             "The state of an equilibrium holds floating-point arrays, and the one to start "
             f"from has none: it is {start!r}. Look at `initial(x)`, or at `z`."
         )
-    step = cell.prepare(x) if isinstance(cell, AbstractCell) else _Step(cell, x)
     shapes = lambda tree: jax.tree.map(
         lambda a: (a.shape, str(a.dtype)), eqx.filter(tree, _is_array)
     )
     given = shapes(start)
     try:
+        step = cell.prepare(x) if isinstance(cell, AbstractCell) else _Step(cell, x)
         returned = shapes(eqx.filter_eval_shape(step, start))
     except Exception as error:
         error.add_note(

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
@@ -239,7 +240,7 @@ class Equilibrium(eqx.Module):
                 "`iterates` needs a solver that proceeds by steps, such as "
                 f"`metaopt.Anderson()`; `{type(solver).__name__}` runs as a whole."
             )
-        if not isinstance(steps, Sequence):
+        if not isinstance(steps, Sequence | np.ndarray):
             raise ValueError(
                 "`steps` must be a sequence of numbers of steps, such as (2, 4, 8); got "
                 f"{steps!r}."
