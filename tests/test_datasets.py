@@ -1,14 +1,11 @@
 """Data sets: right numbers from sound files, a clear refusal of all others."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import os
 import pickle
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from local_server import serving
 from metaopt.datasets import (
     DataError,
     ImageData,
@@ -80,11 +78,6 @@ def checksums_of(files):
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture
 def served(tmp_path, files):
     """A folder that a web server on this machine serves, and its address."""
@@ -92,14 +85,8 @@ def served(tmp_path, files):
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    handler = functools.partial(_QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        # It looks every 10 ms whether to stop; by default, half a second goes by.
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+    with serving(folder) as address:
+        yield folder, address
 
 
 def assert_nothing_kept(root):

@@ -231,7 +231,6 @@ def differentiate(hyper, problem, adjoint) -> Any:
     )
 
 
-@pytest.mark.slow
 def test_hypergradient_is_that_of_the_dense_operator():
     params, train, valid = solved(0.3)
     gradient, report = differentiate(HYPER, solved(0.3), GAUSS_NEWTON)

@@ -289,7 +289,6 @@ def test_batches_are_not_kept_for_each_step(plan):
     assert size(PLANS[plan]) < 5 * batch
 
 
-@pytest.mark.slow
 def test_budget_chooses_the_plan():
     # From generous to tight: each choice keeps to its budget and none is wasteful.
     generous, name = temporary_bytes(mo.UnrolledAdjoint("1 GB"))

@@ -2,11 +2,9 @@
 
 import functools
 import hashlib
-import http.server
 import io
 import os
 import sys
-import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from local_server import serving
 from metaopt.datasets import DataError, load_omniglot
 from metaopt.datasets._omniglot import OMNIGLOT_MD5
 
@@ -89,11 +88,6 @@ def checksums_of(files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
 
 
-class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture
 def served(tmp_path):
     """A folder that a web server on this machine serves, and its address."""
@@ -101,14 +95,8 @@ def served(tmp_path):
     folder.mkdir()
     for name, content in published().items():
         (folder / name).write_bytes(content)
-    handler = functools.partial(_QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        # It looks every 10 ms whether to stop; by default, half a second goes by.
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+    with serving(folder) as address:
+        yield folder, address
 
 
 def files_below(folder: Path) -> set[str]:

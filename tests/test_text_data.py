@@ -3,14 +3,13 @@
 import functools
 import gzip
 import hashlib
-import http.server
 import os
-import threading
 
 import jax
 import numpy as np
 import pytest
 
+from local_server import serving
 from metaopt.datasets import DataError, load_tiny_shakespeare, TextData
 
 
@@ -25,25 +24,14 @@ def checksums_of(content):
 CHECKSUMS = checksums_of(TEXT.encode())
 
 
-class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture
 def served(tmp_path):
     """The file that a web server on this machine serves, and the address of its folder."""
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "input.txt").write_bytes(TEXT.encode())
-    handler = functools.partial(_QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        # It looks every 10 ms whether to stop; by default, half a second goes by.
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield folder / "input.txt", f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+    with serving(folder) as address:
+        yield folder / "input.txt", address
 
 
 def kept(root, content):
