@@ -129,19 +129,26 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
 
 
-def canonical_key(key: Any, *, optional: bool = True) -> Key:
-    """`key`, or key 0 for `None` where it is `optional`.
+def canonical_key(key: Any) -> Key:
+    """`key`, or key 0 for `None`.
 
     **Raises:**
 
-    `ValueError` for anything but a key of JAX.
+    `ValueError` for anything else that is not a key of JAX.
     """
-    if key is None and optional:
+    if key is None:
         return jax.random.key(0)
-    typed = eqx.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed and not (eqx.is_array(key) and key.dtype == jnp.uint32):
-        raise ValueError(f"`key` must come from `jax.random.key(0)`; got {key!r}.")
+    check_key(key)
     return key
+
+
+def check_key(key: Any) -> None:
+    """Raises a `ValueError` unless `key` is a key of JAX."""
+    is_key = eqx.is_array(key) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise ValueError(f"`key` must come from `jax.random.key(0)`; got {key!r}.")
 
 
 def canonical_params(params: Any) -> Params:

@@ -5,10 +5,20 @@ import gc
 import os
 import pathlib
 
+import quick_compilation
+
 
 # Read by jax when it is first imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Programs without the lines that they come from are made faster.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
+# METAOPT_TEST_OPTIMIZED=1 compiles as jax does by default; of the three environments
+# that are tested on every change, the oldest and the newest have it.
+_OPTIMIZED = os.environ.get("METAOPT_TEST_OPTIMIZED") == "1"
+if not _OPTIMIZED:
+    os.environ["XLA_FLAGS"] = quick_compilation.xla_flags()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -23,10 +33,6 @@ jax.config.update("jax_enable_x64", True)
 # The same examples on every run, and no limit on the time of one (compilation).
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
-
-
-# Tests whose subject is what the compiler makes: memory, and arithmetic bit for bit.
-_OPTIMIZED = ("test_budgets", "test_memory", "test_reversible", "test_self_tuning_costs")
 
 
 # Tests that compile something for each of many variants. By default one of so many
@@ -117,6 +123,13 @@ _ONE_OF = {
 }
 
 
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again for each
+    of the many objects that tracing makes."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+
+
 def pytest_collection_modifyitems(items):
     seen = collections.Counter()
     for item in items:
@@ -128,13 +141,9 @@ def pytest_collection_modifyitems(items):
             seen[item.module.__name__, name] += 1
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _compile_quickly(request):
-    """Most of the time of a test is the compiler's, and a third of that is spent on fast
-    machine code. METAOPT_TEST_OPTIMIZED=1 does that as well; one of the three
-    environments that are tested on every change have it."""
-    name = request.module.__name__.rsplit(".", 1)[-1]
-    optimized = name in _OPTIMIZED or os.environ.get("METAOPT_TEST_OPTIMIZED") == "1"
+    optimized = _OPTIMIZED or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 

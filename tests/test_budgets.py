@@ -131,6 +131,7 @@ def by_hand(case: Case, num_steps: int, hyper, params, train, valid):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CASES)
 def test_value_under_a_budget_is_that_of_plain_jax(name):

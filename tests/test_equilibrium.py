@@ -640,7 +640,7 @@ def test_anderson_by_least_squares(history_size, relaxation):
             lambda: mo.nn.Equilibrium(lambda z, x: z, lambda x: ())(jnp.ones(2)),
             "state of an equilibrium holds floating-point arrays",
         ),
-        (lambda: mo.nn.MonotoneCell(2, 2, key=None), "`key` must come from"),
+        (lambda: mo.nn.MonotoneCell(2, 2, key=None), "`key` must come from"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.ContractiveCell(2, 2, key=0), "`key` must come from"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.Equilibrium(3), "`cell` must be a function"),  # pyright: ignore[reportArgumentType]
         (lambda: mo.nn.Equilibrium(Tanh(), solver=mo.Anderson), "`solver` is the class"),  # pyright: ignore[reportArgumentType]

@@ -20,6 +20,9 @@ from problems import CASES, flat, LOSS, relative_error
 ADJOINT = mo.ReversibleAdjoint()
 UNROLLED = mo.UnrolledAdjoint()
 
+# Arithmetic that has to be the same to the last bit is what the compiler makes of it.
+pytestmark = pytest.mark.optimized
+
 
 #
 # Products that lose nothing

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._types import Key, PyTree
-from .._validate import canonical_key, check_count, check_tolerance
+from .._validate import check_count, check_key, check_tolerance
 from ._bound import bound_spectral_norm, spectral_norm
 
 
@@ -92,7 +92,8 @@ class ContractiveCell(AbstractCell):
         check_tolerance(bound, "bound", optional=False)
         if not 0 < bound < 1:
             raise ValueError(f"`bound` must lie in (0, 1); got {bound!r}.")
-        keys = jax.random.split(canonical_key(key, optional=False))
+        check_key(key)
+        keys = jax.random.split(key)
         self.weight = jax.random.normal(keys[0], (size, size)) / size**0.5
         self.inputs = jax.random.normal(keys[1], (size, input_size)) / input_size**0.5
         self.bias = jnp.zeros(size)
@@ -147,7 +148,8 @@ class MonotoneCell(AbstractCell):
         check_tolerance(margin, "margin", optional=False)
         if not 0 < margin <= 1:
             raise ValueError(f"`margin` must lie in (0, 1]; got {margin!r}.")
-        keys = jax.random.split(canonical_key(key, optional=False), 3)
+        check_key(key)
+        keys = jax.random.split(key, 3)
         self.symmetric = jax.random.normal(keys[0], (size, size)) / (2 * size**0.5)
         self.skew = jax.random.normal(keys[1], (size, size)) / (2 * size**0.5)
         self.inputs = jax.random.normal(keys[2], (size, input_size)) / input_size**0.5

@@ -1,0 +1,25 @@
+"""Compilation that takes little time and makes slow programs, for tests.
+
+Most of the time of a test is the compiler's, and two thirds of that go into fast machine
+code. Half of it is gone with the flags here, and most of the rest with the option
+`jax_disable_most_optimizations`. Run as a script, this prints the flags.
+"""
+
+import importlib.metadata
+import os
+
+
+# Later versions know no such flag, and stop.
+_FLAGS = {"0.10": ["--xla_cpu_use_fusion_emitters=false"]}
+
+
+def xla_flags() -> str:
+    """What `XLA_FLAGS` holds, and the flags of a quick compilation."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    version = importlib.metadata.version("jaxlib")
+    quick = _FLAGS.get(".".join(version.split(".")[:2]), [])
+    return " ".join([*given, *(flag for flag in quick if flag not in given)])
+
+
+if __name__ == "__main__":
+    print(xla_flags())
