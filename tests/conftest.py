@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 _OPTIMIZED = os.environ.get("METAOPT_TEST_OPTIMIZED") == "1"
 if not _OPTIMIZED:
     os.environ["XLA_FLAGS"] = quick_compilation.xla_flags()
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -1103,7 +1103,7 @@ for chunk_size in (None, 16):
 
 
 def test_tasks_on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _ON_EIGHT_DEVICES]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
