@@ -1,16 +1,21 @@
 """Compilation that takes little time and makes slow programs, for tests.
 
 Most of the time of a test is the compiler's. The option `jax_disable_most_optimizations`
-takes a third of it away, and the flags here half of the rest; alone, they cost time. Run
-as a script, this prints the flags.
+takes a third of it away, and the flags here more than half of the rest; without the option
+they cost time. Run as a script, this prints the flags.
 """
 
 import importlib.metadata
 import os
 
 
-# Later versions know no such flag, and stop.
-_FLAGS = {"0.10": ["--xla_cpu_use_fusion_emitters=false"]}
+# A version of jaxlib that does not know a flag stops.
+_FLAGS = {
+    "0.10": [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+}
 
 
 def xla_flags() -> str:
