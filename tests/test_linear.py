@@ -724,6 +724,7 @@ def test_default_tolerance_warns_in_half_precision():
 # Batching
 
 
+@pytest.mark.optimized
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", TOLERANT)
@@ -737,7 +738,8 @@ def test_one_bad_lane_of_64_leaves_the_others_alone(name, dtype):
     vectors = np.stack([vector_of(size, seed, dtype) for seed in range(lanes)])
     vectors[zero] = 0
     vectors[nan, 2] = np.nan
-    rtol = 1e-5 if dtype == jnp.float32 else 1e-10
+    single = dtype == jnp.float32
+    rtol, atol = (1e-5, 1e-5) if single else (1e-10, 1e-6)
     settings = {"restart": 10} if name == "GMRES" else {}
     solver = TOLERANT[name](rtol=rtol, max_steps=100, **settings)
 
@@ -756,10 +758,12 @@ def test_one_bad_lane_of_64_leaves_the_others_alone(name, dtype):
     for lane in (0, 1, zero, ill - 1, ill + 1, 40, 63):
         alone = alone_solve(jnp.asarray(matrices[lane]), jnp.asarray(vectors[lane]))
         exact = np.linalg.solve(matrices[lane].astype(np.float64), vectors[lane])
-        # The tolerance of the residual times the condition number, and some rounding.
-        bound = 25 * rtol * np.linalg.norm(exact)
-        assert np.linalg.norm(batched.value[lane] - exact) <= bound
-        assert np.linalg.norm(alone.value - exact) <= bound
+        scale = max(1.0, np.max(np.abs(exact)))
+        # Sums in another order; and the tolerance times the condition number.
+        np.testing.assert_allclose(batched.value[lane], alone.value, atol=atol * scale)
+        np.testing.assert_allclose(
+            batched.value[lane], exact, atol=20 * rtol * scale + atol
+        )
 
 
 # `Dense` and `Neumann` have no loops whose length depends on numbers.
