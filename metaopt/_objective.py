@@ -298,6 +298,7 @@ def _report(
         stored_bits=info.stored_bits,
         drift=info.drift,
         error=info.error,
+        allowed_error=info.allowed_error,
         error_is_bound=info.error_is_bound,
         adjoint=adjoint,
         left_out=info.left_out,

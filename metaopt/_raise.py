@@ -25,7 +25,10 @@ def raise_on_failure(value: T, result: Any, throw: bool, show: object = None) ->
     if isinstance(code, jax.core.Tracer):
         return result.error_if(value, result != RESULTS.successful)
     if np.any(np.asarray(code) != np.asarray(_SUCCESS)):
-        raise SolveError(f"{verdict(result)}\n\n{value if show is None else show}", value)
+        sentence = verdict(result)
+        # Tables end with the same sentence.
+        shown = str(value if show is None else show).removesuffix(sentence).rstrip()
+        raise SolveError(f"{sentence}\n\n{shown}", value)
     return value
 
 

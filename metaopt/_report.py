@@ -86,7 +86,10 @@ class Report(eqx.Module):
     - `drift`: how far from the start steps that were undone to rounding have led,
         relative to the norm of the start or of the end, whichever is larger; or `None`.
     - `error`: the Euclidean norm of the error of the hypergradient, or `None` where the
-        adjoint was not asked for it.
+        adjoint does not know it.
+    - `allowed_error`: the largest such error that is accepted, or `None` where it is not
+        judged: under an adjoint that follows the path, one whose linear solver leaves
+        something out by request, or one that was given `inner_rtol`.
     - `error_is_bound`: whether the error cannot be larger; otherwise it is an estimate.
     - `adjoint`: the name of the adjoint.
     - `left_out`: what the derivative leaves out by construction, in words: it is
@@ -114,6 +117,7 @@ class Report(eqx.Module):
     stored_bits: FloatScalar | None
     drift: FloatScalar | None
     error: FloatScalar | None
+    allowed_error: FloatScalar | None
     error_is_bound: bool = eqx.field(static=True)
     adjoint: str = eqx.field(static=True)
     left_out: tuple[str, ...] = eqx.field(static=True)
@@ -137,6 +141,8 @@ class Report(eqx.Module):
         if self.error is not None:
             kind = "at most" if self.error_is_bound else "about"
             text = f"{kind} {_number(self.error)}"
+            if self.allowed_error is not None:
+                text += f" (allowed: {_number(self.allowed_error)})"
             if np.any(np.isinf(_values(self.error))):
                 text = "not known: its linear system was not solved"
             rows.insert(3, ("its error", text))

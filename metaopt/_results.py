@@ -40,13 +40,17 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "use float64."
     )
     inner_not_converged = (
-        "The inner problem was not solved accurately enough for implicit "
-        "differentiation, which is only right at a solution. Give the inner solver more "
-        "steps or a better rate (with minibatches or dropout, one that decays to zero), "
-        "use `UnrolledAdjoint` (or `ReversibleAdjoint`, for a solver whose steps it can "
-        "undo), which is right at any point, or "
-        "accept a larger error by name with `ImplicitAdjoint(inner_rtol=...)`: of about "
-        "0.02 for params in bfloat16, which cannot be more accurate."
+        "The inner problem was not solved accurately enough for implicit differentiation, "
+        "which is only right at a solution: the estimated error of the hypergradient (or, "
+        "without that estimate, of the inner solution) is larger than the adjoint's "
+        "`rtol` allows. Give the inner solver more steps or a better rate (with "
+        "minibatches or dropout, one that decays to zero), use `UnrolledAdjoint` (or "
+        "`ReversibleAdjoint`, for a solver whose steps it can undo), which is right at "
+        "any point, or accept a larger error by name with `ImplicitAdjoint(rtol=...)`, or "
+        "of the inner solution with `inner_rtol=...`: of about 0.02 for params in "
+        "bfloat16, which cannot be more accurate. Near an outer optimum the hypergradient "
+        "is small, and its error is not: `solve_bilevel` compares it with the largest "
+        "hypergradient of its run."
     )
     inner_out_of_range = (
         "A parameter, a velocity or a gradient of `ReversibleSGD` left the range of its "
@@ -84,6 +88,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The linear solver reached its step limit before its tolerance was met, so the "
         "hypergradient is not accurate. Raise `max_steps`, loosen `rtol`, or set "
         "`rtol=None` to ask for a fixed number of steps by name."
+    )
+    linear_inaccurate = (
+        "The linear system was solved to a small residual, and the estimated error of the "
+        "hypergradient is still larger than the adjoint's `rtol` allows: the system is "
+        "ill-conditioned. Lower the `rtol` of the linear solver, give it a "
+        "`preconditioner` or more steps, use float64, add regularisation to the inner "
+        "problem, or accept a larger error by name with `ImplicitAdjoint(rtol=...)`."
     )
     linear_indefinite = (
         "The linear solver met a direction of zero or negative curvature: the inner "

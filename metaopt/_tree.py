@@ -184,6 +184,24 @@ def tree_strong(x: PyTree) -> PyTree:
     )
 
 
+def tree_entangled(x: Vector) -> Vector:
+    """`x`, each leaf of which depends on all others for JAX and not in its value.
+
+    The transpose of a linear solve takes a right-hand side for linear only where each of
+    its leaves depends on what is transposed.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    if len(leaves) < 2:
+        return x
+    dtype = tree_dtype(x)
+    total = sum(jnp.sum(leaf).astype(dtype) for leaf in leaves)
+    # Selected, because zero times infinity is not a number.
+    nothing = jnp.where(False, total, jnp.zeros_like(total))
+    return jax.tree.unflatten(
+        structure, [leaf + nothing.astype(leaf.dtype) for leaf in leaves]
+    )
+
+
 def leaf_names(x: PyTree, root: str) -> list[str]:
     """How a user would write each leaf of `x`, e.g. `hyper.log_lr` or `hyper['l2']`."""
     paths = jax.tree_util.tree_flatten_with_path(x)[0]

@@ -24,6 +24,11 @@ from ._error import (
 from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint
+from ._linear_model_bounds import (
+    logistic_bound as logistic_bound,
+    ridge_bound as ridge_bound,
+    softmax_bound as softmax_bound,
+)
 from ._memory import (
     AbstractMemoryPlan as AbstractMemoryPlan,
     Blocks as Blocks,

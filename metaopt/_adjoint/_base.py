@@ -60,6 +60,8 @@ class AdjointInfo(eqx.Module):
     - `error`: a bound on the error of the hypergradient, or an estimate of it, as a
         Euclidean norm.
     - `error_is_bound`: which of the two.
+    - `allowed_error`: the largest such error that is accepted, or `None` where it is not
+        judged.
     - `left_out`: what the derivative leaves out by construction, in words.
     """
 
@@ -75,6 +77,7 @@ class AdjointInfo(eqx.Module):
     stored_bits: FloatScalar | None = None
     drift: FloatScalar | None = None
     error: FloatScalar | None = None
+    allowed_error: FloatScalar | None = None
     error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
 

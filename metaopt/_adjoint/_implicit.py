@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._dependence import depends
-from .._detach import detached, stop_gradient
+from .._detach import detached, forbid_derivative, stop_gradient
 from .._linear import (
     AbstractLinearSolver,
     CG,
+    coarsest_eps,
     initial_state,
     LinearSolution,
     prepare,
@@ -29,6 +30,8 @@ from .._tree import (
     split_trainable,
     tree_cast_like,
     tree_dot,
+    tree_dtype,
+    tree_entangled,
     tree_norm,
     tree_scaled_norm,
     tree_structs,
@@ -40,10 +43,17 @@ from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
 from ._curvature import AbstractCurvature, ExactCurvature
-from ._error import AbstractErrorEstimate, Linearisation
+from ._error import (
+    AbstractErrorEstimate,
+    DualWeighted,
+    ErrorEstimate,
+    Linearisation,
+    random_signs,
+)
 
 
 _OF_THE_WAY = 1e-3
+_OF_RTOL = 0.1
 _PRECONDITIONER = 1  # folded into the key of the solve
 
 
@@ -86,9 +96,10 @@ class ImplicitAdjoint(AbstractAdjoint):
     """
 
     linear_solver: AbstractLinearSolver = CG()
-    inner_rtol: float = eqx.field(default=1e-3, static=True)
+    rtol: float = eqx.field(default=1e-3, static=True)
+    inner_rtol: float | None = eqx.field(default=None, static=True)
     newton_steps: int = eqx.field(default=0, static=True)
-    error: AbstractErrorEstimate | None = None
+    error: AbstractErrorEstimate | None = DualWeighted()
     curvature: AbstractCurvature = ExactCurvature()
     sees_path: ClassVar[bool] = False
     sees_inner_loss: ClassVar[bool] = True
@@ -100,7 +111,8 @@ class ImplicitAdjoint(AbstractAdjoint):
                 "`linear_solver` must be a linear solver of metaopt, such as "
                 f"`metaopt.CG(rtol=1e-4)`; got {self.linear_solver!r}."
             )
-        check_tolerance(self.inner_rtol, "inner_rtol", infinite=True, optional=False)
+        check_tolerance(self.rtol, "rtol", infinite=True, optional=False)
+        check_tolerance(self.inner_rtol, "inner_rtol", infinite=True)
         check_count(self.newton_steps, "newton_steps", minimum=0)
         if not isinstance(self.error, AbstractErrorEstimate | None):
             raise ValueError(
@@ -119,7 +131,8 @@ class ImplicitAdjoint(AbstractAdjoint):
     def init(self, params):
         trainable = tree_widened(split_trainable(params)[0])
         zeros = jax.tree.map(jnp.zeros_like, trainable)
-        return _Carry(zeros, initial_state(self.linear_solver, trainable))
+        largest = jnp.zeros((), tree_dtype(trainable))
+        return _Carry(zeros, initial_state(self.linear_solver, trainable), largest)
 
     def solve(self, inner, params, hyper, model_state, throw):
         outcome = self._solve(inner, params, hyper, model_state, throw)
@@ -142,6 +155,9 @@ class ImplicitAdjoint(AbstractAdjoint):
             lambda x: eqx.filter_closure_convert(x, widened) if callable(x) else x,
             self._prepared(operator, inner, outcome, None)[0],
         )
+        if self.error is not None:
+            # No outer loss is known here, whose constants a bound would be about.
+            hoisted = dataclasses.replace(hoisted, error=DualWeighted())
         adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
         solution = _with_implicit_derivative(
             condition.converted(widened, outer_variables),
@@ -173,22 +189,34 @@ class ImplicitAdjoint(AbstractAdjoint):
         here = at(trainable)
         point = _Point.at(params, trainable, here.residual, here.jacobian)
         if carry is None:
-            carry = _Carry(None, None)
+            carry = _Carry(None, None, None)
         first_guess = carry.solution
         if first_guess is not None:
             first_guess = tree_cast_like(first_guess, trainable)
         ready, known, num_products = self._prepared(
             here.operator, inner, outcome, carry.preconditioner
         )
-        linear = ready._solve_transposed(
+        exact = ready._tightened(trainable)
+        if self.error is not None:
+            linear_solver = exact.linear_solver.keeping_directions(trainable)
+            exact = dataclasses.replace(exact, linear_solver=linear_solver)
+        linear = exact._solve_transposed(
             here.operator, condition.tags, here.in_params, first_guess, inner.tolerance
         )
+        gradient = here.gradient(linear.value)
         inner_error = point.error(linear.value, here.in_params)
-        result = first_failure(self._judge(inner_error, inner.tolerance), linear.result)
-        error = None
-        if self.error is not None:
-            error, doubt = self.error(here, linear, at, ready._solve_anew, hyper)
-            result = first_failure(result, doubt)
+        estimate = self._estimate(here, linear, at, ready, hyper)
+        largest = tree_scaled_norm(gradient)
+        if carry.largest is not None:
+            largest = jnp.maximum(largest, carry.largest.astype(largest.dtype))
+        allowed = self._allowed_error(largest, inner.tolerance)
+        inner_rtol = jnp.inf if self._judges_error else self._own_inner_rtol
+        result = first_failure(
+            self._judge(inner_error, inner_rtol, inner.tolerance), linear.result
+        )
+        if estimate is not None:
+            num_products = num_products + estimate.num_products
+            result = first_failure(result, estimate.judged(allowed))
         info = AdjointInfo(
             result=result,
             inner_residual=tree_scaled_norm(here.residual),
@@ -198,7 +226,8 @@ class ImplicitAdjoint(AbstractAdjoint):
             num_products=linear.num_products + num_products,
             min_curvature=linear.min_curvature,
             tolerance=inner.tolerance,
-            error=error,
+            error=None if estimate is None else estimate.error,
+            allowed_error=allowed,
             # The slope of the outer loss is rounded to what half precision holds.
             error_is_bound=self.error is not None
             and self.error.is_bound
@@ -216,8 +245,80 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.through_solution(linear.value),
             outcome,
             info,
-            _Carry(tree_widened(linear.value), known),
+            _Carry(tree_widened(linear.value), known, largest),
         )
+
+    @property
+    def _is_biased(self) -> bool:
+        """Whether the linear solution was asked to leave something out."""
+        return bool(self.linear_solver.left_out or self.curvature.left_out)
+
+    def _tightened(self, vector: Vector) -> "ImplicitAdjoint":
+        """The same, its linear solver at least as exact as `rtol` needs."""
+        own = self.linear_solver.relative_tolerance
+        needed = max(_OF_RTOL * self.rtol, 10 * coarsest_eps(vector))
+        if own is None or own <= needed:
+            return self
+        return dataclasses.replace(self, linear_solver=self.linear_solver.with_rtol(needed))
+
+    def _estimate(
+        self,
+        here: Linearisation,
+        linear: LinearSolution,
+        at: Callable[[Vector], Linearisation],
+        ready: "ImplicitAdjoint",
+        hyper: Hyper,
+    ) -> ErrorEstimate | None:
+        if self.error is None:
+            return None
+        return self.error(here, linear, at, ready._solve_anew, hyper)
+
+    @property
+    def _judges_error(self) -> bool:
+        """Whether the error of the hypergradient decides."""
+        judged = self.error is not None and self.inner_rtol is None
+        return judged and not self._is_biased and self.rtol != jnp.inf
+
+    def _judge_pullback(
+        self,
+        condition: Optimality,
+        params: Vector,
+        hyper: Vector,
+        linear: LinearSolution,
+        cotangent: Vector,
+    ) -> Any:
+        """Whether the derivative of the cotangent times the inner solution is accurate.
+
+        How an outer loss curves is not known here: it counts as linear. Its slope in
+        `hyper` is not known either, so that the error is compared with the size of the
+        terms of the derivative, which may cancel near an outer optimum.
+        """
+        outer_loss = lambda params, hyper: (tree_dot(cotangent, params), None)
+
+        def at(params):
+            one = jnp.ones((), jnp.float32)
+            return Linearisation(self.curvature, condition, outer_loss, params, hyper, one)
+
+        here = at(params)
+        assert self.error is not None
+        estimate = self.error(here, linear, at, self._solve_anew, hyper)
+        mixed = jax.tree.map(jnp.multiply, linear.value, random_signs(linear.value))
+        size = jnp.maximum(
+            tree_scaled_norm(here.gradient(linear.value)),
+            tree_scaled_norm(here.through_solution(mixed)),
+        )
+        return estimate.judged(self.rtol * size)
+
+    def _allowed_error(
+        self, size: FloatScalar, tolerance: FloatScalar | None
+    ) -> FloatScalar | None:
+        """The largest error of a hypergradient of this size, or `None` for any."""
+        if not self._judges_error:
+            return None
+        relative = jnp.asarray(self.rtol, size.dtype)
+        if tolerance is not None:
+            relative = jnp.maximum(relative, tolerance.astype(size.dtype))
+        return relative * size
 
     def _prepared(
         self,
@@ -257,28 +358,45 @@ class ImplicitAdjoint(AbstractAdjoint):
         return eqx.tree_at(lambda o: o.params, outcome, params)
 
     def _solve_anew(
-        self, here: Linearisation, vector: Vector, *, transposed: bool
+        self,
+        here: Linearisation,
+        vector: Vector,
+        *,
+        transposed: bool,
+        rtol: float | None = None,
+        tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
-        """A solve at a linearisation, without a start."""
+        """A solve at a linearisation."""
+        solver = self
+        if rtol is not None:
+            solver = dataclasses.replace(
+                self, linear_solver=self.linear_solver.with_rtol(rtol)
+            )
         tags, operator = here.condition.tags, here.operator
         if transposed:
-            return self._solve_transposed(operator, tags, vector)
-        return self._linear_solution(operator, vector)
+            return solver._solve_transposed(operator, tags, vector, None, tolerance)
+        return solver._linear_solution(operator, vector, None, tolerance)
 
     def _transposed(self) -> "ImplicitAdjoint":
         """The same, ready for the transposed operator."""
         solver = transposed(self.linear_solver)
         return dataclasses.replace(self, linear_solver=solver)
 
-    def _judge(self, error: FloatScalar, tolerance: FloatScalar | None = None) -> Any:
-        """Whether the inner solution is good enough."""
-        if self.inner_rtol == jnp.inf:
+    def _judge(
+        self, error: FloatScalar, rtol: float, tolerance: FloatScalar | None = None
+    ) -> Any:
+        """Whether the inner solution is good enough, by its own error."""
+        if rtol == jnp.inf:
             return RESULTS.successful
-        allowed = jnp.asarray(self.inner_rtol)
+        allowed = jnp.asarray(rtol)
         if tolerance is not None:
             allowed = jnp.maximum(allowed, tolerance)
         good = error <= allowed
         return where_result(good, RESULTS.successful, RESULTS.inner_not_converged)
+
+    @property
+    def _own_inner_rtol(self) -> float:
+        return self.rtol if self.inner_rtol is None else self.inner_rtol
 
     def _linear_solution(
         self,
@@ -293,24 +411,35 @@ class ImplicitAdjoint(AbstractAdjoint):
         anywhere else, and what they find is not the response of a minimum. Where that
         was asked for, negative curvature is only reported.
         """
-        solution = self.linear_solver.solve(operator, vector, start, tolerance)
+        solver = self.linear_solver
+        solution = solver.solve(operator, vector, start, tolerance)
         if not lx.is_positive_semidefinite(operator):
             return solution
         x, b = tree_norm(solution.value), tree_norm(vector)
         along = tree_dot(solution.value, vector)  # x.A x, but for the residual
-        refused = not self.linear_solver.accepts_indefinite
         negative = along < -solution.residual * x * b
-        curvature = jnp.where(x > 0, along / jnp.where(x > 0, x, 1) ** 2, jnp.inf)
-        return eqx.tree_at(
-            lambda s: (s.result, s.min_curvature),
+        safe = jnp.where(x > 0, x, 1)
+        smallest = jnp.minimum(
+            solution.min_curvature, jnp.where(x > 0, along / safe**2, jnp.inf)
+        )
+        num_products = solution.num_products
+        if solver.accepts_indefinite:
+            negative = jnp.asarray(False)
+        elif not (solver.checks_curvature or solver.left_out):
+            # Conjugate gradients meet each sign of curvature that acts on the solution.
+            probe = CG(rtol=solver.relative_tolerance or 1e-5).solve(
+                operator, vector, None, tolerance
+            )
+            smallest = jnp.minimum(smallest, probe.min_curvature)
+            num_products = num_products + probe.num_products
+            rounding = 100 * coarsest_eps(vector) * b / safe
+            negative |= probe.min_curvature < -rounding
+        result = mask_result(negative, RESULTS.linear_indefinite)
+        return dataclasses.replace(
             solution,
-            (
-                first_failure(
-                    solution.result,
-                    mask_result(refused & negative, RESULTS.linear_indefinite),
-                ),
-                jnp.minimum(solution.min_curvature, curvature),
-            ),
+            result=first_failure(solution.result, result),
+            min_curvature=smallest,
+            num_products=num_products,
         )
 
     def _solve_transposed(
@@ -325,6 +454,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         symmetric = lx.symmetric_tag in tags
         adjoint_operator = operator if symmetric else operator.transpose()
         start, tolerance = jax.lax.stop_gradient((start, tolerance))
+        # A leaf that nothing moves would not be taken for linear in a second derivative.
+        vector = tree_entangled(vector)
+        if self._is_biased:
+            vector = _without_second_derivative(self, vector)
 
         def solve(ready, product, vector):
             made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
@@ -374,6 +507,7 @@ class _Carry(eqx.Module):
 
     solution: Vector | None
     preconditioner: Any  # what it knows; `None` where there is none
+    largest: FloatScalar | None  # the largest norm of a hypergradient so far
 
 
 class _Point(eqx.Module):
@@ -430,6 +564,11 @@ def _(primals, tangents, *, static_adjoint, throw):
     moving_condition, _, moving_hyper, _ = tangents
     # Used again below, so that second derivatives see the solution move as well.
     params = _with_implicit_derivative(*primals, static_adjoint=static_adjoint, throw=throw)
+    solution = params
+    if adjoint._is_biased:
+        condition, params, hyper = _without_second_derivative(
+            adjoint, (condition, params, hyper)
+        )
     widened = tree_cast_like(params, point.params)
     _, pushed = eqx.filter_jvp(
         lambda fn, hyper: fn(widened, hyper),
@@ -437,30 +576,53 @@ def _(primals, tangents, *, static_adjoint, throw):
         (moving_condition.fn, moving_hyper),
     )
     # `None` stands for a derivative that is zero by construction.
-    right_hand_side = jax.tree.map(
-        lambda p, t: jnp.zeros_like(p) if t is None else -t, widened, pushed
+    if not jax.tree.leaves(pushed):
+        return solution, jax.tree.map(lambda _: None, params)
+    right_hand_side = tree_entangled(
+        jax.tree.map(lambda p, t: jnp.zeros_like(p) if t is None else -t, widened, pushed)
     )
     _, operator, _ = adjoint.curvature.linearise(condition, widened, hyper)
 
-    def solve(ready, product, vector):
+    def solve(ready, product, vector, *, reverse):
         structure = tree_structs(vector)
         operator = lx.FunctionLinearOperator(product, structure, condition.tags)
-        solution = ready._linear_solution(operator, vector)
-        error = point.error(solution.value, vector)
-        result = first_failure(inner_result, ready._judge(error), solution.result)
+        linear = ready._tightened(vector)._linear_solution(operator, vector)
+        error = point.error(linear.value, vector)
+        judged = ready._judge(error, adjoint._own_inner_rtol)
+        result = first_failure(inner_result, judged, linear.result)
+        if reverse and adjoint._judges_error:
+            seen = ready._judge_pullback(condition, widened, hyper, linear, vector)
+            result = first_failure(result, seen)
         failed = result != RESULTS.successful
         if throw:
-            return result.error_if(solution.value, failed)
-        return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), solution.value)
+            return result.error_if(linear.value, failed)
+        return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), linear.value)
 
     tangent = jax.lax.custom_linear_solve(
         operator.mv,
         right_hand_side,
-        ft.partial(solve, adjoint),
-        transpose_solve=ft.partial(solve, adjoint._transposed()),
+        ft.partial(solve, adjoint, reverse=False),
+        transpose_solve=ft.partial(solve, adjoint._transposed(), reverse=True),
         symmetric=lx.symmetric_tag in condition.tags,
     )
-    return params, tree_cast_like(tangent, params)
+    return solution, tree_cast_like(tangent, params)
+
+
+def _without_second_derivative(adjoint: ImplicitAdjoint, tree: Any) -> Any:
+    """The derivative of a rough linear solution is not that of the exact one."""
+    left_out = "; ".join((*adjoint.curvature.left_out, *adjoint.linear_solver.left_out))
+    arrays, static = eqx.partition(tree, eqx.is_array)
+    message = _NO_SECOND_DERIVATIVE.format(left_out=left_out)
+    return eqx.combine(forbid_derivative(arrays, message), static)
+
+
+_NO_SECOND_DERIVATIVE = (
+    "The hypergradient leaves something out by request ({left_out}), and its own "
+    "derivative is not known: that of the exact linear solution would belong to another "
+    "number. For second derivatives use a linear solver with a tolerance and without "
+    "damping, such as `metaopt.CG(rtol=1e-10)`, with `metaopt.ExactCurvature()`, or "
+    "`metaopt.UnrolledAdjoint()`."
+)
 
 
 def _unseen_model_state(

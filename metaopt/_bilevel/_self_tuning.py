@@ -319,6 +319,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
             stored_bits=None,
             drift=None,
             error=None,
+            allowed_error=None,
             error_is_bound=False,
             adjoint=f"learned response ({type(self.steps.method).__name__})",
             left_out=left_out,

@@ -5,12 +5,14 @@ from ._base import (
     AbstractPreconditionedSolver as AbstractPreconditionedSolver,
     check_square as check_square,
     check_structures as check_structures,
+    coarsest_eps as coarsest_eps,
     floored_rtol as floored_rtol,
     how_it_ended as how_it_ended,
     LinearSolution as LinearSolution,
     relative as relative,
     reported as reported,
     steps_left_out as steps_left_out,
+    Subspace as Subspace,
 )
 from ._bicgstab import BiCGStab as BiCGStab
 from ._cg import CG as CG

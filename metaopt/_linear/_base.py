@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jaxtyping import Array
 
 from .._results import first_failure, mask_result, RESULTS
-from .._tree import tree_structs
+from .._tree import tree_axpy, tree_dot, tree_structs, tree_zeros_like
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
@@ -21,6 +22,43 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
     from equinox import AbstractClassVar
+
+
+class Subspace(eqx.Module):
+    r"""Directions whose products with an operator are known.
+
+    A system with another right-hand side is solved approximately in their span, without
+    any product. The directions of conjugate gradients are conjugate but for rounding, so
+    that one pass of line searches along them is a Galerkin solve.
+
+    **Attributes:**
+
+    - `directions`, `products`: $p_i$ and $A p_i$, stacked on a leading axis.
+    - `curvatures`: $p_i^T A p_i$; 0 for a slot that is not in use.
+    """
+
+    directions: Vector
+    products: Vector
+    curvatures: Array
+
+    def solve(self, vector: Vector) -> tuple[Vector, Vector]:
+        """Solve in the span of the directions.
+
+        **Returns:**
+
+        The solution, and what it leaves of the right-hand side.
+        """
+
+        def search(carry, known):
+            x, left = carry
+            p, product, curvature = known
+            used = curvature > 0
+            length = tree_dot(p, left) / jnp.where(used, curvature, 1)
+            length = jnp.where(used, length, 0)
+            return (tree_axpy(length, p, x), tree_axpy(-length, product, left)), None
+
+        known = self.directions, self.products, self.curvatures
+        return jax.lax.scan(search, (tree_zeros_like(vector), vector), known)[0]
 
 
 class LinearSolution(eqx.Module):
@@ -37,6 +75,7 @@ class LinearSolution(eqx.Module):
     - `num_products`: the products with $A$, those of the checks included.
     - `min_curvature`: the smallest $p^T A p / p^T p$ met, without damping; infinite
         where the method does not look.
+    - `subspace`: the search directions, where they were asked for; else `None`.
     """
 
     value: Vector
@@ -45,6 +84,7 @@ class LinearSolution(eqx.Module):
     num_steps: IntScalar
     num_products: IntScalar
     min_curvature: FloatScalar
+    subspace: Subspace | None = None
 
 
 class AbstractLinearSolver(eqx.Module):
@@ -57,10 +97,19 @@ class AbstractLinearSolver(eqx.Module):
     """Whether it is meant to solve at a saddle: whoever chooses it asks for the
     derivative of a stationary point, be it a minimum or not."""
 
+    checks_curvature: AbstractClassVar[bool]
+    """Whether it refuses a positive semidefinite operator that turns out to have negative
+    curvature."""
+
     @property
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
         """What a solve leaves out because it was asked to, in words."""
+
+    @property
+    @abc.abstractmethod
+    def relative_tolerance(self) -> float | None:
+        """The relative residual that it solves to, or `None` for a method without one."""
 
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
@@ -99,6 +148,27 @@ class AbstractLinearSolver(eqx.Module):
         **Raises:**
 
         `ValueError` if `check` does, or if the structures do not match.
+        """
+
+    @abc.abstractmethod
+    def with_rtol(self, rtol: float) -> "AbstractLinearSolver":
+        """The same method, solving to another relative tolerance and without damping.
+
+        A method without a tolerance returns itself.
+
+        **Arguments:**
+
+        - `rtol`: the relative residual to solve to.
+        """
+
+    @abc.abstractmethod
+    def keeping_directions(self, vector: Vector) -> "AbstractLinearSolver":
+        """The same method, whose solutions hold their [`metaopt.LinearSolution`][]
+        `subspace`, if it has search directions and they fit into a few megabytes.
+
+        **Arguments:**
+
+        - `vector`: a vector like the right-hand side.
         """
 
 

@@ -1,5 +1,6 @@
 """Stabilised biconjugate gradients."""
 
+import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -63,6 +64,7 @@ class BiCGStab(AbstractLinearSolver):
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=500, static=True)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
@@ -74,6 +76,16 @@ class BiCGStab(AbstractLinearSolver):
 
     def check(self, operator):
         check_square("BiCGStab", operator)
+
+    @property
+    def relative_tolerance(self):
+        return self.rtol
+
+    def with_rtol(self, rtol):
+        return dataclasses.replace(self, rtol=rtol)
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         # Not the method of `lineax`, which divides by zero where half a step solves the

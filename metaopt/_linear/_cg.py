@@ -1,9 +1,11 @@
 """Conjugate gradients."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax import lax
@@ -14,6 +16,7 @@ from .._tree import (
     tree_dot,
     tree_dtype,
     tree_norm,
+    tree_num_bytes,
     tree_scale,
     tree_structs,
     tree_sub,
@@ -31,6 +34,7 @@ from ._base import (
     relative,
     reported,
     steps_left_out,
+    Subspace,
 )
 from ._preconditioner import AbstractPreconditioner
 from ._prepare import prepare
@@ -39,6 +43,9 @@ from ._system import System
 
 _CHECK_EVERY = 50
 _MAX_FLAT = 4  # checks in a row without progress
+_MAX_KEPT = 100  # directions
+_MIN_KEPT = 10
+_MAX_KEPT_BYTES = 4 * 2**20
 
 
 class CG(AbstractPreconditionedSolver):
@@ -89,7 +96,9 @@ class CG(AbstractPreconditionedSolver):
         | lx.AbstractLinearOperator
         | None
     ) = None
+    num_kept: int = eqx.field(default=0, static=True, repr=False)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = True
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
@@ -123,6 +132,21 @@ class CG(AbstractPreconditionedSolver):
                 "`lineax.positive_semidefinite_tag`."
             )
 
+    @property
+    def relative_tolerance(self):
+        return self.rtol
+
+    def with_rtol(self, rtol):
+        return dataclasses.replace(self, rtol=rtol, damping=0.0)
+
+    def keeping_directions(self, vector):
+        # A direction and its product are kept.
+        room = _MAX_KEPT_BYTES // max(2 * tree_num_bytes(vector), 1)
+        num_kept = min(room, _MAX_KEPT, self.max_steps)
+        # A few of many directions know little.
+        useful = num_kept >= min(_MIN_KEPT, self.max_steps) and not self.damping
+        return dataclasses.replace(self, num_kept=num_kept if useful else 0)
+
     def damped(self, operator):
         if not self.damping:
             return operator
@@ -142,7 +166,7 @@ class CG(AbstractPreconditionedSolver):
         method = _Method(ready, system)
         state = lax.while_loop(method.goes_on, method.round, method.init())
         series = state.series
-        return reported(
+        solution = reported(
             tree_scale(system.scale, series.x),
             method.result(state),
             relative(state.residual, system.size),
@@ -150,6 +174,7 @@ class CG(AbstractPreconditionedSolver):
             state.num_products + num_products,
             series.min_curvature,
         )
+        return dataclasses.replace(solution, subspace=series.kept)
 
 
 class _Series(eqx.Module):
@@ -164,6 +189,7 @@ class _Series(eqx.Module):
     max_ratio: FloatScalar  # the largest p.A p / p.M^-1 p
     min_curvature: FloatScalar
     num_steps: IntScalar
+    kept: Subspace | None
     goes_on: BoolScalar
     indefinite: BoolScalar
     bad_preconditioner: BoolScalar
@@ -224,6 +250,26 @@ class _Method:
             )
         return z
 
+    def nothing_kept(self) -> Subspace | None:
+        count = self.solver.num_kept
+        if count == 0:
+            return None
+        room = lambda a: jnp.zeros((count, *a.shape), a.dtype)
+        rooms = jax.tree.map(room, self.system.b)
+        return Subspace(rooms, rooms, jnp.zeros(count, self.system.dtype))
+
+    def keep(self, s: _Series, taken, p: Vector, product: Vector, curvature):
+        """The last directions, one more of which was found."""
+        if s.kept is None:
+            return None
+        slot = s.num_steps % self.solver.num_kept
+        put = lambda rooms, a: jax.tree.map(lambda r, a: r.at[slot].set(a), rooms, a)
+        return Subspace(
+            put(s.kept.directions, p),
+            put(s.kept.products, product),
+            s.kept.curvatures.at[slot].set(jnp.where(taken, curvature, 0)),
+        )
+
     def init(self) -> _State:
         zero, infinite = (
             jnp.zeros((), self.system.dtype),
@@ -242,6 +288,7 @@ class _Method:
             max_ratio=zero,
             min_curvature=infinite,
             num_steps=none,
+            kept=self.nothing_kept(),
             goes_on=false,
             indefinite=false,
             bad_preconditioner=false,
@@ -308,6 +355,7 @@ class _Method:
             max_ratio=max_ratio,
             min_curvature=jnp.where(usable, smallest, s.min_curvature),
             num_steps=s.num_steps + jnp.where(taken & finite, 1, 0),
+            kept=self.keep(s, taken, p, product, curvature),
             goes_on=taken & finite & ~(jnp.sqrt(square) <= self.system.tolerance),
             indefinite=usable & ~positive,
             bad_preconditioner=~(gamma > 0),

@@ -48,9 +48,14 @@ class Dense(AbstractLinearSolver):
 
     max_size: int = eqx.field(default=4096, static=True)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = True
 
     def __check_init__(self):
         check_count(self.max_size, "max_size")
+
+    @property
+    def relative_tolerance(self):
+        return None
 
     @property
     def left_out(self):
@@ -69,6 +74,12 @@ class Dense(AbstractLinearSolver):
                 "otherwise, which need products only; or allow it by name with "
                 f"`Dense(max_size={size})`."
             )
+
+    def with_rtol(self, rtol):
+        return self
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; `start` is of no use here, and is ignored."""

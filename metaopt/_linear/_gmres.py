@@ -1,5 +1,6 @@
 """Generalised minimal residuals."""
 
+import dataclasses
 import math
 from typing import ClassVar
 
@@ -69,6 +70,7 @@ class GMRES(AbstractLinearSolver):
     max_steps: int = eqx.field(default=1000, static=True)
     restart: int = eqx.field(default=20, static=True)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
@@ -81,6 +83,16 @@ class GMRES(AbstractLinearSolver):
 
     def check(self, operator):
         check_square("GMRES", operator)
+
+    @property
+    def relative_tolerance(self):
+        return self.rtol
+
+    def with_rtol(self, rtol):
+        return dataclasses.replace(self, rtol=rtol)
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)

@@ -1,6 +1,7 @@
 """Methods that minimise the residual, and the rounds in which they are run."""
 
 import abc
+import dataclasses
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -104,6 +105,16 @@ class AbstractMinimalResidual(AbstractLinearSolver):
         - `recurrence`: what the step before, or `_begin`, left.
         - `size`: the norm of the residual, as the recurrence has it.
         """
+
+    @property
+    def relative_tolerance(self):
+        return self.rtol
+
+    def with_rtol(self, rtol):
+        return dataclasses.replace(self, rtol=rtol)
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)

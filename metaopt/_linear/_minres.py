@@ -63,6 +63,7 @@ class MINRES(AbstractMinimalResidual):
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=1000, static=True)
     accepts_indefinite: ClassVar[bool] = True
+    checks_curvature: ClassVar[bool] = False
     _products_per_step: ClassVar[int] = 1
 
     def check(self, operator):

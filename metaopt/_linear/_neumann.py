@@ -68,6 +68,7 @@ class Neumann(AbstractLinearSolver):
     num_terms: int = eqx.field(static=True)
     scale: float | None = eqx.field(default=None, static=True)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     def __check_init__(self):
         check_count(self.num_terms, "num_terms", 0)
@@ -79,11 +80,21 @@ class Neumann(AbstractLinearSolver):
                 )
 
     @property
+    def relative_tolerance(self):
+        return None
+
+    @property
     def left_out(self):
         return (f"what more than {self.num_terms} terms of the Neumann series would add",)
 
     def check(self, operator):
         check_square("Neumann", operator)
+
+    def with_rtol(self, rtol):
+        return self
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         r"""As for every linear solver. A `start` $x_0$ is the first guess of the

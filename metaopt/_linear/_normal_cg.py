@@ -53,6 +53,7 @@ class NormalCG(AbstractMinimalResidual):
     atol: float = eqx.field(default=0.0, static=True)
     max_steps: int = eqx.field(default=1000, static=True)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
     _products_per_step: ClassVar[int] = 2
 
     def check(self, operator):

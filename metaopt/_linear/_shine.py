@@ -59,6 +59,7 @@ class SHINE(AbstractLinearSolver):
     refine: AbstractLinearSolver | None = None
     inverse: AbstractInverse | None = None
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     def __check_init__(self):
         if self.refine is not None:
@@ -70,6 +71,10 @@ class SHINE(AbstractLinearSolver):
             )
 
     @property
+    def relative_tolerance(self):
+        return None if self.refine is None else self.refine.relative_tolerance
+
+    @property
     def left_out(self):
         if self.refine is not None:
             return self.refine.left_out
@@ -79,6 +84,14 @@ class SHINE(AbstractLinearSolver):
         check_square("SHINE", operator)
         if self.refine is not None:
             self.refine.check(operator)
+
+    def with_rtol(self, rtol):
+        if self.refine is None:
+            return self
+        return dataclasses.replace(self, refine=self.refine.with_rtol(rtol))
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; the inverse takes the place of a `start`."""

@@ -70,6 +70,7 @@ class LinearFixedPoint(AbstractLinearSolver):
 
     solver: AbstractFixedPointSolver = Anderson(rtol=1e-4)
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     def __check_init__(self):
         check_kind(
@@ -90,6 +91,10 @@ class LinearFixedPoint(AbstractLinearSolver):
             )
 
     @property
+    def relative_tolerance(self):
+        return self.solver.rtol
+
+    @property
     def left_out(self):
         most, budget = self.solver.num_steps, self.solver.budget
         if budget is not None and self.solver.rtol is None:
@@ -98,6 +103,13 @@ class LinearFixedPoint(AbstractLinearSolver):
 
     def check(self, operator):
         check_square("LinearFixedPoint", operator)
+
+    def with_rtol(self, rtol):
+        solver = dataclasses.replace(self.solver, rtol=rtol)
+        return dataclasses.replace(self, solver=solver)
+
+    def keeping_directions(self, vector):
+        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)

@@ -1,0 +1,248 @@
+"""Compares what reports of implicit hypergradients say with the true errors.
+
+Each family has random problems whose exact hypergradient is computed by Newton's method and a
+dense solve in float64. The inner solver starts anywhere from the solution itself to far away, so
+that its solutions are of all degrees of accuracy. Printed is, for each family and dtype, how
+many hypergradients were accepted, how many of those are off by more than ten times the tolerance
+that was asked for, how often the estimated error is within a factor 2 of the true one, and the
+products with the Hessian over those of the linear solve alone.
+
+    python benchmarks/trust.py [--count 64] [--rtol 1e-3] [--only TEXT] [--seed 0]
+"""
+
+import argparse
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _trust_problems import FAMILIES, Family, Instance
+from jax.flatten_util import ravel_pytree
+
+import metaopt as mo
+
+
+jax.config.update("jax_enable_x64", True)
+
+NUM_STEPS = 60
+
+
+class Judged(NamedTuple):
+    """What a report says of a hypergradient, and what is true."""
+
+    accepted: Any
+    known: Any
+    norm: Any
+    true: Any
+    said: Any
+    products: Any
+    plain_products: Any
+    inner_error: Any
+    code: Any
+
+
+def exact(family: Family, params, instance):
+    """The solution nearest to `params` and the hypergradient there, by dense algebra."""
+    flat, unravel = ravel_pytree(params)
+    flat_hyper, unravel_hyper = ravel_pytree(instance.hyper)
+
+    def optimality(p, h):
+        params, hyper = unravel(p), unravel_hyper(h)
+        if family.minimise:
+            return ravel_pytree(jax.grad(family.inner)(params, hyper, instance.train))[0]
+        return ravel_pytree(
+            jax.tree.map(jnp.subtract, params, family.inner(params, hyper, instance.train))
+        )[0]
+
+    def newton(p, _):
+        residual = optimality(p, flat_hyper)
+        step = jnp.linalg.solve(jax.jacfwd(optimality)(p, flat_hyper), residual)
+        tries = jnp.stack([p - step * 0.5**k for k in range(8)])
+        sizes = jax.vmap(lambda p: jnp.linalg.norm(optimality(p, flat_hyper)))(tries)
+        best = tries[jnp.nanargmin(sizes)]
+        better = jnp.nanmin(sizes) < jnp.linalg.norm(residual)
+        return jnp.where(better, best, p), None
+
+    solution, _ = jax.lax.scan(newton, flat, length=40)
+    jacobian = jax.jacfwd(optimality)(solution, flat_hyper)
+    cross = jax.jacfwd(optimality, 1)(solution, flat_hyper)
+    outer = lambda p, h: family.outer(unravel(p), unravel_hyper(h), instance.valid)
+    in_params, direct = jax.grad(outer, (0, 1))(solution, flat_hyper)
+    gradient = direct - cross.T @ jnp.linalg.solve(jacobian.T, in_params)
+    step = jnp.linalg.solve(jacobian, optimality(solution, flat_hyper))
+    solved = jnp.linalg.norm(step) <= 1e-9 * jnp.linalg.norm(solution)
+    if family.minimise:
+        curvatures = jnp.linalg.eigvalsh(jacobian)
+        solved &= curvatures[0] > 1e-12 * curvatures[-1]
+    return solution, gradient, solved
+
+
+def rate(family: Family, params, instance):
+    """A rate at which gradient descent does not diverge near `params`."""
+    flat, unravel = ravel_pytree(params)
+    loss = lambda p: family.inner(unravel(p), instance.hyper, instance.train)
+    return 0.9 / jnp.max(jnp.abs(jnp.linalg.eigvalsh(jax.hessian(loss)(flat))))
+
+
+class Prepared(NamedTuple):
+    """A problem to be judged, in the dtype of the run, and a rate that is stable."""
+
+    instance: Instance
+    rate: Any
+    found: Any
+
+
+def prepare(family: Family, key, dtype) -> Prepared:
+    """Draws a problem, whose inner solver starts anywhere near its solution."""
+    instance = family.draw(key)
+    nearest, step_size = instance.start, jnp.ones(())
+    if family.minimise:
+        step_size = rate(family, instance.start, instance)
+
+        def descend(p, _):
+            g = jax.grad(family.inner)(p, instance.hyper, instance.train)
+            return jax.tree.map(lambda p, g: p - 0.3 * step_size * g, p, g), None
+
+        nearest, _ = jax.lax.scan(descend, nearest, length=2000)
+    solution, _, found = exact(family, nearest, instance)
+    flat, unravel = ravel_pytree(instance.start)
+    far = 10 ** jax.random.uniform(jax.random.fold_in(key, 9), minval=-7.0, maxval=0.0)
+    start = unravel(solution + far * (flat - solution))
+    if family.minimise:
+        step_size = rate(family, unravel(solution), instance)
+    return Prepared(cast(instance._replace(start=start), dtype), step_size, found)
+
+
+def cast(tree, dtype):
+    """Floating-point arrays in another dtype."""
+
+    def to(a):
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(to, tree)
+
+
+def judge(family: Family, prepared: Prepared, adjoint, num_steps=NUM_STEPS):
+    """The hypergradient, its report, the inner solution, and the plain products."""
+    hyper, start, train, valid = prepared.instance
+    if family.minimise:
+        problem = mo.InnerProblem(family.inner)
+        dtype = jax.tree.leaves(start)[0].dtype
+        inner: Any = mo.Descent(optax.sgd(prepared.rate.astype(dtype)), num_steps)
+    else:
+        problem = mo.FixedPointProblem(family.inner)
+        inner = mo.Picard(num_steps, rtol=None)
+    bilevel = mo.BilevelProblem(problem, family.outer)
+    gradient, report = mo.hypergradient(
+        bilevel, hyper, start, train, valid, inner=inner, adjoint=adjoint, throw=False
+    )
+    plain = mo.ImplicitAdjoint(adjoint.linear_solver, inner_rtol=jnp.inf, error=None)
+    _, plain_report = mo.hypergradient(
+        bilevel, hyper, start, train, valid, inner=inner, adjoint=plain, throw=False
+    )
+    solution = mo.solve_inner(
+        problem,
+        hyper,
+        start,
+        train,
+        solver=inner,
+        adjoint=mo.UnrolledAdjoint(),
+        throw=False,
+    )
+    return gradient, report, plain_report.num_products, solution.value
+
+
+@eqx.filter_jit
+def prepared(family, keys, dtype):
+    # One after the other: batches of dense solves can wait for each other for ever.
+    return jax.lax.map(lambda key: prepare(family, key, dtype), keys)
+
+
+@eqx.filter_jit
+def judged(family, problems, adjoint):
+    return jax.vmap(lambda problem: judge(family, problem, adjoint))(problems)
+
+
+@eqx.filter_jit
+def truths(family, problems, params):
+    """Exact hypergradients for the numbers that were differentiated, after rounding."""
+
+    def one(args):
+        problem, params = cast(args, jnp.float64)
+        _, truth, solved = exact(family, params, problem.instance)
+        return truth, solved & problem.found & jnp.all(jnp.isfinite(truth))
+
+    return jax.lax.map(one, (problems, params))
+
+
+def measure(name, dtype, count, seed, adjoint) -> Judged:
+    family = FAMILIES[name]
+    number = list(FAMILIES).index(name)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), count)
+    problems = prepared(family, keys, dtype)
+    gradient, report, plain_products, params = judged(family, problems, adjoint)
+    truth, known = truths(family, problems, params)
+    got = jax.vmap(lambda g: ravel_pytree(g)[0].astype(jnp.float64))(gradient)
+    out = Judged(
+        accepted=report.result == mo.RESULTS.successful,
+        known=known,
+        norm=jnp.linalg.norm(truth, axis=-1),
+        true=jnp.linalg.norm(got - truth, axis=-1),
+        said=jnp.full(count, jnp.nan) if report.error is None else report.error,
+        products=report.num_products,
+        plain_products=plain_products,
+        inner_error=report.inner_error,
+        code=report.result._value,
+    )
+    return jax.tree.map(np.asarray, out)
+
+
+def summary(judged: Judged, rtol, eps):
+    keep = judged.known
+    relative = judged.true / judged.norm
+    accepted = judged.accepted & keep
+    wrong = accepted & ~(relative <= 10 * rtol)
+    good = keep & (relative <= rtol / 2)
+    above = keep & np.isfinite(judged.said) & (judged.true > 30 * eps * judged.norm)
+    ratio = judged.said[above] / judged.true[above]
+    within = np.mean((ratio >= 0.5) & (ratio <= 2)) if above.any() else np.nan
+    products = judged.products[keep].sum() / judged.plain_products[keep].sum()
+    return dict(
+        known=int(keep.sum()),
+        accepted=int(accepted.sum()),
+        wrong=int(wrong.sum()),
+        refused_good=int((good & ~judged.accepted).sum()),
+        no_estimate=int((keep & ~np.isfinite(judged.said)).sum()),
+        within=float(within),
+        low=float(np.mean(ratio < 0.5)) if above.any() else np.nan,
+        low10=int(np.sum(ratio < 0.1)),
+        products=float(products),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--rtol", type=float, default=1e-3)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    for dtype in (jnp.float64, jnp.float32):
+        for name in FAMILIES:
+            if arguments.only and arguments.only not in name:
+                continue
+            solver = mo.CG() if FAMILIES[name].minimise else mo.GMRES()
+            adjoint = mo.ImplicitAdjoint(solver, rtol=arguments.rtol)
+            out = measure(name, dtype, arguments.count, arguments.seed, adjoint)
+            s = summary(out, arguments.rtol, float(jnp.finfo(dtype).eps))
+            print(
+                f"{np.dtype(dtype).name:8} {name:22}",
+                "  ".join(f"{k} {v:.3g}" for k, v in s.items()),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
