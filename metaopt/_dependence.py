@@ -12,9 +12,9 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from ._rewrite import propagate
+from ._rewrite import inner_jaxprs, propagate
 from ._types import PyTree
 
 
@@ -71,6 +71,37 @@ def depends(
     jaxpr = jax.make_jaxpr(fn)(x).jaxpr
     marks, held = [True] * len(jaxpr.invars), despite_stop_gradient
     return any(dependence(jaxpr, marks, despite_stop_gradient=held))
+
+
+def passes_loop(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether the derivative of `fn` at `x` (arrays only) runs through a loop of unknown
+    length, which forward mode can pass and reverse mode cannot."""
+    if not _holds_loop(jax.make_jaxpr(fn)(x).jaxpr):
+        return False
+    return not is_transposable(lambda t: jax.jvp(fn, (x,), (t,))[1], x)
+
+
+def is_transposable(linear: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether a linear function of `x` (arrays or their structures) holds no loop of
+    unknown length that acts on it."""
+    jaxpr = jax.make_jaxpr(linear)(x).jaxpr
+    found = []
+
+    def watch(eqn, marks: list[bool]) -> list[bool]:
+        if eqn.primitive.name == "while" and any(marks):
+            found.append(eqn)
+        return _values_depend(eqn, marks)
+
+    propagate(jaxpr, [True] * len(jaxpr.invars), watch)
+    return not found
+
+
+def _holds_loop(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return any(
+        eqn.primitive.name == "while" or any(map(_holds_loop, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def without_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
 from ._data import AbstractData, BatchSequence
 from ._dependence import check_inner_loss, check_outer_loss, evaluate_tracing_scale
+from ._loop_error import loops_explained
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import split_unreached, zero_message
 from ._report import Report
@@ -150,9 +151,10 @@ class Objective(eqx.Module):
 
         def scaled(scale):
             nonlocal static_output
-            output = adjoint.hypergradient(
-                self.solve, self.outer, self.start, hyper, carry, scale
-            )
+            with self._loops_explained(adjoint, hyper):
+                output = adjoint.hypergradient(
+                    self.solve, self.outer, self.start, hyper, carry, scale
+                )
             parts = (output.through_solution, output.direct)
             arrays, static_output = eqx.partition(output, eqx.is_array)
             return parts, arrays
@@ -168,12 +170,18 @@ class Objective(eqx.Module):
         """The hypergradient as a function of `hyper`, without any checks."""
 
         def gradient(hyper):
-            output = adjoint.hypergradient(
-                self.solve, self.outer, self.start, hyper, carry, jnp.ones((), jnp.float32)
-            )
+            one = jnp.ones((), jnp.float32)
+            with self._loops_explained(adjoint, hyper):
+                output = adjoint.hypergradient(
+                    self.solve, self.outer, self.start, hyper, carry, one
+                )
             return eqx.filter(output, eqx.is_array)
 
         return gradient
+
+    def _loops_explained(self, adjoint: AbstractAdjoint, hyper: Hyper):
+        outer = lambda *args: self.outer(*args)[0]
+        return loops_explained(self.solve, adjoint, self.start, hyper, outer)
 
     def _loop_start(self, hyper: Hyper) -> LoopState:
         params, model_state = self.start(hyper)

@@ -8,6 +8,7 @@ import jax
 from ._adjoint import AbstractAdjoint, chosen
 from ._data import AbstractData, as_data
 from ._detach import forbid_derivative
+from ._loop_error import loops_explained
 from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
 from ._reach import guarded, START_MESSAGE
@@ -158,7 +159,8 @@ def _solve(
         initial, state = start(hyper)
         return adjoint.solve(inner, initial, hyper, state, throw)
 
-    outcome = inner.checked(guarded(adjoint, run, hyper, throw), hyper)
+    with loops_explained(inner, adjoint, start, hyper):
+        outcome = inner.checked(guarded(adjoint, run, hyper, throw), hyper)
     return Solution(
         value=outcome.params,
         result=outcome.result,

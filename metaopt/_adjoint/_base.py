@@ -1,7 +1,7 @@
 """What an adjoint is: how the derivative passes through an inner solve."""
 
 import abc
-import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
@@ -224,24 +224,8 @@ class AbstractPathAdjoint(AbstractAdjoint):
         return None
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
-        trainable, static = split_trainable(hyper)
-        static_outcome: Any = None
-
-        def objective(of_solution, of_outer_loss):
-            nonlocal static_outcome
-            full = eqx.combine(of_solution, static)
-            params, model_state = start(full)
-            outcome = self.solve(inner, params, full, model_state, False)
-            full = eqx.combine(of_outer_loss, static)
-            value, aux = outer(outcome.params, full, outcome.model_state)
-            arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
-            return value, arrays
-
-        with reverse_mode_explained():
-            value, pullback, arrays = jax.vjp(objective, trainable, trainable, has_aux=True)
-            through_solution, direct = pullback(scale.astype(value.dtype))
-        outcome, aux = eqx.combine(arrays, static_outcome)
-        residual = inner.last_residual(outcome, hyper)
+        output = path_hypergradient(self, in_reverse, inner, outer, start, hyper, scale)
+        outcome = output.outcome
         reached, rest = split_trainable(outcome.params)
 
         def outer_slope():
@@ -251,31 +235,56 @@ class AbstractPathAdjoint(AbstractAdjoint):
             return tree_norm(jax.grad(of_params)(reached))
 
         bound = self.error_bound(hyper, outer_slope)
-        info = AdjointInfo(
-            first_failure(),
-            residual,
+        info = dataclasses.replace(
+            output.info,
             error=bound,
             error_is_bound=bound is not None,
             left_out=self.left_out,
         )
-        return HypergradientOutput(
-            value, aux, direct, through_solution, outcome, info, None
-        )
+        return dataclasses.replace(output, info=info)
 
 
-@contextlib.contextmanager
-def reverse_mode_explained():
-    """Names the remedy where a step holds a loop that reverse mode cannot pass."""
-    try:
-        yield
-    except ValueError as error:
-        if "while_loop" not in str(error):
-            raise
-        raise ValueError(
-            "A step of the inner solver holds a loop of unknown length, such as a line "
-            "search, which reverse mode cannot pass. Use `metaopt.ImplicitAdjoint()` or "
-            "`metaopt.ForwardAdjoint()`, or a solver without such a loop."
-        ) from error
+PathObjective = Callable[[Vector, Vector], tuple[FloatScalar, Any]]
+"""`objective(of_solution, of_outer_loss) -> (value, arrays)`: the outer loss with one
+`hyper` in the inner solve and another in the loss itself, and what comes with it."""
+
+Derivatives = tuple[FloatScalar, Any, Vector, Vector]
+"""The value of an objective, what comes with it, and its derivative in each argument."""
+
+
+def in_reverse(objective: PathObjective, hyper: Vector, scale: FloatScalar) -> Derivatives:
+    """Differentiates `scale` times an objective at `hyper` in reverse mode."""
+    value, pullback, arrays = jax.vjp(objective, hyper, hyper, has_aux=True)
+    return value, arrays, *pullback(scale.astype(value.dtype))
+
+
+def path_hypergradient(
+    adjoint: AbstractAdjoint,
+    differentiate: Callable[[PathObjective, Vector, FloatScalar], Derivatives],
+    inner: InnerSolve,
+    outer: OuterLoss,
+    start: Start,
+    hyper: Hyper,
+    scale: FloatScalar,
+) -> HypergradientOutput:
+    """The hypergradient along the path that `adjoint.solve` follows."""
+    trainable, static = split_trainable(hyper)
+    static_outcome: Any = None
+
+    def objective(of_solution, of_outer_loss):
+        nonlocal static_outcome
+        full = eqx.combine(of_solution, static)
+        params, model_state = start(full)
+        outcome = adjoint.solve(inner, params, full, model_state, False)
+        full = eqx.combine(of_outer_loss, static)
+        value, aux = outer(outcome.params, full, outcome.model_state)
+        arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
+        return value, arrays
+
+    value, arrays, through, direct = differentiate(objective, trainable, scale)
+    outcome, aux = eqx.combine(arrays, static_outcome)
+    info = AdjointInfo(first_failure(), inner.last_residual(outcome, hyper))
+    return HypergradientOutput(value, aux, direct, through, outcome, info, None)
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:

@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from .._dependence import influences
+from .._dependence import influences, passes_loop
 from .._tree import split_trainable
-from ._base import AbstractPathAdjoint, check_iterative
+from .._types import FloatScalar, Vector
+from ._base import (
+    AbstractAdjoint,
+    check_iterative,
+    Derivatives,
+    in_reverse,
+    path_hypergradient,
+    PathObjective,
+)
 
 
-class ForwardAdjoint(AbstractPathAdjoint):
+class ForwardAdjoint(AbstractAdjoint):
     """Forward mode through every step of the inner solver.
 
     As exact as [`metaopt.UnrolledAdjoint`][], with memory that does not grow with the
@@ -26,13 +34,6 @@ class ForwardAdjoint(AbstractPathAdjoint):
     sees_path: ClassVar[bool] = True
     sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
-
-    @property
-    def left_out(self):
-        return ()
-
-    def error_bound(self, hyper, outer_slope):
-        return None
 
     def check(self, solver, data):
         check_iterative(self, solver)
@@ -51,6 +52,47 @@ class ForwardAdjoint(AbstractPathAdjoint):
         inputs = split_trainable(params)[0], trainable, model_state
         run = eqx.filter_closure_convert(run, *inputs)
         return loop.finish(*_with_forward_derivative(run, inputs))
+
+    def init(self, params):
+        return None
+
+    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+        trainable, static = split_trainable(hyper)
+
+        def outer_loss(variables):
+            params, trainable = variables
+            full = eqx.combine(params, static_params)
+            return outer(full, eqx.combine(trainable, static), model_state)[0]
+
+        params, model_state = start(hyper)
+        params, static_params = split_trainable(params)
+        loops = passes_loop(outer_loss, (params, trainable))
+        differentiate = _by_columns if loops else in_reverse
+        return path_hypergradient(self, differentiate, inner, outer, start, hyper, scale)
+
+
+def _by_columns(objective: PathObjective, hyper: Vector, scale: FloatScalar) -> Derivatives:
+    """Differentiates `scale` times an objective at `hyper` in forward mode: for an outer
+    loss that reverse mode cannot pass. It is evaluated once for each outer variable, and
+    for each of the two arguments."""
+    both = hyper, hyper
+
+    def derivative(direction):
+        value = lambda both: objective(*both)[0]
+        return jax.jvp(value, (both,), (direction,))[1]
+
+    # A leaf that no derivative reaches must not seem reached.
+    table = influences(derivative, both)
+    used = jax.tree.unflatten(jax.tree.structure(both), [any(row) for row in table])
+    flat, unravel = ravel_pytree(both)
+    rows = jax.vmap(lambda direction: derivative(unravel(direction)))(
+        jnp.eye(flat.size, dtype=flat.dtype)
+    )
+    value, arrays = objective(*both)
+    scaled = unravel((scale.astype(rows.dtype) * rows).astype(flat.dtype))
+    zeros = jax.tree.map(jnp.zeros_like, both)
+    through, direct = jax.tree.map(lambda use, a, b: a if use else b, used, scaled, zeros)
+    return value, arrays, through, direct
 
 
 @eqx.filter_custom_jvp

@@ -22,7 +22,7 @@ from .._linear import (
     prepare,
     transposed,
 )
-from .._operators import newton_length
+from .._operators import linear_solve, newton_length
 from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Optimality, Outcome
 from .._tree import (
@@ -598,7 +598,7 @@ def _(primals, tangents, *, static_adjoint, throw):
             return result.error_if(linear.value, failed)
         return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), linear.value)
 
-    tangent = jax.lax.custom_linear_solve(
+    tangent = linear_solve(
         operator.mv,
         right_hand_side,
         ft.partial(solve, adjoint, reverse=False),

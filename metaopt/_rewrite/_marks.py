@@ -16,8 +16,9 @@ def propagate(jaxpr: Jaxpr, inputs: Sequence[bool], transfer: Transfer) -> list[
     """For each output of `jaxpr`, whether it is marked.
 
     Loops, branches and calls are followed, and every operation in them is handed to
-    `transfer`, in loops until nothing changes any more. An operation of an unknown kind
-    that holds programs of its own is handed over as it is.
+    `transfer`, in loops until nothing changes any more. So is a `while` as a whole, for
+    what it counts and not for what it returns. An operation of an unknown kind that holds
+    programs of its own is handed over as it is.
 
     **Arguments:**
 
@@ -59,6 +60,7 @@ def _equation(eqn, marks: list[bool], transfer: Transfer) -> list[bool]:
             stops = propagate(cond, marks[:n_cond] + state, transfer)[0]
             grown = [a or b or stops for a, b in zip(state, outs)]
             if grown == state:
+                transfer(eqn, marks[: n_cond + n_body] + state)
                 return state
             state = grown
     if name == "cond":

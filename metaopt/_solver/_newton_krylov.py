@@ -7,6 +7,7 @@ import lineax as lx
 
 from .._linear import AbstractLinearSolver, GMRES
 from .._model_state import AbstractStatePolicy
+from .._operators import linear_solve, linearised
 from .._tree import tree_axpy, tree_dtype, tree_structs, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_kind
@@ -94,7 +95,7 @@ class NewtonKrylov(AbstractAcceleratedSolver):
         return jax.lax.cond(back, backwards, onwards)
 
     def _direction(self, at: Applied, memory: "_Memory") -> Vector:
-        _, push = jax.linearize(at.apply, at.params)
+        _, push = linearised(at.apply, at.params)
         operator = lx.FunctionLinearOperator(
             lambda x: tree_sub(x, push(x)), tree_structs(at.params)
         )
@@ -109,9 +110,7 @@ class NewtonKrylov(AbstractAcceleratedSolver):
 
         # So that derivatives along the path can pass it.
         self.linear_solver.check(operator)
-        return jax.lax.custom_linear_solve(
-            operator.mv, at.residual, solve, transpose_solve=solve
-        )
+        return linear_solve(operator.mv, at.residual, solve, transpose_solve=solve)
 
 
 class _Memory(eqx.Module):

@@ -17,7 +17,6 @@ from .._base import (
     AbstractAdjoint,
     AdjointInfo,
     HypergradientOutput,
-    reverse_mode_explained,
 )
 from ._coupled import CoupledRun
 from ._derivative import once, with_reverse_derivative
@@ -155,8 +154,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         in_params, in_state, direct = pull(scale.astype(value.dtype))
         # Arrays that the problem holds are not differentiated here.
         fixed = jax.tree.map(lambda _: False, run.evaluate)
-        with reverse_mode_explained():
-            undone = run.undo(inputs, record, Reached(in_params, None, None), (fixed, True))
+        undone = run.undo(inputs, record, Reached(in_params, None, None), (fixed, True))
         _, into = undone.cotangents
         into_hyper, into_state = into.others
         (through_start,) = pull_to_hyper(
