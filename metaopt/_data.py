@@ -1,6 +1,7 @@
 """Where batches come from."""
 
 import abc
+import math
 from typing import Any
 
 import equinox as eqx
@@ -114,7 +115,7 @@ class Minibatches(AbstractData):
         return order.reshape(-1, self.batch_size)[:num_steps]
 
     def batch(self, draw):
-        return jax.tree.map(lambda a: jnp.asarray(a)[draw], self.arrays)
+        return jax.tree.map(lambda a: _rows_of(jnp.asarray(a), draw), self.arrays)
 
     def full(self):
         return self.arrays
@@ -157,7 +158,7 @@ class BatchSequence(AbstractData):
         return jnp.arange(num_steps)
 
     def batch(self, draw):
-        return jax.tree.map(lambda a: a[draw], self.arrays)
+        return jax.tree.map(lambda a: _rows_of(a, draw), self.arrays)
 
     def full(self):
         raise ValueError(
@@ -197,6 +198,20 @@ def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
         if eqx.is_array(leaf) and leaf.size == 0:
             where = f" at `{name}`" if name else ""
             raise ValueError(f"{whose} holds an empty array{where}, of shape {leaf.shape}.")
+
+
+def _rows_of(array: jax.Array, index: jax.Array) -> jax.Array:
+    """`array[index]`, over an explicit mesh too, where JAX asks how it is to be sharded:
+    the rows as before if they divide evenly, and everything else as before."""
+    sharding = jax.typeof(array).sharding
+    if not sharding.mesh.explicit_axes:
+        return array[index]
+    over, *others = sharding.spec
+    axes = over if isinstance(over, tuple) else () if over is None else (over,)
+    num_shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    rows = [over if size % num_shards == 0 else None for size in index.shape]
+    spec = jax.sharding.PartitionSpec(*rows, *others)
+    return array.at[index].get(out_sharding=jax.NamedSharding(sharding.mesh, spec))
 
 
 def _num_rows(arrays: PyTree[Any], owner: str) -> int:

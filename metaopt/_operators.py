@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import lineax as lx
 
 from ._dependence import is_transposable, passes_loop
-from ._tree import divided, split_trainable, tree_add, tree_scaled_norm, tree_structs
+from ._tree import (
+    divided,
+    split_trainable,
+    tree_add,
+    tree_scaled_norm,
+    tree_sharded_like,
+    tree_structs,
+)
 from ._types import FloatScalar, PyTree, Vector
 
 
@@ -37,7 +44,12 @@ def jacobian_operator(
     """
     residual, product = linearised(optimality, params)
     structure = tree_structs(params)
-    return residual, lx.FunctionLinearOperator(product, structure, tags)
+    # Its transpose, and the promise that it is one's own, need one way to be sharded.
+    residual = tree_sharded_like(residual, structure)
+    sharded = lambda vector: tree_sharded_like(
+        product(tree_sharded_like(vector, structure)), structure
+    )
+    return residual, lx.FunctionLinearOperator(sharded, structure, tags)
 
 
 def linearised(
@@ -147,9 +159,10 @@ def gauss_newton_operator(
     def product(vector):
         in_predictions, in_params = bend(push(vector), vector)
         (pulled,) = pull(in_predictions)
-        return tree_add(pulled, in_params)
+        return tree_sharded_like(tree_add(pulled, in_params), structure)
 
-    return lx.FunctionLinearOperator(product, tree_structs(params), tags)
+    structure = tree_structs(params)
+    return lx.FunctionLinearOperator(product, structure, tags)
 
 
 def cross_pullback(

@@ -1,5 +1,7 @@
 """Pytrees as vectors. What `optax.tree` already offers is used from there."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -65,8 +67,14 @@ def tree_sub(x: Vector, y: Vector) -> Vector:
 
 
 def tree_zeros_like(x: PyTree) -> PyTree:
-    """Zeros with the shapes and dtypes of `x` (arrays or `jax.ShapeDtypeStruct`s)."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), x)
+    """Zeros like `x` (arrays or `jax.ShapeDtypeStruct`s), sharded over the axes of an
+    explicit mesh as they are."""
+
+    def zeros(a):
+        made = jnp.zeros(a.shape, a.dtype)
+        return made if a.sharding is None else jax.sharding.reshard(made, a.sharding)
+
+    return jax.tree.map(zeros, tree_structs(x))
 
 
 def tree_where(condition: BoolScalar, x: PyTree, y: PyTree) -> PyTree:
@@ -149,8 +157,62 @@ def tree_num_bytes(x: PyTree) -> int:
 
 
 def tree_structs(x: PyTree) -> PyTree:
-    """`x` with every array replaced by its `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x)
+    """`x` with every array replaced by its `jax.ShapeDtypeStruct`, which names the axes of
+    an explicit mesh that the array is sharded over."""
+
+    def struct(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+
+    return jax.tree.map(struct, jax.eval_shape(lambda x: x, x))
+
+
+def same_structs(x: PyTree, y: PyTree) -> bool:
+    """Whether two pytrees of arrays (or their structures) have the same structure, shapes
+    and dtypes, however they are sharded."""
+
+    def shapes(tree):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+    return shapes(x) == shapes(y)
+
+
+def tree_sharded_like(x: PyTree, structs: PyTree) -> PyTree:
+    """`x`, sharded over the axes of an explicit mesh as `structs` say; as it is where they
+    say nothing."""
+
+    def sharded(a, struct):
+        if struct.sharding is None or jax.typeof(a).sharding == struct.sharding:
+            return a
+        return jax.sharding.reshard(a, struct.sharding)
+
+    return jax.tree.map(sharded, x, structs)
+
+
+def with_auto_axes(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """`fn(*args)`, within which the axes of an explicit mesh are automatic. Where any array
+    is sharded over explicit axes, the results are replicated."""
+    dynamic, static = eqx.partition(args, eqx.is_array)
+    mesh = explicit_mesh(dynamic)
+    if mesh is None:
+        return fn(*args)
+    static_out: PyTree = None
+
+    def run(dynamic):
+        nonlocal static_out
+        arrays, static_out = eqx.partition(fn(*eqx.combine(dynamic, static)), eqx.is_array)
+        return arrays
+
+    replicated = jax.sharding.PartitionSpec()
+    # Without a mesh in the context `auto_axes` does nothing.
+    with jax.sharding.use_abstract_mesh(mesh):
+        arrays = jax.sharding.auto_axes(run, out_sharding=replicated)(dynamic)
+    return eqx.combine(arrays, static_out)
+
+
+def explicit_mesh(arrays: PyTree) -> jax.sharding.AbstractMesh | None:
+    """The mesh with explicit axes over which arrays are sharded, if there is one."""
+    meshes = (jax.typeof(a).sharding.mesh for a in jax.tree.leaves(arrays))
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
 def tree_dtype(x: PyTree) -> np.dtype:

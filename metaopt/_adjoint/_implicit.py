@@ -27,6 +27,7 @@ from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Optimality, Outcome
 from .._tree import (
     divided,
+    same_structs,
     split_trainable,
     tree_cast_like,
     tree_dot,
@@ -490,7 +491,7 @@ def _condition(
         found = jax.eval_shape(condition, widened, split_trainable(hyper)[0])
     except (TypeError, ValueError):
         found = None
-    if found is not None and tree_structs(found) == tree_structs(widened):
+    if found is not None and same_structs(found, widened):
         return condition, widened
     warnings.warn(
         "The inner problem cannot be evaluated in float32 at params of half precision: "

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._results import first_failure, mask_result, RESULTS
-from .._tree import tree_axpy, tree_dot, tree_structs, tree_zeros_like
+from .._tree import same_structs, tree_axpy, tree_dot, tree_structs, tree_zeros_like
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
 
@@ -211,7 +211,7 @@ def steps_left_out(rtol: float | None, max_steps: int) -> tuple[str, ...]:
 def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
     """Raises a `ValueError` unless the operator is square, as a map of pytrees."""
     given, returned = operator.in_structure(), operator.out_structure()
-    if _strong(given) != _strong(returned):
+    if not same_structs(given, returned):
         raise ValueError(
             f"`{solver}` needs an operator that maps vectors to vectors of the same "
             f"structure; this one maps {given} to {returned}."
@@ -222,17 +222,13 @@ def check_structures(
     operator: lx.AbstractLinearOperator, vector: Vector, start: Vector | None
 ) -> None:
     """Raises a `ValueError` unless the operator applies to `vector` and `start`."""
-    expected = _strong(operator.in_structure())
+    expected = operator.in_structure()
     for name, given in (("vector", vector), ("start", start)):
-        if given is not None and tree_structs(given) != expected:
+        if given is not None and not same_structs(given, expected):
             raise ValueError(
                 f"`{name}` must have the structure of the operator, {expected}; got "
                 f"{tree_structs(given)}."
             )
-
-
-def _strong(structure):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), structure)
 
 
 def coarsest_eps(vector: Vector) -> float:

@@ -12,6 +12,7 @@ from jax import lax
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import (
+    same_structs,
     tree_axpy,
     tree_dot,
     tree_dtype,
@@ -243,7 +244,7 @@ class _Method:
             z = preconditioner.mv(r)
         else:
             z = preconditioner(r)
-        if tree_structs(z) != tree_structs(r):
+        if not same_structs(z, r):
             raise ValueError(
                 "`preconditioner` must return a vector like the one that it is given, "
                 f"{tree_structs(r)}; it returned {tree_structs(z)}."

@@ -29,7 +29,7 @@ from ._base import (
     relative,
     reported,
 )
-from ._promotion import cast_up, promoted
+from ._promotion import cast_up, in_auto_axes, promoted
 
 
 class Dense(AbstractLinearSolver):
@@ -89,9 +89,16 @@ class Dense(AbstractLinearSolver):
         scale, size = scale_and_norm(vector)
         b = divided(vector, scale)
         method = lx.LU()
+        semidefinite = lx.is_positive_semidefinite(operator)
+
+        def run(full, b):
+            state = method.init(full, {})
+            x, _, _ = method.compute(state, b, {})
+            # In ascending order: the smallest and the largest.
+            return x, jnp.linalg.eigvalsh(full.as_matrix()) if semidefinite else None
+
         full = promoted(operator, vector)
-        state = method.init(full, {})
-        x, _, _ = method.compute(state, cast_up(b), {})
+        x, eigenvalues = in_auto_axes(run, full, cast_up(b))
         x = jax.tree.map(lambda a, b: a.astype(b.dtype), x, vector)
         finite = tree_all_finite(x) & jnp.isfinite(size)
         x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
@@ -100,8 +107,7 @@ class Dense(AbstractLinearSolver):
         regular = finite & (residual <= coarsest_eps(vector) ** 0.5)
         smallest = jnp.full((), jnp.inf, size.dtype)
         indefinite = jnp.asarray(False)
-        if lx.is_positive_semidefinite(operator):
-            eigenvalues = jnp.linalg.eigvalsh(full.as_matrix())
+        if eigenvalues is not None:
             smallest = eigenvalues[0].astype(size.dtype)
             rounding = 10 * coarsest_eps(vector) * jnp.abs(eigenvalues[-1])
             indefinite = smallest < -tree_size(vector) * rounding

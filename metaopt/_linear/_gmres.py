@@ -33,7 +33,7 @@ from ._base import (
     reported,
     steps_left_out,
 )
-from ._promotion import cast_up, promoted
+from ._promotion import cast_up, in_auto_axes, promoted
 from ._system import System
 
 
@@ -186,8 +186,13 @@ def _one_cycle(operator: lx.AbstractLinearOperator, vector: Vector, restart: int
     def one_cycle(unit: Vector) -> Vector:
         # The first of its steps only makes the residual of the start.
         method = lx.GMRES(rtol=0.0, atol=0.0, max_steps=2, restart=restart)
-        state = method.init(promoted(operator, vector), {})
-        change, _, _ = method.compute(state, cast_up(unit), {})
+
+        def run(operator, unit):
+            state = method.init(operator, {})
+            compute = lambda unit: method.compute(state, unit, {})[0]
+            return carry_conditions(compute)(unit), ()
+
+        change, _ = in_auto_axes(run, promoted(operator, vector), cast_up(unit))
         return jax.tree.map(lambda a, b: a.astype(b.dtype), change, unit)
 
-    return carry_conditions(one_cycle)
+    return one_cycle

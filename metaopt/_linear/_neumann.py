@@ -16,6 +16,8 @@ from .._tree import (
     tree_dtype,
     tree_norm,
     tree_scale,
+    tree_sharded_like,
+    tree_structs,
     tree_sub,
     tree_where,
     tree_zeros_like,
@@ -169,6 +171,7 @@ def largest_eigenvalue(operator: lx.AbstractLinearOperator, vector: Vector) -> F
     keys = jax.random.split(jax.random.key(0), len(leaves))
     leaves = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
     start = jax.tree.unflatten(structure, leaves)
+    start = tree_sharded_like(start, tree_structs(vector))
 
     def step(_, carry):
         x, length = carry

@@ -1,15 +1,20 @@
-"""Vectors of several dtypes, as methods that know only one see them."""
+"""Vectors of several dtypes or shards, as methods that know of neither see them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import lineax as lx
 
 from .._tree import (
+    explicit_mesh,
     tree_dtype,
     tree_structs,
 )
 from .._types import Vector
+
+
+_T = TypeVar("_T")
 
 
 def cast_up(vector: Vector) -> Vector:
@@ -29,3 +34,39 @@ def promoted(operator: lx.AbstractLinearOperator, vector: Vector) -> Any:
         return cast_up(operator.mv(x))
 
     return lx.FunctionLinearOperator(product, tree_structs(cast_up(vector)))
+
+
+def in_auto_axes(
+    fn: Callable[[lx.AbstractLinearOperator, Vector], tuple[Vector, _T]],
+    operator: lx.AbstractLinearOperator,
+    vector: Vector,
+) -> tuple[Vector, _T]:
+    """`fn(operator, vector)`, within which the axes of an explicit mesh are automatic.
+
+    `lineax` makes arrays without asking how they are to be sharded, and cannot be called
+    with explicit axes. Products with the operator have them still.
+
+    **Arguments:**
+
+    - `fn`: returns a vector like its second argument, and arrays, which are replicated.
+    - `operator`, `vector`: the operator, and a vector that it applies to.
+
+    **Returns:**
+
+    What `fn` does.
+    """
+    shardings = jax.tree.map(lambda struct: struct.sharding, tree_structs(vector))
+    mesh = explicit_mesh(vector)
+    if mesh is None:
+        return fn(operator, vector)
+
+    def run(vector):
+        explicit = jax.sharding.explicit_axes(operator.mv, in_sharding=(shardings,))
+        product = lambda vector: explicit(vector)
+        automatic = lx.FunctionLinearOperator(product, jax.eval_shape(lambda x: x, vector))
+        return fn(automatic, vector)
+
+    replicated = jax.sharding.PartitionSpec()
+    with jax.sharding.use_abstract_mesh(mesh):
+        solve: Any = jax.sharding.auto_axes(run, out_sharding=(shardings, replicated))
+        return solve(vector)

@@ -136,13 +136,15 @@ def _masked(operation, slopes, moves: Sequence[bool], *inputs) -> Array:
     """
     constant = [lax.stop_gradient(x) for x in inputs]
     value = operation(*constant)
-    finite = jnp.ones(value.shape, bool)
+    finite = jnp.ones_like(value, bool)
     for slope, moving in zip(slopes(value, *constant), moves, strict=True):
         if moving:
             finite = finite & jnp.isfinite(slope())
 
     def away(x):
-        x = jnp.broadcast_to(x, value.shape)
+        # Not `broadcast_to` where there is nothing to broadcast: over an explicit mesh the
+        # result must be sharded as the value is.
+        x = x if x.shape == value.shape else jnp.full_like(value, 1, x.dtype) * x
         return lax.select(finite, x, jnp.ones_like(x))
 
     inputs = [away(x) if moving else x for x, moving in zip(inputs, moves)]

@@ -11,6 +11,7 @@ import numpy as np
 from .._model_state import StepStates
 from .._problem import declared
 from .._results import RESULTS
+from .._tree import with_auto_axes
 from .._types import Key, ModelState
 from .._validate import canonical_key, check_count
 from ._episodes import Episodes, HostEpisodes
@@ -146,6 +147,21 @@ def _drawn(draw: Callable[[Key], Any], num_tasks: int, key: Key) -> Task:
 
 @eqx.filter_jit
 def _scores(
+    learner: AbstractLearner,
+    meta: Any,
+    tasks: Any,
+    metric: Callable[..., Any],
+    num_tasks: int,
+    num_steps: int | None,
+    key: Key,
+    model_state: ModelState,
+    chunk_size: int,
+) -> jax.Array:
+    arguments = learner, meta, tasks, metric, num_tasks, num_steps, key, model_state
+    return with_auto_axes(_score_each, *arguments, chunk_size)
+
+
+def _score_each(
     learner: AbstractLearner,
     meta: Any,
     tasks: Any,

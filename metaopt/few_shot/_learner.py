@@ -22,9 +22,12 @@ from .._tree import (
     split_trainable,
     tree_add,
     tree_cast_like,
+    tree_sharded_like,
+    tree_structs,
     tree_where,
     tree_widened,
     tree_zeros_like,
+    with_auto_axes,
 )
 from .._types import (
     Aux,
@@ -352,6 +355,15 @@ def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None
 
 @eqx.filter_jit
 def _value_and_grad(
+    learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
+) -> tuple[FloatScalar, Vector, TaskStats]:
+    arguments = learner, meta, tasks, key, model_state
+    loss, gradient, stats = with_auto_axes(_over_tasks, *arguments)
+    structs = tree_structs(split_trainable(meta)[0])
+    return loss, tree_sharded_like(gradient, structs), stats
+
+
+def _over_tasks(
     learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
 ) -> tuple[FloatScalar, Vector, TaskStats]:
     num_tasks = count_tasks(tasks)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .._checkpoint import CheckpointError, load, save
 from .._raise import raise_on_failure
 from .._results import RESULTS
-from .._tree import split_trainable, tree_strong, tree_structs, tree_where_arrays
+from .._tree import same_structs, split_trainable, tree_strong, tree_where_arrays
 from .._types import BoolScalar, FloatScalar, IntScalar, Key, ModelState
 from .._validate import canonical_key, check_count, check_kind
 from ._episodes import HostEpisodes
@@ -196,8 +196,7 @@ def _check_goes_on(
         raise ValueError(
             "`state` has the key and the model state of its run: hand over no others."
         )
-    shapes = (tree_structs(split_trainable(x)[0]) for x in (state.meta, meta))
-    if eqx.tree_equal(*shapes) is not True:
+    if not same_structs(*(split_trainable(x)[0] for x in (state.meta, meta))):
         raise ValueError("`state` is of another model than `meta`, with other arrays.")
 
 
