@@ -71,6 +71,7 @@ from ._data import (
     AbstractData as AbstractData,
     BatchSequence as BatchSequence,
     FullBatch as FullBatch,
+    InnerBatches as InnerBatches,
     Minibatches as Minibatches,
 )
 from ._hypergradient import hypergradient as hypergradient

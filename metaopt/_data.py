@@ -1,16 +1,20 @@
 """Where batches come from."""
 
 import abc
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from ._tree import leaf_names
 from ._types import Batch, Key
+from ._validate import check_count
 
 
 class AbstractData(eqx.Module):
@@ -168,6 +172,49 @@ class BatchSequence(AbstractData):
         )
 
 
+class InnerBatches:
+    """Batches of a loader, one for each step of the inner solver.
+
+    [`metaopt.solve_bilevel`][] pulls one item for each *outer* step from an iterable. In
+    this one an item is a [`metaopt.BatchSequence`][] of `num_steps` batches, so that each
+    *inner* step sees a batch of its own. A loader that can be started anew is, whenever it
+    is exhausted; left-over batches of an iterator are not used.
+
+    **Arguments:**
+
+    - `batches`: an iterable of batches of equal shapes: a loader, or a generator.
+    - `num_steps`: the number of steps of the inner solver.
+
+    **Raises:**
+
+    `ValueError` unless `num_steps` is a positive int.
+    """
+
+    def __init__(self, batches: Iterable[Any], num_steps: int):
+        check_count(num_steps, "num_steps")
+        self.batches = batches
+        self.num_steps = num_steps
+
+    def __iter__(self) -> Iterator[BatchSequence]:
+        source = iter(restarted(self.batches))
+        while rows := list(itertools.islice(source, self.num_steps)):
+            if len(rows) < self.num_steps:
+                return
+            yield BatchSequence(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def restarted(batches: Iterable[Any]) -> Iterator[Any]:
+    """The items of an iterable, over and over if it can be started anew."""
+    once = isinstance(batches, Iterator)
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if once or empty:
+            return
+
+
 def as_data(data: Any, name: str = "data") -> AbstractData:
     """`data` as a source of batches: plain arrays become a [`metaopt.FullBatch`][].
 
@@ -193,11 +240,11 @@ def as_data(data: Any, name: str = "data") -> AbstractData:
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
-    names = leaf_names(arrays, "")
-    for name, leaf in zip(names, jax.tree.leaves(arrays)):
-        if eqx.is_array(leaf) and leaf.size == 0:
-            where = f" at `{name}`" if name else ""
-            raise ValueError(f"{whose} holds an empty array{where}, of shape {leaf.shape}.")
+    """Raises a `ValueError` where every array is empty. Beside others one may be."""
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if eqx.is_array(leaf)]
+    if leaves and all(leaf.size == 0 for leaf in leaves):
+        shape = leaves[0].shape
+        raise ValueError(f"{whose} holds an empty array, of shape {shape}.")
 
 
 def _rows_of(array: jax.Array, index: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ._bilevel import AbstractBilevelSolver, BilevelStep
-from ._data import AbstractData, as_data
+from ._data import AbstractData, as_data, restarted
 from ._problem import BilevelProblem
 from ._raise import raise_on_failure
 from ._report import BilevelSolution, History, Report
@@ -27,6 +27,7 @@ from ._validate import (
     check_count,
     check_kind,
     check_tolerance,
+    is_loader,
 )
 
 
@@ -71,8 +72,10 @@ def solve_bilevel(
     - `hyper`: where the outer variables start: any pytree with a floating-point array
         in it. Python floats become arrays.
     - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, a
-        source of batches such as [`metaopt.Minibatches`][], or an iterator that yields
-        either for each outer step (of the same shapes each time).
+        source of batches such as [`metaopt.Minibatches`][], or an iterable that yields
+        either for each *outer* step (of the same shapes each time). A loader that can be
+        started anew is, whenever it is exhausted. For one batch for each *inner* step
+        write [`metaopt.InnerBatches`][]`(loader, num_steps)`.
     - `solver`: how the outer problem is driven, such as [`metaopt.NestedSolver`][].
     - `num_steps`: the number of outer steps.
     - `params`: where the inner solve starts; by default the inner problem's `init`.
@@ -127,7 +130,7 @@ class _Feed:
 
     def __init__(self, data: Any, name: str):
         self.name = name
-        self.source = data if isinstance(data, Iterator) else None
+        self.source = restarted(data) if _is_pulled(data) else None
         self.now: AbstractData
         if self.source is None:
             self.now = self._check(data)
@@ -135,7 +138,9 @@ class _Feed:
             try:
                 self.now = self._check(next(self.source))
             except StopIteration:
-                raise ValueError(f"`{name}` is an iterator that yields nothing.") from None
+                raise ValueError(
+                    f"`{name}` is an iterator or loader that yields nothing."
+                ) from None
         self.fresh = True
 
     def advance(self) -> None:
@@ -149,6 +154,10 @@ class _Feed:
 
     def _check(self, data: Any) -> AbstractData:
         return as_data(canonical_arrays(data, self.name), self.name)
+
+
+def _is_pulled(data: Any) -> bool:
+    return isinstance(data, Iterator) or is_loader(data)
 
 
 class _Run:

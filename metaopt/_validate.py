@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -64,6 +64,7 @@ def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
             f"`{name}` holds no floating-point array, so there is nothing to tune"
             + (f": it is {hyper!r}." if len(repr(hyper)) < 80 else ".")
         )
+    _check_not_empty([leaf for leaf in out if eqx.is_inexact_array(leaf)], names)
     check_finite(out, names)
     return tree_strong(jax.tree.unflatten(structure, out))
 
@@ -83,18 +84,29 @@ def _canonical_leaf(name: str, leaf: Any) -> Any:
         raise ValueError(
             f"`{name}` is complex. Split it into its real and imaginary parts."
         )
-    if eqx.is_inexact_array(leaf):
-        if leaf.size == 0:
-            raise ValueError(f"`{name}` is an empty array of shape {leaf.shape}.")
     return leaf
 
 
-def canonical_arrays(tree: Any, name: str) -> Any:
-    """`tree` with NumPy arrays moved to JAX, and checked for NaN and complex numbers.
+def _check_not_empty(leaves: list[Any], names: list[str]) -> None:
+    """Raises a `ValueError` where every array is empty. Beside others one may be."""
+    arrays = [(n, leaf) for n, leaf in zip(names, leaves) if eqx.is_array(leaf)]
+    if arrays and all(leaf.size == 0 for _, leaf in arrays):
+        name, leaf = arrays[0]
+        raise ValueError(f"`{name}` is an empty array, of shape {leaf.shape}.")
+
+
+def canonical_arrays(tree: Any, name: str, *, only_arrays: bool = True) -> Any:
+    """`tree` with the arrays of other libraries moved to JAX, and checked for NaN.
+
+    **Arguments:**
+
+    - `tree`: what was handed over as `name`.
+    - `only_arrays`: whether loaders, data sets and lists of numbers are refused.
 
     **Raises:**
 
-    `ValueError` naming the array.
+    `ValueError` naming the array; `TypeError` for what is no array and no pytree of
+    arrays, such as a loader, with what to write.
     """
     if isinstance(tree, Iterator):
         raise ValueError(
@@ -102,20 +114,98 @@ def canonical_arrays(tree: Any, name: str) -> Any:
             "over one batch, or a `metaopt.BatchSequence` of several that are stacked."
         )
     names = leaf_names(tree, name)
+    if only_arrays:
+        _check_lists(tree, name)
+        for where, leaf in zip(names, jax.tree.leaves(tree)):
+            _check_no_loader(leaf, where)
     leaves, structure = jax.tree.flatten(tree)
-    leaves = [
-        _to_jax(leaf, where) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
-        for where, leaf in zip(names, leaves)
-    ]
-    for where, leaf in zip(names, leaves):
-        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"`{where}` is complex. Split it into its real and imaginary parts."
-            )
-        if eqx.is_array(leaf) and leaf.size == 0:
-            raise ValueError(f"`{where}` is an empty array, of shape {leaf.shape}.")
+    leaves = [_from_elsewhere(leaf, where) for where, leaf in zip(names, leaves)]
+    _check_not_empty(leaves, names)
     check_finite(leaves, names)
     return tree_strong(jax.tree.unflatten(structure, leaves))
+
+
+@runtime_checkable
+class _HasArray(Protocol):
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class _HasDLPack(Protocol):
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+def is_loader(data: Any) -> bool:
+    """Whether `data` is an iterable of batches that can be started anew: no pytree of
+    arrays, and no array."""
+    return (
+        isinstance(data, Iterable)
+        and not isinstance(data, str | bytes | _HasArray | _HasDLPack)
+        and jax.tree_util.all_leaves([data])
+    )
+
+
+def _from_elsewhere(leaf: Any, name: str) -> Any:
+    """A leaf as a JAX array, if it is an array of any library."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, np.ndarray | np.generic):
+        return _to_jax(leaf, name)
+    if isinstance(leaf, _HasArray | _HasDLPack) and not isinstance(leaf, type):
+        convert = np.asarray if isinstance(leaf, _HasArray) else np.from_dlpack
+        try:
+            array = convert(leaf)
+        except Exception as error:
+            raise TypeError(
+                f"`{name}`, of type `{type(leaf).__name__}`, cannot be read as an array: "
+                f"{error} Move it to the CPU, detach it, and hand over a NumPy array."
+            ) from error
+        return _to_jax(array, name)
+    return leaf
+
+
+def _check_no_loader(leaf: Any, name: str) -> None:
+    if isinstance(leaf, type | str | bytes | jax.Array | _HasArray | _HasDLPack):
+        return
+    if is_loader(leaf):
+        raise TypeError(
+            f"`{name}` is a `{type(leaf).__name__}`, an iterable of batches. Hand over one "
+            "batch, such as `next(iter(loader))`, or a `metaopt.BatchSequence` of several "
+            "that are stacked. `metaopt.solve_bilevel` takes a loader as `train` or "
+            "`valid`, and pulls one batch for each outer step."
+        )
+    if isinstance(leaf, _Indexed):
+        raise TypeError(
+            f"`{name}` is a `{type(leaf).__name__}`, a data set of rows. Stack them: "
+            "`jax.tree.map(lambda *rows: numpy.stack(rows), *[data[i] for i in "
+            "range(len(data))])`."
+        )
+
+
+def _check_lists(tree: Any, name: str) -> None:
+    """Raises a `TypeError` for lists of numbers: to JAX each number is an array."""
+
+    def numbers(node: Any) -> bool:
+        if isinstance(node, list):
+            return bool(node) and all(map(numbers, node))
+        return isinstance(node, int | float | complex)
+
+    is_list = lambda node: isinstance(node, list) and numbers(node)
+    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)[0]
+    for path, node in paths:
+        if is_list(node):
+            where = name + jax.tree_util.keystr(path)
+            raise TypeError(
+                f"`{where}` is a list of numbers, of which each would be an array by "
+                f"itself. Write `numpy.asarray(...)` around it."
+            )
 
 
 def check_kind(value: Any, kind: type, name: str, example: str) -> None:
@@ -163,7 +253,7 @@ def canonical_params(params: Any) -> Params:
     """
     if isinstance(params, float):
         params = _to_jax(params, "params")
-    params = canonical_arrays(params, "params")
+    params = canonical_arrays(params, "params", only_arrays=False)
     check_params(params)
     return params
 
@@ -176,9 +266,8 @@ def check_params(params: Any) -> None:
         raise ValueError(
             "`params` holds no floating-point array, so there is nothing to train."
         )
+    _check_not_empty([leaf for leaf in leaves if eqx.is_inexact_array(leaf)], names)
     for name, leaf in zip(names, leaves):
-        if eqx.is_inexact_array(leaf) and leaf.size == 0:
-            raise ValueError(f"`{name}` is an empty array of shape {leaf.shape}.")
         if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(
                 f"`{name}` is complex. Split it into its real and imaginary parts."
@@ -207,6 +296,11 @@ def _all_finite(leaves):
 
 def _to_jax(leaf: Any, name: str) -> jax.Array:
     given = np.asarray(leaf).dtype
+    if given.kind in "OSUM":
+        raise TypeError(
+            f"`{name}` is an array of dtype {given}, which JAX does not have. Make it "
+            "one of numbers, such as `numpy.stack(list(array))` for an array of arrays."
+        )
     with jax.ensure_compile_time_eval():
         array = jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(given))
     if isinstance(leaf, np.ndarray) and given == np.float64 != array.dtype:

@@ -34,7 +34,8 @@ exact = slope(None, sgd, mo.ImplicitAdjoint(mo.Dense()))
 unrolled = slope(None, adam, mo.UnrolledAdjoint())
 with jax.set_mesh(mesh):
     for over, solver in (
-        (P(), mo.GMRES()), (P("d"), mo.CG()), (P("d"), mo.Dense()), (P("d"), mo.Neumann(300))
+        (P(), mo.GMRES()), (P("d"), mo.CG()), (P("d"), mo.Dense()),
+        (P("d"), mo.Neumann(300)),
     ):
         got = slope(over, sgd, mo.ImplicitAdjoint(solver))
         np.testing.assert_allclose(got, exact, rtol=1e-3, err_msg=str((over, solver)))
