@@ -218,8 +218,13 @@ def explicit_mesh(arrays: PyTree) -> jax.sharding.AbstractMesh | None:
 def tree_dtype(x: PyTree) -> np.dtype:
     """The dtype in which a scalar made from the vector `x` is held: at least float32."""
     leaves = jax.tree.leaves(eqx.filter(x, _is_inexact))
+    return wide_dtype(*(a.dtype for a in leaves))
+
+
+def wide_dtype(*dtypes) -> np.dtype:
+    """The dtype to which these promote, at least float32, under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *(a.dtype for a in leaves))
+        return jnp.result_type(jnp.float32, *dtypes)
 
 
 def tree_widened(x: PyTree) -> PyTree:

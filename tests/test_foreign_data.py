@@ -128,7 +128,7 @@ def test_what_cannot_be_taken_says_what_to_write(data, text):
 
 def test_entry_points_name_a_loader():
     problem, start = PROBLEM.inner, jnp.array(0.0)
-    how = {"adjoint": mo.UnrolledAdjoint()}
+    how: Any = {"adjoint": mo.UnrolledAdjoint()}
     calls = [
         lambda: mo.solve_inner(problem, -2.0, start, Loader(), solver=INNER, **how),
         lambda: mo.check_hypergradient(PROBLEM, -2.0, start, Loader(), inner=INNER, **how),
@@ -155,9 +155,10 @@ def test_complex_data_are_data_like_others():
 
 
 def test_empty_arrays_beside_others():
-    inner = lambda p, h, b: (
-        PROBLEM.inner.evaluate(p[0], h["a"], b["y"], None, None).value + jnp.sum(p[1] ** 2)
-    )
+    def inner(p, h, b):
+        fit = jnp.mean((p[0] - b["y"]) ** 2)
+        return fit + jnp.exp(h["a"]) * p[0] ** 2 + jnp.sum(p[1] ** 2)
+
     problem = mo.BilevelProblem(inner, lambda p, h, b: jnp.mean((p[0] - b) ** 2))
     none = jnp.zeros((0, 3))
     for adjoint in (mo.UnrolledAdjoint(), mo.ImplicitAdjoint(inner_rtol=jnp.inf)):

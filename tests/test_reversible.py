@@ -874,3 +874,22 @@ def test_refused(name):
     call, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_strict_promotion_is_for_users_and_not_for_integers_of_ours():
+    problem = mo.BilevelProblem(
+        lambda p, h, b: jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum(p)
+    )
+    args = problem, jnp.array([1.0, 2.0]), jnp.zeros(2)
+    with jax.numpy_dtype_promotion("strict"):
+        found = [
+            mo.hypergradient(*args, inner=inner, adjoint=adjoint)[0]
+            for inner, adjoint in (
+                (mo.Descent(optax.sgd(0.1, 0.5), 20), mo.UnrolledAdjoint()),
+                (mo.ReversibleSGD(0.1, 0.5, num_steps=20), mo.ReversibleAdjoint()),
+            )
+        ]
+        # The mode of the user is as before.
+        with pytest.raises(jax.dtypes.TypePromotionError):
+            jnp.ones(1, jnp.float32) + jnp.ones(1, jnp.int32)
+    np.testing.assert_allclose(*found, rtol=1e-4)

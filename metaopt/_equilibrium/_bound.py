@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._tree import leaf_names
+from .._tree import leaf_names, wide_dtype
 from .._types import FloatScalar, PyTree
 from .._validate import check_tolerance
 
@@ -75,7 +75,7 @@ def bound_spectral_norm(tree: PyTree, bound: float = 0.9) -> PyTree:
 def _bounded(matrix: jax.Array, bound: float) -> jax.Array:
     if matrix.size == 0:
         return matrix
-    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    wide = matrix.astype(wide_dtype(matrix.dtype))
     norm = spectral_norm(wide)
     if wide.dtype != matrix.dtype:
         # Rounding to the dtype of the matrix may stretch it again.

@@ -1,8 +1,9 @@
 """Momentum in integers: where it is to the last bit, its steps, and the way back."""
 
+import functools as ft
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast, TypeVar
 
 import equinox as eqx
 import jax
@@ -21,6 +22,21 @@ from ._lossless import (
     ONE,
     shortened,
 )
+
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def _promoting(fn: _Fn) -> _Fn:
+    """`fn`, in which integers, booleans and floats may meet, whatever users ask of their
+    own arithmetic."""
+
+    @ft.wraps(fn)
+    def wrapper(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return fn(*args, **kwargs)
+
+    return cast(_Fn, wrapper)
 
 
 class Exact(eqx.Module):
@@ -75,6 +91,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
     min_momentum: eqx.AbstractVar[float]
     fraction_bits: eqx.AbstractVar[int | None]
 
+    @_promoting
     def begin(self, params: Vector) -> tuple[Exact, BoolScalar]:
         """Where the first step starts, to the last bit, and whether that is in range.
 
@@ -92,6 +109,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         )
         return exact, jnp.all(jnp.stack(inside))
 
+    @_promoting
     def recording(self, state: ReversibleState) -> ReversibleState:
         """The state with memory for the words of all steps.
 
@@ -105,6 +123,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         words = [jnp.zeros((rows, *a.shape), jnp.uint16) for a in state.exact.digit]
         return eqx.tree_at(lambda s: s.words, state, words, is_leaf=lambda x: x is None)
 
+    @_promoting
     def factors(self, momenta: jax.Array) -> tuple[jax.Array, jax.Array, FloatScalar]:
         """What multiplies the velocities, and what the digits are below before that.
 
@@ -135,6 +154,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         bits = BITS * height.astype(jnp.float32) + jnp.log2(last.astype(jnp.float32))
         return numerators, bounds, bits / self.num_steps
 
+    @_promoting
     def fraction(self, numerator: IntScalar, momentum: FloatScalar) -> FloatScalar:
         """The momentum that a step takes, with the derivative of the one asked for.
 
@@ -145,6 +165,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         """
         return straight(numerator.astype(momentum.dtype) / ONE, momentum)
 
+    @_promoting
     def params_at(self, exact: Exact, like: Vector) -> Vector:
         """The params at an exact position, with the derivative of `like`.
 
@@ -160,6 +181,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         ]
         return jax.tree.unflatten(structure, leaves)
 
+    @_promoting
     def velocity_at(self, exact: Exact, like: Vector) -> list[jax.Array]:
         """The velocity, in float32 or float64.
 
@@ -173,6 +195,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
             for number, p in zip(exact.velocity, jax.tree.leaves(like), strict=True)
         ]
 
+    @_promoting
     def position_before(self, exact: Exact, rate: FloatScalar) -> Exact:
         """Undoes the second half of a step, the change of the position.
 
@@ -187,6 +210,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         ]
         return eqx.tree_at(lambda e: e.position, exact, position)
 
+    @_promoting
     def velocity_before(
         self,
         exact: Exact,
@@ -222,6 +246,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
     def _limit(self) -> int:
         return largest_bound(self._least)
 
+    @_promoting
     def _rounded(
         self, momentum: FloatScalar, excess: FloatScalar
     ) -> tuple[IntScalar, FloatScalar, BoolScalar]:
@@ -239,6 +264,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         numerator = jnp.clip(jnp.round(asked), self._least, ONE)
         return numerator.astype(jnp.uint32), asked - numerator, allowed
 
+    @_promoting
     def _advance(
         self,
         state: ReversibleState,

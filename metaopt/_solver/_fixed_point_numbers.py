@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._tree import wide_dtype
 from .._types import BoolScalar
 
 
@@ -35,7 +36,7 @@ def bounded(x: jax.Array) -> tuple[jax.Array, BoolScalar]:
 
 def wide(dtype: Any) -> Any:
     """The floating-point dtype of what fixed-point numbers stand for."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wide_dtype(dtype)
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ import numpy as np
 from .._data import AbstractData
 from .._problem import AbstractProblem
 from .._results import first_failure, mask_result, RESULTS, where_result
-from .._tree import split_trainable, tree_all_finite
+from .._tree import split_trainable, tree_all_finite, wide_dtype
 from .._types import (
     Aux,
     Batch,
@@ -103,7 +103,7 @@ class Loop(eqx.Module):
             lambda: self._advance(trainable, solver_state, model_state, hyper, first)
         )[-1]
         loss = output.monitor if output.loss is None else output.loss
-        dtype = jnp.promote_types(output.monitor.dtype, loss.dtype)
+        dtype = wide_dtype(output.monitor.dtype, loss.dtype)
         nan = jnp.full((), jnp.nan, dtype)
         return LoopState(
             params=trainable,

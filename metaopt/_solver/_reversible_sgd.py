@@ -12,7 +12,7 @@ import numpy as np
 from .._model_state import AbstractStatePolicy
 from .._problem import AbstractInnerProblem, AbstractProblem, Evaluation
 from .._results import first_failure, mask_result, RESULTS
-from .._tree import split_trainable, tree_all_finite
+from .._tree import split_trainable, tree_all_finite, tree_dtype
 from .._types import Batch, Hyper, Key, ModelState, Params, Vector
 from .._validate import check_count
 from ._base import StepOutput
@@ -247,7 +247,7 @@ class ReversibleSGD(AbstractExactMomentum):
             values = schedule(hyper) if callable(schedule) else schedule
             values = jnp.asarray(values)
             self._check_shape(values, name)
-            values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+            values = values.astype(tree_dtype(values))
             out.append(jnp.broadcast_to(values, (self.num_steps,)))
         return out[0], out[1]
 

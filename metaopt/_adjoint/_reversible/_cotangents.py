@@ -3,15 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from ..._tree import wide_dtype
 from ..._types import PyTree
 
 
 def wide_zeros(tree: PyTree) -> list[jax.Array]:
     """Zeros to sum in, in at least float32."""
-    return [
-        jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-        for leaf in jax.tree.leaves(tree)
-    ]
+    return [jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
 
 
 def added(sums: list[jax.Array], terms: list[jax.Array]) -> list[jax.Array]:
