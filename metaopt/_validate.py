@@ -1,7 +1,6 @@
 """Checks of what users hand over, made once at the public boundary."""
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ._tree import leaf_names, tree_strong
 from ._types import Hyper, Key, Params
+from ._warn import warn
 
 
 DESCENT_EXAMPLE = "metaopt.Descent(optax.sgd(0.1), num_steps=100)"
@@ -304,11 +304,10 @@ def _to_jax(leaf: Any, name: str) -> jax.Array:
     with jax.ensure_compile_time_eval():
         array = jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(given))
     if isinstance(leaf, np.ndarray) and given == np.float64 != array.dtype:
-        warnings.warn(
+        warn(
             f"`{name}` is float64 and is used as {array.dtype}, because JAX runs in 32 "
             "bits by default. Cast it, or set `jax.config.update('jax_enable_x64', "
-            "True)`.",
-            stacklevel=3,
+            "True)`."
         )
     if given.kind in "iu" and np.any(np.asarray(leaf) != np.asarray(array)):
         raise ValueError(

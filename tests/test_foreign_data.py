@@ -184,3 +184,10 @@ def test_static_parts_of_params_pass():
     found = mo.solve_inner(problem, -2.0, params, BATCH, solver=INNER, adjoint=adjoint)
     assert found.value[1] == range(3) and eqx.is_array(found.value[0])
     assert jax.tree.structure(found.value) == jax.tree.structure(params)
+
+
+def test_warning_about_float64_points_at_the_line_of_the_user():
+    with jax.enable_x64(False):
+        with pytest.warns(UserWarning, match="is float64") as caught:
+            slope(BATCH)
+    assert {warning.filename for warning in caught} == {__file__}

@@ -1,7 +1,6 @@
 """What a linear solver is, what it returns, and what all of them check."""
 
 import abc
-import warnings
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -15,6 +14,7 @@ from .._results import first_failure, mask_result, RESULTS
 from .._tree import same_structs, tree_axpy, tree_dot, tree_structs, tree_zeros_like
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
+from .._warn import warn
 
 
 if TYPE_CHECKING:
@@ -248,10 +248,9 @@ def floored_rtol(rtol: float, solver: str, vector: Vector) -> float:
         return rtol
     dtypes = {np.dtype(a.dtype).name for a in jax.tree.leaves(vector)}
     coarsest = max(dtypes, key=lambda name: float(jnp.finfo(name).eps))
-    warnings.warn(
+    warn(
         f"`{solver}(rtol={rtol:g})` asks for more than {coarsest} can reach; using "
         f"rtol={floor:.1e}. Loosen `rtol`, or use params of higher precision.",
-        stacklevel=3,
     )
     return floor
 
