@@ -24,8 +24,10 @@ from ._validate import (
     canonical_hyper,
     canonical_key,
     canonical_params,
+    check_callback,
     check_count,
     check_kind,
+    check_not_compiled,
     check_tolerance,
     is_loader,
 )
@@ -102,6 +104,8 @@ def solve_bilevel(
     check_kind(solver, AbstractBilevelSolver, "solver", "metaopt.NestedSolver(...)")
     check_count(num_steps, "num_steps")
     check_tolerance(atol, "atol")
+    check_callback(callback)
+    check_not_compiled(hyper, params)
     hyper = canonical_hyper(hyper)
     if params is not None:
         params = canonical_params(params)

@@ -1,5 +1,6 @@
 """Checks of what users hand over, made once at the public boundary."""
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -159,7 +160,7 @@ def _from_elsewhere(leaf: Any, name: str) -> Any:
     if isinstance(leaf, np.ndarray | np.generic):
         return _to_jax(leaf, name)
     if isinstance(leaf, _HasArray | _HasDLPack) and not isinstance(leaf, type):
-        convert = np.asarray if isinstance(leaf, _HasArray) else np.from_dlpack
+        convert: Any = np.asarray if isinstance(leaf, _HasArray) else np.from_dlpack
         try:
             array = convert(leaf)
         except Exception as error:
@@ -217,6 +218,36 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
         )
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
+
+
+def check_callback(callback: Any) -> None:
+    """Raises a `ValueError` unless `callback` can be called with three arguments."""
+    if callback is None:
+        return
+    fits = callable(callback)
+    if fits:
+        try:
+            inspect.signature(callback).bind(None, None, None)
+        except TypeError:
+            fits = False
+        except ValueError:  # some callables have no signature
+            pass
+    if not fits:
+        raise ValueError(
+            "`callback` must be a function `callback(step, state, info)`; got "
+            f"{callback!r}."
+        )
+
+
+def check_not_compiled(hyper: Any, params: Any) -> None:
+    """Raises a `ValueError` inside `jax.jit` and the like, where nothing has a value."""
+    leaves = jax.tree.leaves((hyper, params))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError(
+            "`solve_bilevel` was called inside `jax.jit`, `jax.grad` or `jax.vmap`. It is "
+            "a Python loop over steps that are compiled already: call it outside, or use "
+            "`metaopt.hypergradient` or the `step` of the solver inside."
+        )
 
 
 def canonical_key(key: Any) -> Key:

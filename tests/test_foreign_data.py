@@ -191,3 +191,19 @@ def test_warning_about_float64_points_at_the_line_of_the_user():
         with pytest.warns(UserWarning, match="is float64") as caught:
             slope(BATCH)
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_run_refuses_what_it_cannot_do_before_compiling():
+    for callback in (lambda step, state: None, 3):
+        with pytest.raises(
+            ValueError, match=r"`callback` must be a function `callback\(step"
+        ):
+            tuned(BATCH, callback=callback)
+    with pytest.raises(ValueError, match="inside `jax.jit`"):
+        jax.jit(
+            lambda p: (
+                mo.solve_bilevel(
+                    PROBLEM, -2.0, BATCH, BATCH, params=p, solver=SOLVER, num_steps=1
+                ).outer_loss
+            )
+        )(jnp.array(0.0))
