@@ -261,8 +261,8 @@ def _cell():
 
 FAMILIES: dict[str, Family] = {
     "ridge": _ridge(),
-    "ridge, large bias": _biased_ridge(),
-    "ridge, scaled": _scaled(),
+    "ridge with a large bias": _biased_ridge(),
+    "scaled ridge": _scaled(),
     "logistic": _logistic(False),
     "logistic, per feature": _logistic(True),
     "softmax": _softmax(),

@@ -23,6 +23,8 @@ from .._tree import (
     tree_scaled_norm,
     tree_size,
     tree_sub,
+    tree_where,
+    tree_zeros_like,
 )
 from .._types import Aux, FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_tolerance
@@ -273,7 +275,11 @@ def _improved(
     - `allowed`: a residual that suffices as well, of each of the two, as a norm.
     """
     step, first = _corrected(here, base.residual, knows, solve, False, rtol, allowed[0])
-    there = at(tree_sub(base.params, tree_add(step, _one_rounding(base.params))))
+    rounding = _one_rounding(base.params)
+    # A residual of exactly zero says that the params are as good as any.
+    uncertain = tree_scaled_norm(base.residual) > 0
+    rounding = tree_where(uncertain, rounding, tree_zeros_like(rounding))
+    there = at(tree_sub(base.params, tree_add(step, rounding)))
     left = there.linear_residual(w)
     change, second = _corrected(here, left, knows, solve, True, rtol, allowed[1])
     linear = tree_add(w, change)
