@@ -311,4 +311,5 @@ def _report(
         adjoint=adjoint,
         left_out=info.left_out,
         unreached=idle,
+        num_flat=info.num_flat,
     )

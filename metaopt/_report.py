@@ -96,6 +96,11 @@ class Report(eqx.Module):
         biased unless this is empty.
     - `unreached`: the names of the leaves of `hyper` that influence nothing; their
         derivative is exactly zero.
+    - `num_flat`: the number of entries of inner gradients, summed over the steps, at which
+        the derivative of the step was left out, because they are zero and the slope of
+        the update there, such as the `1 / eps` of Adam, says nothing about any other
+        gradient (see [`metaopt.Descent`][]). No harm where they are zero whatever
+        `hyper` is. `None` where no derivative can be left out.
     """
 
     result: RESULTS
@@ -122,6 +127,7 @@ class Report(eqx.Module):
     adjoint: str = eqx.field(static=True)
     left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
+    num_flat: IntScalar | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -166,6 +172,8 @@ class Report(eqx.Module):
             rows.append(("failed at step", _number(self.failed_step)))
         if self.left_out:
             rows.append(("left out", "; ".join(self.left_out)))
+        if is_positive(self.num_flat):
+            rows.append(("left out", flat_text(self.num_flat)))
         if self.unreached:
             rows.append(("without influence", ", ".join(self.unreached)))
         return table("Hypergradient", rows, verdict(self.result))
@@ -322,6 +330,21 @@ def _number(x: Any) -> str:
     if np.issubdtype(x.dtype, np.integer):
         return f"{int(x):,}"
     return f"{float(x):.4g}"
+
+
+def is_positive(x: Any) -> bool:
+    """Whether a count is known, and positive anywhere."""
+    return x is not None and _is_known(x) and bool(np.any(np.asarray(x) > 0))
+
+
+def flat_text(num_flat: Any) -> str:
+    """The meaning of a number of gradient entries whose slope was left out."""
+    return (
+        f"the slope of the update at {_number(np.sum(num_flat))} entries of inner "
+        "gradients that are zero, about `1 / eps` (to have it, give the optimizer an `eps` "
+        "of a hundredth of the largest entry, as in `optax.adam(rate, eps=1e-2)`, or start "
+        "away from zero)"
+    )
 
 
 def _yes_or_no(x: Any) -> str:

@@ -12,6 +12,8 @@ import optax
 import pytest
 
 import metaopt as mo
+from metaopt._rewrite import finite_derivatives
+from metaopt._solver._zero_gradients import with_usable_slopes
 
 
 # Plain optax gives NaN for adam, adamw, nadam, radam, amsgrad, lamb and muon where a
@@ -180,3 +182,127 @@ def test_every_optimizer_of_optax_is_in_a_table():
     }
     optimizers = {n for n in optimizers if callable(vars(optax)[n]) and n.islower()}
     assert optimizers - known == set()
+
+
+# -- slopes that are finite and say nothing: `1 / eps`, at a gradient that is zero
+STEEP: dict[str, Any] = {
+    "adam": optax.adam(0.01),
+    "adamw": optax.adamw(0.01),
+    "momentum": optax.rmsprop(0.01, momentum=0.9),
+    "novograd": optax.novograd(0.01),
+}
+
+
+BRANCH = {"a": jnp.array([[0.5, -0.2], [0.3, 0.4], [-0.6, 0.1]]), "b": jnp.zeros(2)}
+
+
+def branch_loss(params, hyper, batch):
+    # A branch that is multiplied by a matrix of zeros at the start, as in LoRA.
+    x = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
+    out = jnp.tanh(x @ params["a"]) @ (params["b"] + hyper["start"])
+    return jnp.mean((out - hyper["target"] * x.sum(1)) ** 2)
+
+
+def branch(optimizer, **kwargs):
+    hyper = {"start": jnp.zeros(2), "target": jnp.array(2.0)}
+    return mo.hypergradient(
+        mo.BilevelProblem(branch_loss, branch_loss),
+        hyper | kwargs,
+        BRANCH,
+        inner=mo.Descent(optimizer, num_steps=3),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_useless_slope_at_zero_gradient_is_left_out_and_counted(name):
+    # The derivative of `start` was once 1e4 to 1e6 times the change of the loss.
+    gradient, report = branch(STEEP[name])
+    moved = jnp.array([0.03, 0.0])
+    ends = [branch(STEEP[name], start=s)[1].outer_loss for s in (moved, -moved)]
+    difference = float(ends[0] - ends[1]) / 0.06
+    assert abs(gradient["start"][0] - difference) < abs(difference)
+    # All six entries of `a`, at the first step.
+    assert report.num_flat == 6
+    assert "slope of the update at 6 entries" in str(report)
+
+
+def test_slope_that_says_something_is_kept():
+    # Steep, and right as far as a gradient reaches. Its own slope has a kink at zero.
+    optimizer = optax.adam(0.01, eps=0.1)
+    gradient, report = branch(optimizer)
+    step = 1e-5 * jnp.array([1.0, 0.0])
+    ends = [branch(optimizer, start=s)[1].outer_loss for s in (step, -step)]
+    np.testing.assert_allclose(gradient["start"][0], (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
+    assert report.num_flat == 0 and "slope" not in str(report)
+    assert branch(optax.sgd(0.1))[1].num_flat is None
+
+
+def test_gradient_that_is_zero_but_for_rounding():
+    def loss(params, hyper, batch):
+        # A bias before a normalisation, and a scale that needs the network.
+        x = jnp.linspace(-1.0, 1.0, 8, dtype=jnp.float32)[:, None] * jnp.ones(3) * 0.7
+        z = x * params["scale"] + params["bias"]
+        z = (z - z.mean(0)) / jnp.sqrt(jnp.mean((z - z.mean(0)) ** 2, 0) + 0.5)
+        return jnp.sum(jnp.mean((z * hyper - jnp.sin(3 * x)) ** 2, 0))
+
+    params = {"bias": jnp.full(3, 0.3, jnp.float32), "scale": jnp.ones(3, jnp.float32)}
+    gradients = jax.grad(loss)(params, jnp.float32(1), None)
+    assert 0 < jnp.max(jnp.abs(gradients["bias"])) < 1e-6
+    _, report = mo.hypergradient(
+        mo.BilevelProblem(loss, loss),
+        jnp.float32(1.0),
+        params,
+        inner=mo.Descent(optax.adam(0.01), num_steps=1),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+    assert report.num_flat is not None and report.num_flat > 0
+
+
+def test_weight_decay_keeps_its_derivative_where_a_slope_is_left_out():
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum(params * jnp.array([1.0, 0.0])) + 0 * hyper,
+        lambda params, hyper, batch: params[1],
+    )
+    inner = mo.Descent(lambda hyper: optax.adamw(0.1, weight_decay=hyper), num_steps=3)
+    gradient, report = mo.hypergradient(
+        problem, 0.5, jnp.full(2, 2.0), inner=inner, adjoint=mo.UnrolledAdjoint()
+    )
+    # The second entry is 2 (1 - 0.1 h)^3.
+    np.testing.assert_allclose(gradient, -0.6 * 0.95**2, rtol=1e-12)
+    assert report.num_flat == 3
+
+
+def test_other_derivatives_are_the_same_to_the_last_bit():
+    optimizer = optax.adam(0.1)
+    gradient, start = jnp.array([0.3, -2.0, 1e-5]), jnp.ones(3)
+
+    def after(update):
+        def loss(gradient, steps=3):
+            params, state = start, optimizer.init(start)
+            for _ in range(steps):
+                updates, state = update(jnp.sin(params) * gradient, state, params, None)[:2]
+                params += updates
+            return jnp.sum(jnp.sin(params))
+
+        return jax.grad(loss)(gradient)
+
+    plain = lambda g, state, params, value: optimizer.update(g, state, params)
+    expected, got = after(finite_derivatives(plain)), after(with_usable_slopes(plain))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_few_shot_statistics_count_what_is_left_out():
+    def loss(model, batch):
+        return branch_loss(model, {"start": 0.0, "target": jnp.mean(batch)}, None)
+
+    maml = mo.few_shot.MAML(loss, mo.Descent(optax.adam(0.01), num_steps=3))
+    tasks = mo.few_shot.Task(jnp.array([[1.0], [2.0]]), jnp.array([[1.5], [0.5]]))
+    _, _, stats = maml.value_and_grad(BRANCH, tasks)
+    np.testing.assert_array_equal(stats.num_flat, [6, 6])
+    assert "slope of the update at 12 entries" in str(stats)
+    solution = mo.few_shot.train(
+        maml, BRANCH, lambda key: tasks, optimizer=optax.sgd(0.1), num_steps=2
+    )
+    flat = solution.history.num_flat
+    assert flat is not None and flat[0] == 12 and "left out" in str(solution)

@@ -7,10 +7,17 @@ from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .._data import AbstractData
 from .._results import first_failure, RESULTS
-from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve, Outcome
+from .._solver import (
+    AbstractIterativeSolver,
+    AbstractSolver,
+    InnerSolve,
+    LoopState,
+    Outcome,
+)
 from .._tree import split_trainable, tree_norm
 from .._types import (
     Aux,
@@ -63,6 +70,8 @@ class AdjointInfo(eqx.Module):
     - `allowed_error`: the largest such error that is accepted, or `None` where it is not
         judged.
     - `left_out`: what the derivative leaves out by construction, in words.
+    - `num_flat`: the number of gradient entries, summed over the steps, at which the
+        derivative of the step was left out (see [`metaopt.StepOutput`][]).
     """
 
     result: RESULTS
@@ -80,6 +89,7 @@ class AdjointInfo(eqx.Module):
     allowed_error: FloatScalar | None = None
     error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
+    num_flat: IntScalar | None = None
 
 
 class HypergradientOutput(eqx.Module):
@@ -240,6 +250,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
             error=bound,
             error_is_bound=bound is not None,
             left_out=self.left_out,
+            num_flat=outcome.num_flat,
         )
         return dataclasses.replace(output, info=info)
 
@@ -285,6 +296,13 @@ def path_hypergradient(
     outcome, aux = eqx.combine(arrays, static_outcome)
     info = AdjointInfo(first_failure(), inner.last_residual(outcome, hyper))
     return HypergradientOutput(value, aux, direct, through, outcome, info, None)
+
+
+def counted_anew(state: LoopState) -> LoopState:
+    """The state of a loop whose steps so far are not differentiated."""
+    if state.num_flat is None:
+        return state
+    return dataclasses.replace(state, num_flat=jnp.zeros_like(state.num_flat))
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:

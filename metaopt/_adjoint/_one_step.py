@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._detach import detached
 from .._solver import AbstractBestIterateSolver, ReversiblePicard
-from ._base import AbstractPathAdjoint, check_iterative
+from ._base import AbstractPathAdjoint, check_iterative, counted_anew
 
 
 class OneStepAdjoint(AbstractPathAdjoint):
@@ -50,6 +50,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
             return loop.run_primal(hyper, state, 0, last)
 
         state, early = detached(head, params, hyper, model_state)
+        state = counted_anew(state)
         # One more step is taken in any case, even where the loop had stopped.
         state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
         index = state.num_steps

@@ -10,7 +10,7 @@ from .._detach import detached
 from .._solver import AbstractIterativeSolver
 from .._types import FloatScalar, Hyper
 from .._validate import check_count, check_tolerance
-from ._base import AbstractPathAdjoint, check_iterative
+from ._base import AbstractPathAdjoint, check_iterative, counted_anew
 from ._error import Constant, constant
 from ._memory import AbstractMemoryPlan, StoreAll
 
@@ -128,6 +128,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
             return loop.run_primal(hyper, state, 0, cut)
 
         state, early = detached(head, params, hyper, model_state)
+        state = counted_anew(state)
         draws = jax.tree.map(lambda leaf: leaf[cut:], loop.draws)
         body = lambda state, draw: loop.step(hyper, state, draw)
         state, late = self.memory.scan(body, state, draws, self.num_steps)

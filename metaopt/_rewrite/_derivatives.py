@@ -3,8 +3,9 @@
 import functools as ft
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, cast, TypeVar
 
+import equinox as eqx
 import jax
 import jax.extend as jex
 import jax.extend.core.primitives as prims
@@ -13,7 +14,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._interpreter import CALLS, Rewriting, rewritten
+from ._interpreter import CALLS, inner_jaxprs, Rewriting, rewritten
 from ._marks import propagate
 
 
@@ -52,16 +53,36 @@ def finite_derivatives(fn: _Fn) -> _Fn:
     def rewriting_of(jaxpr):
         unbounded = _with_unbounded_derivatives(jaxpr.jaxpr)
         applies = lambda eqn: id(eqn) in unbounded
-        return Rewriting(applies, _mask, CALLS, _remade if unbounded else lambda fn: fn)
+        around = remade_entrywise if unbounded else lambda fn: fn
+        return Rewriting(applies, _mask, CALLS, around)
 
     return rewritten(fn, rewriting_of)
 
 
-def _remade(evaluation):
-    """What is computed entry by entry is computed again for the derivative: kept, it
-    would take more memory, and more time where memory is slow."""
+def has_unbounded_derivatives(fn: Callable[..., Any], *args: Any) -> bool:
+    """Whether `finite_derivatives` changes `fn` at `args`, a function without a loop of
+    unknown length."""
+    jaxpr = eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
+    return not _has_while(jaxpr) and bool(_with_unbounded_derivatives(jaxpr))
+
+
+def _has_while(jaxpr) -> bool:
+    return any(
+        eqn.primitive is prims.while_p
+        or any(_has_while(inner) for inner in map(_open, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _open(jaxpr):
+    return jaxpr.jaxpr if isinstance(jaxpr, jex.core.ClosedJaxpr) else jaxpr
+
+
+def remade_entrywise(fn: _Fn) -> _Fn:
+    """`fn`, of which all but matrix products is computed again for the derivative: kept,
+    it would take more memory, and more time where memory is slow."""
     policy = jax.checkpoint_policies.dots_saveable
-    return jax.checkpoint(evaluation, prevent_cse=False, policy=policy)
+    return cast(_Fn, jax.checkpoint(fn, prevent_cse=False, policy=policy))
 
 
 def _with_unbounded_derivatives(jaxpr) -> set[int]:

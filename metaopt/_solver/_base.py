@@ -97,6 +97,7 @@ class Outcome(eqx.Module):
         where the solve was run by steps and without derivative; else `None`.
     - `loss`: the inner loss at the solution, on the batch of the last step; `None` where
         the problem has none, and where it has not been looked at yet.
+    - `num_flat`: the sum over the steps of that of [`metaopt.StepOutput`][].
     """
 
     params: Params
@@ -108,6 +109,7 @@ class Outcome(eqx.Module):
     failed_step: IntScalar
     solver_state: Any = None
     loss: FloatScalar | None = None
+    num_flat: IntScalar | None = None
 
 
 class StepOutput(eqx.Module):
@@ -125,6 +127,9 @@ class StepOutput(eqx.Module):
     - `loss`: what `losses` record of the step, or `None` for the monitor.
     - `stops`: whether this was the last step, converged or not; `None` for a solver that
         leaves this to `num_steps`.
+    - `num_flat`: the number of entries of the gradient at which the derivative of the
+        step was left out, because they are zero and the slope there says nothing about
+        any other gradient; `None` for a solver that leaves out none.
     """
 
     monitor: FloatScalar
@@ -134,6 +139,7 @@ class StepOutput(eqx.Module):
     result: Any = None
     loss: FloatScalar | None = None
     stops: BoolScalar | None = None
+    num_flat: IntScalar | None = None
 
 
 class AbstractSolver(eqx.Module):

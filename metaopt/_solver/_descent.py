@@ -11,12 +11,13 @@ import optax
 
 from .._model_state import AbstractStatePolicy
 from .._problem import AbstractInnerProblem
-from .._rewrite import carry_conditions, finite_derivatives
+from .._rewrite import carry_conditions
 from .._tree import split_trainable, tree_norm, tree_sum_abs
 from .._types import Hyper
 from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
+from ._zero_gradients import with_usable_slopes
 
 
 Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
@@ -46,6 +47,11 @@ class Descent(AbstractIterativeSolver):
     has no finite derivative (the square root in Adam at a gradient entry of exactly
     zero) it is taken as zero, and forward values are unchanged. That includes schedules,
     which are evaluated in the update, and not what the function computes from `hyper`.
+    The same holds where a derivative is finite and useless: at a gradient entry that is
+    zero, or zero but for rounding, and has always been, the slope of Adam is `1 / eps`,
+    right within `eps` of zero and nowhere else. Reports count these entries
+    (`num_flat`). To have their derivative, give an `eps` of at least a hundredth of the
+    largest gradient entry, or start from values that are not zero.
 
     **Arguments:**
 
@@ -140,7 +146,7 @@ class Descent(AbstractIterativeSolver):
             taken = _taken(transform.update, extra)
             return transform.update(gradient, solver_state, trainable, **taken)
 
-        updates, solver_state = carry_conditions(finite_derivatives(update))(
+        updates, solver_state, num_flat = carry_conditions(with_usable_slopes(update))(
             gradient, solver_state, trainable, value
         )
         trainable = optax.apply_updates(trainable, updates)
@@ -149,7 +155,9 @@ class Descent(AbstractIterativeSolver):
             converged = tree_norm(gradient) <= jnp.asarray(self.atol)
         # Not the loss: the gradient is there, and a loss that nobody reads costs nothing.
         monitor = tree_sum_abs(jax.lax.stop_gradient(gradient))
-        output = StepOutput(monitor, converged, out.state, out.aux, loss=value)
+        output = StepOutput(
+            monitor, converged, out.state, out.aux, loss=value, num_flat=num_flat
+        )
         return eqx.combine(trainable, static), solver_state, output
 
     def _build(self, hyper: Hyper) -> optax.GradientTransformationExtraArgs:

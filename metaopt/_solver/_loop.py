@@ -46,6 +46,7 @@ class LoopState(eqx.Module):
     first_monitor: FloatScalar
     last_monitor: FloatScalar
     result: Any  # `None` where the solver knows of no failures of its own
+    num_flat: Any  # `None` where the solver leaves out no derivatives
 
 
 class Loop(eqx.Module):
@@ -117,6 +118,7 @@ class Loop(eqx.Module):
             first_monitor=nan,
             last_monitor=nan,
             result=None if output.result is None else RESULTS.successful,
+            num_flat=None if output.num_flat is None else jnp.zeros((), int),
         )
 
     def step(
@@ -216,6 +218,7 @@ class Loop(eqx.Module):
             num_steps=state.num_steps,
             losses=losses,
             failed_step=failed_step,
+            num_flat=state.num_flat,
         )
 
     def _advance(self, trainable, solver_state, carried, hyper, draw):
@@ -269,6 +272,7 @@ class Loop(eqx.Module):
             first_monitor=jnp.where(index == 0, monitor, state.first_monitor),
             last_monitor=jnp.where(finite, monitor, state.last_monitor),
             result=result,
+            num_flat=None if output.num_flat is None else state.num_flat + output.num_flat,
         )
         return new, loss.astype(dtype)
 

@@ -8,13 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._data import FullBatch
 from .._model_state import StepStates
 from .._problem import initialise
 from .._raise import raise_on_failure
-from .._report import table, verdict
+from .._report import flat_text, is_positive, table, verdict
 from .._results import mask_result, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
 from .._tree import (
@@ -61,6 +61,7 @@ class TaskGradient(eqx.Module):
     - `state`: the model state after the task, or `None`.
     - `result`: how adapting and differentiating went.
     - `left_out`: what the gradient leaves out by construction, in words.
+    - `num_flat`: as in [`metaopt.Report`][].
     """
 
     loss: FloatScalar
@@ -69,6 +70,7 @@ class TaskGradient(eqx.Module):
     state: ModelState
     result: RESULTS
     left_out: tuple[str, ...] = eqx.field(static=True)
+    num_flat: IntScalar | None = None
 
 
 class TaskStats(eqx.Module):
@@ -87,6 +89,9 @@ class TaskStats(eqx.Module):
     - `results`: how each task went, of shape `(num_tasks,)`.
     - `result`: whether any task was left.
     - `left_out`: what the gradients leave out by construction, in words.
+    - `num_flat`: for each task, the number of entries of inner gradients that are zero and
+        at which the derivative of the step was left out, as in [`metaopt.Report`][]; of
+        shape `(num_tasks,)`, or `None`.
     """
 
     losses: Float[Array, " num_tasks"]
@@ -97,6 +102,7 @@ class TaskStats(eqx.Module):
     results: RESULTS
     result: RESULTS
     left_out: tuple[str, ...] = eqx.field(static=True)
+    num_flat: Int[Array, " num_tasks"] | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -107,6 +113,8 @@ class TaskStats(eqx.Module):
         if not failed.all():
             mean = np.asarray(self.losses, float)[~failed].mean()
             rows.append(("mean query loss", f"{mean:.4g}"))
+        if is_positive(self.num_flat):
+            rows.append(("left out", flat_text(self.num_flat)))
         return table("Tasks", rows, verdict(self.results))
 
 
@@ -423,5 +431,6 @@ def _over_tasks(
         results=each.result,
         result=mask_result(num_good == 0, RESULTS.all_tasks_failed),
         left_out=each.left_out,
+        num_flat=each.num_flat,
     )
     return loss, gradient, stats

@@ -183,6 +183,7 @@ class MAML(AbstractLearner):
             state=output.aux.state,
             result=result,
             left_out=output.info.left_out,
+            num_flat=output.info.num_flat,
         )
 
 

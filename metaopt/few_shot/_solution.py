@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from .._report import table, verdict
+from .._report import flat_text, is_positive, table, verdict
 from .._results import RESULTS
 from .._types import IntScalar, Key, ModelState
 
@@ -37,11 +37,13 @@ class TrainHistory(eqx.Module):
     - `loss`: the mean query loss over the batch of tasks, as `value_and_grad` returns it.
     - `num_failed`: how many tasks failed.
     - `reason`: why the first task that failed did; successful where none did.
+    - `num_flat`: the sum over tasks of that of [`metaopt.few_shot.TaskStats`][].
     """
 
     loss: np.ndarray
     num_failed: np.ndarray
     reason: RESULTS
+    num_flat: np.ndarray | None = None
 
 
 class TrainSolution(eqx.Module):
@@ -78,6 +80,8 @@ class TrainSolution(eqx.Module):
         if np.any(np.isfinite(losses)):
             rows.insert(1, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
             rows.insert(2, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
+        if is_positive(self.history.num_flat):
+            rows.append(("left out", flat_text(self.history.num_flat)))
         text = verdict(self.result)
         if num_failed:
             text += f" Tasks that failed are left out. {verdict(self.history.reason)}"

@@ -255,6 +255,7 @@ class _Run:
         self.state_before = state  # before the last call
         self.losses: list[jax.Array] = []
         self.num_failed: list[jax.Array] = []
+        self.num_flat: list[jax.Array] = []
         self.reason: Any = RESULTS.successful
         self.failed = False
         self.result: Any = RESULTS.successful
@@ -343,10 +344,11 @@ class _Run:
 
     def _take(self, out: Any) -> float:
         # Before they are waited for: Ctrl-C loses none of them.
-        state, (losses, num_failed, lost, reasons) = out
+        state, (losses, num_failed, lost, reasons, num_flat) = out
         self.state_before, self.state = self.state, state
         self.losses.append(losses)
         self.num_failed.append(num_failed)
+        self.num_flat.append(num_flat)
         self.failed |= bool(np.any(lost))
         if bool(self.reason == RESULTS.successful) and np.any(num_failed):
             first = int(np.argmax(np.asarray(num_failed) > 0))
@@ -356,7 +358,9 @@ class _Run:
     def _history(self) -> TrainHistory:
         arrays = lambda parts: [np.asarray(part) for part in parts]
         join = lambda parts: np.concatenate(arrays(parts)) if parts else np.zeros(0)
-        return TrainHistory(join(self.losses), join(self.num_failed), self.reason)
+        return TrainHistory(
+            join(self.losses), join(self.num_failed), self.reason, join(self.num_flat)
+        )
 
 
 @eqx.filter_jit
@@ -388,7 +392,7 @@ def _scan(
     tasks: Task | None,
     count: int,
     draw: Callable[[Key], Any] | None,
-) -> tuple[TrainState, tuple[FloatScalar, IntScalar, BoolScalar, RESULTS]]:
+) -> tuple[TrainState, tuple[FloatScalar, IntScalar, BoolScalar, RESULTS, IntScalar]]:
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def step(arrays, batch):
@@ -417,7 +421,9 @@ def _scan(
         new = eqx.tree_at(lambda s: s.num_steps, new, state.num_steps + 1)
         first = jnp.argmax(stats.failed)
         reason = jax.tree.map(lambda a: a[first], stats.results)
-        return eqx.filter(new, eqx.is_array), (loss, stats.num_failed, lost, reason)
+        num_flat = jnp.sum(jnp.asarray(0 if stats.num_flat is None else stats.num_flat))
+        outputs = loss, stats.num_failed, lost, reason, num_flat
+        return eqx.filter(new, eqx.is_array), outputs
 
     arrays, outputs = jax.lax.scan(step, arrays, tasks, count)
     return eqx.combine(arrays, static), outputs
