@@ -312,4 +312,6 @@ def _report(
         left_out=info.left_out,
         unreached=idle,
         num_flat=info.num_flat,
+        growth=info.growth,
+        rounding_effect=info.rounding_effect,
     )

@@ -101,6 +101,11 @@ class Report(eqx.Module):
         the update there, such as the `1 / eps` of Adam, says nothing about any other
         gradient (see [`metaopt.Descent`][]). No harm where they are zero whatever
         `hyper` is. `None` where no derivative can be left out.
+    - `growth`: the largest norm of the derivative of the outer loss in the params along
+        the path of the inner solver, relative to that at its end; `None` where no
+        derivative passes back along the path.
+    - `rounding_effect`: the change of the outer loss when the params are rounded once,
+        at the step of the path where that changes it the most; or `None`.
     """
 
     result: RESULTS
@@ -128,6 +133,8 @@ class Report(eqx.Module):
     left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
     num_flat: IntScalar | None = None
+    growth: FloatScalar | None = None
+    rounding_effect: FloatScalar | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -166,6 +173,9 @@ class Report(eqx.Module):
         if self.returned_to_start is not None:
             rows.append(("returned to start", _yes_or_no(self.returned_to_start)))
             rows.append(("bits per step and parameter", _number(self.stored_bits)))
+        if self.growth is not None:
+            rows.append(("growth along the path", _number(self.growth)))
+            rows.append(("effect of one rounding", _number(self.rounding_effect)))
         if self.drift is not None:
             rows.append(("drift on the way back", _number(self.drift)))
         if _is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from .._data import AbstractData
-from .._results import first_failure, RESULTS
+from .._results import first_failure, mask_result, RESULTS
 from .._solver import (
     AbstractIterativeSolver,
     AbstractSolver,
     InnerSolve,
+    Loop,
     LoopState,
+    new_gauge,
     Outcome,
 )
 from .._tree import split_trainable, tree_norm
@@ -72,6 +74,10 @@ class AdjointInfo(eqx.Module):
     - `left_out`: what the derivative leaves out by construction, in words.
     - `num_flat`: the number of gradient entries, summed over the steps, at which the
         derivative of the step was left out (see [`metaopt.StepOutput`][]).
+    - `growth`: the largest norm of the derivative of the outer loss in the params along
+        the path, relative to that at the end.
+    - `rounding_effect`: the change of the outer loss when the params are rounded once, at
+        the step where that changes it the most.
     """
 
     result: RESULTS
@@ -90,6 +96,8 @@ class AdjointInfo(eqx.Module):
     error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
     num_flat: IntScalar | None = None
+    growth: FloatScalar | None = None
+    rounding_effect: FloatScalar | None = None
 
 
 class HypergradientOutput(eqx.Module):
@@ -213,6 +221,9 @@ class AbstractAdjoint(eqx.Module):
 class AbstractPathAdjoint(AbstractAdjoint):
     """An adjoint that follows the path of an iterative solver, step by step."""
 
+    meets_cotangents: AbstractClassVar[bool]
+    """Whether the cotangents of the params pass from step to step, last step first."""
+
     @property
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
@@ -234,7 +245,16 @@ class AbstractPathAdjoint(AbstractAdjoint):
         return None
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
-        output = path_hypergradient(self, in_reverse, inner, outer, start, hyper, scale)
+        measured = None
+
+        def differentiate(objective, hyper, scale):
+            nonlocal measured
+            gauge = new_gauge() if self.meets_cotangents else None
+            value, pullback, arrays = jax.vjp(objective, hyper, hyper, gauge, has_aux=True)
+            through_solution, direct, measured = pullback(scale.astype(value.dtype))
+            return value, arrays, through_solution, direct
+
+        output = path_hypergradient(self, differentiate, inner, outer, start, hyper, scale)
         outcome = output.outcome
         reached, rest = split_trainable(outcome.params)
 
@@ -245,22 +265,25 @@ class AbstractPathAdjoint(AbstractAdjoint):
             return tree_norm(jax.grad(of_params)(reached))
 
         bound = self.error_bound(hyper, outer_slope)
+        growth, rounding_effect, exploded = _explosion(measured, output.value)
         info = dataclasses.replace(
             output.info,
+            result=mask_result(exploded, RESULTS.path_exploded),
             error=bound,
             error_is_bound=bound is not None,
             left_out=self.left_out,
-            num_flat=outcome.num_flat,
+            growth=growth,
+            rounding_effect=rounding_effect,
         )
         return dataclasses.replace(output, info=info)
 
 
-PathObjective = Callable[[Vector, Vector], tuple[FloatScalar, Any]]
-"""`objective(of_solution, of_outer_loss) -> (value, arrays)`: the outer loss with one
-`hyper` in the inner solve and another in the loss itself, and what comes with it."""
+PathObjective = Callable[..., tuple[FloatScalar, Any]]
+"""`objective(of_solution, of_outer_loss, gauge=None) -> (value, arrays)`: the outer loss
+with one `hyper` in the inner solve and another in the loss, and its auxiliary arrays."""
 
 Derivatives = tuple[FloatScalar, Any, Vector, Vector]
-"""The value of an objective, what comes with it, and its derivative in each argument."""
+"""The value of an objective, its auxiliary arrays, and its derivative in each `hyper`."""
 
 
 def in_reverse(objective: PathObjective, hyper: Vector, scale: FloatScalar) -> Derivatives:
@@ -282,11 +305,12 @@ def path_hypergradient(
     trainable, static = split_trainable(hyper)
     static_outcome: Any = None
 
-    def objective(of_solution, of_outer_loss):
+    def objective(of_solution, of_outer_loss, gauge=None):
         nonlocal static_outcome
         full = eqx.combine(of_solution, static)
         params, model_state = start(full)
-        outcome = adjoint.solve(inner, params, full, model_state, False)
+        gauged = inner if gauge is None else dataclasses.replace(inner, gauge=gauge)
+        outcome = adjoint.solve(gauged, params, full, model_state, False)
         full = eqx.combine(of_outer_loss, static)
         value, aux = outer(outcome.params, full, outcome.model_state)
         arrays, static_outcome = eqx.partition((outcome, aux), eqx.is_array)
@@ -294,15 +318,33 @@ def path_hypergradient(
 
     value, arrays, through, direct = differentiate(objective, trainable, scale)
     outcome, aux = eqx.combine(arrays, static_outcome)
-    info = AdjointInfo(first_failure(), inner.last_residual(outcome, hyper))
+    residual = inner.last_residual(outcome, hyper)
+    info = AdjointInfo(first_failure(), residual, num_flat=outcome.num_flat)
     return HypergradientOutput(value, aux, direct, through, outcome, info, None)
 
 
-def counted_anew(state: LoopState) -> LoopState:
+# One rounding of the params changes the outer loss by this part of it, and the derivative
+# has grown by this factor: a small outer loss alone is no explosion.
+_ROUNDING_EFFECT, _GROWTH = 1e-3, 1e2
+
+
+def _explosion(
+    measured: jax.Array | None, value: FloatScalar
+) -> tuple[FloatScalar | None, FloatScalar | None, BoolScalar]:
+    """The growth of the derivative along the path, the effect of a rounding, and whether
+    both are too large for a derivative that says anything."""
+    if measured is None:
+        return None, None, jnp.asarray(False)
+    rounding, largest, last = measured
+    growth = jnp.where(last > 0, largest / jnp.where(last > 0, last, 1), 1)
+    exploded = (rounding > _ROUNDING_EFFECT * jnp.abs(value)) & (growth > _GROWTH)
+    return growth, rounding, exploded
+
+
+def counted_anew(state: LoopState, loop: Loop) -> LoopState:
     """The state of a loop whose steps so far are not differentiated."""
-    if state.num_flat is None:
-        return state
-    return dataclasses.replace(state, num_flat=jnp.zeros_like(state.num_flat))
+    num_flat = None if state.num_flat is None else jnp.zeros_like(state.num_flat)
+    return dataclasses.replace(state, num_flat=num_flat, gauge=loop.gauge)
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:

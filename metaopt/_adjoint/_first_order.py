@@ -26,6 +26,7 @@ class FirstOrderAdjoint(AbstractPathAdjoint):
     sees_path: ClassVar[bool] = True
     sees_inner_loss: ClassVar[bool] = False
     heeds_tolerance: ClassVar[bool] = False
+    meets_cotangents: ClassVar[bool] = True
 
     @property
     def left_out(self):

@@ -34,6 +34,7 @@ class ForwardAdjoint(AbstractAdjoint):
     sees_path: ClassVar[bool] = True
     sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
+    meets_cotangents: ClassVar[bool] = False
 
     def check(self, solver, data):
         check_iterative(self, solver)

@@ -23,6 +23,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
     sees_path: ClassVar[bool] = False
     sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
+    meets_cotangents: ClassVar[bool] = True
 
     @property
     def left_out(self):
@@ -50,7 +51,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
             return loop.run_primal(hyper, state, 0, last)
 
         state, early = detached(head, params, hyper, model_state)
-        state = counted_anew(state)
+        state = counted_anew(state, loop)
         # One more step is taken in any case, even where the loop had stopped.
         state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
         index = state.num_steps

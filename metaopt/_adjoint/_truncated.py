@@ -82,6 +82,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     sees_path: ClassVar[bool] = False
     sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
+    meets_cotangents: ClassVar[bool] = True
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
@@ -128,7 +129,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
             return loop.run_primal(hyper, state, 0, cut)
 
         state, early = detached(head, params, hyper, model_state)
-        state = counted_anew(state)
+        state = counted_anew(state, loop)
         draws = jax.tree.map(lambda leaf: leaf[cut:], loop.draws)
         body = lambda state, draw: loop.step(hyper, state, draw)
         state, late = self.memory.scan(body, state, draws, self.num_steps)

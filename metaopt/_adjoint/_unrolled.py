@@ -37,6 +37,7 @@ class UnrolledAdjoint(AbstractPathAdjoint):
     sees_path: ClassVar[bool] = True
     sees_inner_loss: ClassVar[bool] = True
     heeds_tolerance: ClassVar[bool] = False
+    meets_cotangents: ClassVar[bool] = True
 
     def __init__(self, memory: AbstractMemoryPlan | int | str = StoreAll()):
         if isinstance(memory, (int, str)):

@@ -20,6 +20,7 @@ from ._descent import Descent as Descent
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
 )
+from ._gauge import new_gauge as new_gauge
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
 from ._linear_fixed_point import LinearFixedPoint as LinearFixedPoint

@@ -36,6 +36,8 @@ class InnerSolve(eqx.Module):
     - `tolerance`: the relative accuracy that will do for an implicit derivative. It
         loosens what the adjoint and its linear solver ask for and never tightens it;
         `None` leaves them alone.
+    - `gauge`: an array whose cotangent says how the derivative grew along the path of a
+        solver by steps; `None` where nobody asks.
     """
 
     problem: AbstractProblem
@@ -43,11 +45,12 @@ class InnerSolve(eqx.Module):
     data: AbstractData
     key: Key
     tolerance: FloatScalar | None = None
+    gauge: jax.Array | None = None
 
     def loop(self, params: Params) -> Loop:
         """The steps of the solve. Needs an iterative solver."""
         assert isinstance(self.solver, AbstractIterativeSolver)  # checked by adjoints
-        return Loop(self.problem, self.solver, self.data, params, self.key)
+        return Loop(self.problem, self.solver, self.data, params, self.key, self.gauge)
 
     def primal(self, params: Params, hyper: Hyper, model_state: ModelState) -> Outcome:
         """The solution, held constant for derivatives."""

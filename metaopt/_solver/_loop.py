@@ -26,6 +26,7 @@ from .._types import (
 )
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
 from ._fixed_point import AbstractFixedPointSolver
+from ._gauge import gauged
 
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
@@ -47,6 +48,7 @@ class LoopState(eqx.Module):
     last_monitor: FloatScalar
     result: Any  # `None` where the solver knows of no failures of its own
     num_flat: Any  # `None` where the solver leaves out no derivatives
+    gauge: Any  # `None` where nobody reads the cotangents along the path
 
 
 class Loop(eqx.Module):
@@ -61,6 +63,8 @@ class Loop(eqx.Module):
     - `static_params`: the leaves of the params that are not trained.
     - `draws`: a pair of the step numbers and the data's plan, stacked by step.
     - `key`: folded with the step number, the key of each step.
+    - `gauge`: an array whose cotangent says how the derivative grew along the path, or
+        `None`.
     """
 
     problem: AbstractProblem
@@ -69,6 +73,7 @@ class Loop(eqx.Module):
     static_params: Params
     draws: Any
     key: Key
+    gauge: jax.Array | None
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class Loop(eqx.Module):
         data: AbstractData,
         params: Params,
         key: Key,
+        gauge: jax.Array | None = None,
     ):
         plan_key, step_key = jax.random.split(key)
         num_steps = solver.num_steps
@@ -86,6 +92,7 @@ class Loop(eqx.Module):
         self.static_params = split_trainable(params)[1]
         self.draws = (jnp.arange(num_steps), data.plan(plan_key, num_steps))
         self.key = step_key
+        self.gauge = gauge
 
     @property
     def num_steps(self) -> int:
@@ -119,6 +126,7 @@ class Loop(eqx.Module):
             last_monitor=nan,
             result=None if output.result is None else RESULTS.successful,
             num_flat=None if output.num_flat is None else jnp.zeros((), int),
+            gauge=self.gauge,
         )
 
     def step(
@@ -260,8 +268,11 @@ class Loop(eqx.Module):
         done = converged | jnp.logical_not(finite)
         if output.stops is not None:
             done = done | output.stops
+        params, gauge = _cast_like(params, state.params), state.gauge
+        if gauge is not None:
+            params, gauge = gauged(params, gauge)
         new = LoopState(
-            params=_cast_like(params, state.params),
+            params=params,
             solver_state=_cast_like(solver_state, state.solver_state),
             model_state=_cast_like(carried, state.model_state),
             aux=output.aux,
@@ -273,6 +284,7 @@ class Loop(eqx.Module):
             last_monitor=jnp.where(finite, monitor, state.last_monitor),
             result=result,
             num_flat=None if output.num_flat is None else state.num_flat + output.num_flat,
+            gauge=gauge,
         )
         return new, loss.astype(dtype)
 

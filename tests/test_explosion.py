@@ -1,0 +1,139 @@
+"""Derivatives that explode along the path of the inner solver are named, and those of a
+healthy path of the same length are not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+
+
+CHAOTIC, STABLE = 4.0, 2.5  # of z -> h z (1 - z); at 4 the Lyapunov exponent is log(2)
+LOGISTIC = mo.BilevelProblem(
+    mo.FixedPointProblem(lambda z, hyper, batch: hyper * z * (1 - z)),
+    lambda z, hyper, batch: z,
+)
+
+
+def logistic(hyper, num_steps, dtype, adjoint=mo.UnrolledAdjoint(), throw=False) -> Any:
+    return mo.hypergradient(
+        LOGISTIC,
+        jnp.asarray(hyper, dtype),
+        jnp.asarray(0.3, dtype),
+        inner=mo.Picard(num_steps, rtol=None),
+        adjoint=adjoint,
+        throw=throw,
+    )
+
+
+@pytest.mark.parametrize("dtype, num_steps", [("float32", 40), ("float64", 100)])
+def test_chaotic_map_is_named_and_its_exponent_found(dtype, num_steps):
+    gradient, report = logistic(CHAOTIC, num_steps, dtype)
+    assert report.result == mo.RESULTS.path_exploded
+    # The derivative stays: it is exact for the numbers computed.
+    assert jnp.isfinite(gradient) and abs(gradient) > 1e6
+    exponent = np.log(report.growth) / num_steps
+    np.testing.assert_allclose(exponent, np.log(2), rtol=0.1)
+    for row in ("growth along the path", "effect of one rounding", "fewer inner steps"):
+        assert row in str(report)
+
+    _, report = logistic(STABLE, num_steps, dtype)
+    assert report.result == mo.RESULTS.successful
+    np.testing.assert_allclose(report.growth, 1, rtol=1e-6)
+    # The params, 0.6, are rounded once.
+    np.testing.assert_allclose(report.rounding_effect, 0.6 * np.finfo(dtype).eps, rtol=1e-3)
+
+
+def test_rounding_effect_is_that_of_a_rounding():
+    # The effect of moving the params by one rounding, at the step where it is largest.
+    num_steps, eps = 30, np.finfo("float64").eps
+    _, report = logistic(CHAOTIC, num_steps, "float64")
+    path = [0.3]
+    for _ in range(num_steps):
+        path.append(CHAOTIC * path[-1] * (1 - path[-1]))
+    slopes = [CHAOTIC * (1 - 2 * z) for z in path[:-1]]
+    onward = np.cumprod(np.append(1.0, slopes[:0:-1]))[::-1]  # of z_1, ..., z_n
+    effects = np.abs(onward) * np.abs(path[1:]) * eps
+    np.testing.assert_allclose(report.rounding_effect, np.max(effects), rtol=1e-9)
+    assert report.result == mo.RESULTS.successful
+
+
+def test_failure_is_raised_with_the_derivative():
+    with pytest.raises(mo.SolveError, match="explodes along the path") as e:
+        logistic(CHAOTIC, 40, "float32", throw=True)
+    gradient, _ = e.value.value
+    assert jnp.isfinite(gradient)
+
+
+def test_each_lane_is_judged_by_itself():
+    hyper = jnp.array([STABLE, CHAOTIC])
+    _, report = jax.vmap(lambda h: logistic(h, 100, "float64"))(hyper)
+    codes = report.result == mo.RESULTS.path_exploded
+    np.testing.assert_array_equal(codes, [False, True])
+
+
+# A loss whose gradient step, at rate one, is the logistic map.
+def cubic(params, hyper, batch):
+    return jnp.sum(params**2 / 2 - hyper * (params**2 / 2 - params**3 / 3))
+
+
+PLANS = [
+    mo.UnrolledAdjoint(mo.StoreUpdates()),
+    mo.UnrolledAdjoint(mo.RecomputeSteps()),
+    mo.UnrolledAdjoint(mo.Blocks()),
+    mo.UnrolledAdjoint(mo.OnlineCheckpoints()),
+    mo.TruncatedAdjoint(40),
+]
+
+
+@pytest.mark.parametrize("adjoint", PLANS, ids=lambda a: repr(a)[:40])
+def test_every_plan_measures_the_same(adjoint):
+    def measured(adjoint) -> Any:
+        problem = mo.BilevelProblem(cubic, lambda params, *_: jnp.sum(jnp.sin(params)))
+        inner = mo.Descent(optax.sgd(1.0), num_steps=40)
+        start = jnp.array([0.3, 0.2])
+        return mo.hypergradient(
+            problem, CHAOTIC, start, inner=inner, adjoint=adjoint, throw=False
+        )[1]
+
+    expected, report = measured(mo.UnrolledAdjoint()), measured(adjoint)
+    np.testing.assert_allclose(report.growth, expected.growth, rtol=1e-3)
+    np.testing.assert_allclose(report.rounding_effect, expected.rounding_effect, rtol=1e-3)
+    assert report.growth > 1e9
+
+
+def test_momentum_through_relu_for_a_thousand_steps():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=s) / s[0] ** 0.5 for s in ((4, 16), (16, 16), (16, 1))]
+    params = [jnp.asarray(a, jnp.float32) for a in arrays]
+    x = jnp.asarray(rng.normal(size=(32, 4)), jnp.float32)
+
+    def loss(params, hyper, x):
+        z = jax.nn.relu(jax.nn.relu(x @ params[0]) @ params[1]) @ params[2]
+        return jnp.mean((z[:, 0] - jnp.sin(x.sum(1))) ** 2)
+
+    descent = lambda hyper: optax.sgd(jnp.exp(hyper), momentum=0.98)
+    inner = mo.Descent(descent, num_steps=1000)
+
+    def report(hyper) -> Any:
+        return mo.hypergradient(
+            mo.BilevelProblem(loss, loss),
+            hyper,
+            params,
+            x[:16],
+            x[16:],
+            inner=inner,
+            adjoint=mo.UnrolledAdjoint(),
+            throw=False,
+        )[1]
+
+    # Rounding decides at which of the high rates the units die, and with them the path.
+    rates = jnp.array([0.02, 0.05, 0.15, 0.2, 0.25, 0.45])
+    reports = jax.vmap(report)(jnp.log(rates).astype(jnp.float32))
+    exploded = reports.result == mo.RESULTS.path_exploded
+    assert not exploded[:2].any() and jnp.all(reports.growth[:2] < 20)
+    assert exploded[2:].any() and jnp.max(reports.growth[2:]) > 1e4
