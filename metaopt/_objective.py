@@ -13,7 +13,7 @@ from ._data import AbstractData, BatchSequence
 from ._dependence import check_inner_loss, check_outer_loss, evaluate_tracing_scale
 from ._loop_error import loops_explained
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
-from ._reach import split_unreached, zero_message
+from ._reach import held_message, split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, InnerSolve, LoopState, Outcome
@@ -109,7 +109,7 @@ class Objective(eqx.Module):
 
         `ValueError` where a derivative is zero by construction.
         """
-        name, output, parts, idle = self.trace(adjoint, hyper, carry)
+        name, output, parts, idle, held = self.trace(adjoint, hyper, carry)
         gradient = tree_add(*parts)
         norm = tree_scaled_norm(gradient)
         outcome = self.solve.checked(output.outcome, hyper)
@@ -118,18 +118,21 @@ class Objective(eqx.Module):
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
         gradient = _nan_where(_is_void(result), gradient)
-        report = _report(name, output, gradient, norm, result, idle)
+        report = _report(name, output, gradient, norm, result, idle, held)
         return output, gradient, report
 
     def trace(
         self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
-    ) -> tuple[str, HypergradientOutput, tuple[Vector, Vector], tuple[str, ...]]:
+    ) -> tuple[
+        str, HypergradientOutput, tuple[Vector, Vector], tuple[str, ...], tuple[str, ...]
+    ]:
         """What the adjoint returned, with all that can be said before any number is known.
 
         **Returns:**
 
         The name of the adjoint, its output, the two parts of the hypergradient (by way of
-        the solution, and at fixed params), and the leaves that influence nothing.
+        the solution, and at fixed params), the leaves that influence nothing, and those
+        whose only influence is held constant by a `stop_gradient` of the user.
 
         **Raises:**
 
@@ -163,8 +166,8 @@ class Objective(eqx.Module):
         parts, arrays, reached = evaluate_tracing_scale(scaled, jnp.float32)
         output = eqx.combine(arrays, static_output)
         self._check_outer_loss(output.outcome, hyper)
-        idle = self._check_reached(adjoint, hyper, *reached)
-        return name, output, parts, idle
+        idle, held = self._check_reached(adjoint, hyper, *reached)
+        return name, output, parts, idle, held
 
     def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
         """The hypergradient as a function of `hyper`, without any checks."""
@@ -213,26 +216,28 @@ class Objective(eqx.Module):
 
     def _check_reached(
         self, adjoint: AbstractAdjoint, hyper: Hyper, solution: Vector, direct: Vector
-    ) -> tuple[str, ...]:
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Each way in which a leaf acts must be seen: a leaf that the outer loss reads
         as well would hide that its way through the inner solution is not."""
         outcome = lambda h: self.primal(h)[1]
         reached = jax.tree.leaves(solution)
         if adjoint.sees_inner_loss:
             acts = lambda h: _solution_of(outcome(h))
-            zero, _ = split_unreached(reached, acts, hyper)
+            zero, *_ = split_unreached(reached, acts, hyper)
             if zero:
                 raise ValueError(zero_message(zero, adjoint))
         reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
-        zero, idle = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
+        zero, idle, held = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
         if zero:
             raise ValueError(zero_message(zero, adjoint))
+        if held and len(idle) + len(held) == len(reached):
+            raise ValueError(held_message(held))
         if len(idle) == len(reached):
             raise ValueError(
                 "Neither loss depends on `hyper`, and nor does the inner solver: there "
                 "is nothing to tune. Compute the inner or the outer loss from `hyper`."
             )
-        return idle
+        return idle, held
 
 
 def _is_void(result: Any) -> BoolScalar:
@@ -282,6 +287,7 @@ def _report(
     norm: FloatScalar,
     result: Any,
     idle: tuple[str, ...],
+    held: tuple[str, ...],
 ) -> Report:
     outcome, info = output.outcome, output.info
     return Report(
@@ -311,6 +317,7 @@ def _report(
         adjoint=adjoint,
         left_out=info.left_out,
         unreached=idle,
+        held_constant=held,
         num_flat=info.num_flat,
         growth=info.growth,
         rounding_effect=info.rounding_effect,

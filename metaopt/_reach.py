@@ -21,8 +21,9 @@ def trainable_names(hyper: Hyper) -> list[str]:
 
 def split_unreached(
     reached: Sequence[bool], primal: Callable[[Hyper], PyTree], hyper: Hyper
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of leaves that are zero by construction, and of those without influence.
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Names of leaves that are zero by construction, of those without influence, and of
+    those whose only influence is held constant by a `stop_gradient` of the user.
 
     **Arguments:**
 
@@ -32,15 +33,16 @@ def split_unreached(
     """
     names = trainable_names(hyper)
     if all(reached):
-        return (), ()
+        return (), (), ()
     trainable, static = split_trainable(hyper)
-    influences = leaves_with_influence(
-        lambda trainable: primal(eqx.combine(trainable, static)), trainable
-    )
-    rows = list(zip(names, reached, influences, strict=True))
-    zero = tuple(f"`{n}`" for n, seen, matters in rows if matters and not seen)
-    idle = tuple(n for n, seen, matters in rows if not (matters or seen))
-    return zero, idle
+    of_trainable = lambda trainable: primal(eqx.combine(trainable, static))
+    matters = leaves_with_influence(of_trainable, trainable)
+    acts = leaves_with_influence(of_trainable, trainable, despite_stop_gradient=True)
+    rows = list(zip(names, reached, matters, acts, strict=True))
+    zero = tuple(f"`{n}`" for n, seen, matters, _ in rows if matters and not seen)
+    idle = tuple(n for n, seen, matters, acts in rows if not (acts or matters or seen))
+    held = tuple(n for n, seen, matters, acts in rows if acts and not (matters or seen))
+    return zero, idle, held
 
 
 def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
@@ -57,8 +59,9 @@ def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
         return (
             f"The derivative with respect to {listed} is zero by construction: it acts on "
             "the result only through operations that have no derivative (rounding, "
-            "comparisons, `argmax`, accuracies, updates by sign). Use a smooth measure "
-            "in their place, or keep it out of `hyper`."
+            "comparisons, `argmax`, accuracies, updates by sign, random draws such as "
+            "those of dropout). Use a smooth measure in their place, tune it from samples "
+            "with `metaopt.SelfTuningSolver`, or keep it out of `hyper`."
         )
     return (
         f"The derivative with respect to {listed} is zero by construction under `{kind}`: "
@@ -66,6 +69,17 @@ def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
         "inner solver's settings, the initial params, an operation with no derivative). "
         "Use `metaopt.UnrolledAdjoint()` or `metaopt.ForwardAdjoint()`, let it enter the "
         "inner loss, or hold it constant there with `jax.lax.stop_gradient`."
+    )
+
+
+def held_message(names: Sequence[str]) -> str:
+    """The text of the error where every leaf of `hyper` is held constant."""
+    return (
+        f"`{'`, `'.join(names)}` acts on the losses only behind `jax.lax.stop_gradient`, as "
+        "the rate of `equinox.nn.Dropout` does: it has influence and no derivative, so "
+        "there is nothing that a hypergradient could tune. Use "
+        "`metaopt.SelfTuningSolver`, which tunes such leaves from samples, or take the "
+        "`stop_gradient` away."
     )
 
 

@@ -96,6 +96,9 @@ class Report(eqx.Module):
         biased unless this is empty.
     - `unreached`: the names of the leaves of `hyper` that influence nothing; their
         derivative is exactly zero.
+    - `held_constant`: the names of the leaves of `hyper` that have influence and no
+        derivative, because the losses read them behind `jax.lax.stop_gradient` alone, as
+        `equinox.nn.Dropout` does its rate.
     - `num_flat`: the number of entries of inner gradients, summed over the steps, at which
         the derivative of the step was left out, because they are zero and the slope of
         the update there, such as the `1 / eps` of Adam, says nothing about any other
@@ -132,6 +135,7 @@ class Report(eqx.Module):
     adjoint: str = eqx.field(static=True)
     left_out: tuple[str, ...] = eqx.field(static=True)
     unreached: tuple[str, ...] = eqx.field(static=True)
+    held_constant: tuple[str, ...] = eqx.field(default=(), static=True)
     num_flat: IntScalar | None = None
     growth: FloatScalar | None = None
     rounding_effect: FloatScalar | None = None
@@ -186,6 +190,8 @@ class Report(eqx.Module):
             rows.append(("left out", flat_text(self.num_flat)))
         if self.unreached:
             rows.append(("without influence", ", ".join(self.unreached)))
+        if self.held_constant:
+            rows.append(("without derivative", held_text(self.held_constant)))
         return table("Hypergradient", rows, verdict(self.result))
 
 
@@ -301,6 +307,9 @@ class BilevelSolution(eqx.Module):
                 rows.append(("left out", "; ".join(self.report.left_out)))
             if self.report is not None and self.report.unreached:
                 rows.append(("without influence", ", ".join(self.report.unreached)))
+            if self.report is not None and self.report.held_constant:
+                text = held_text(self.report.held_constant)
+                rows.append(("without derivative", text))
             if self.num_skipped:
                 rows.append(("updates skipped", str(self.num_skipped)))
             rows.append(("seconds", f"{history.seconds.sum():.1f}"))
@@ -354,6 +363,14 @@ def flat_text(num_flat: Any) -> str:
         "gradients that are zero, about `1 / eps` (to have it, give the optimizer an `eps` "
         "of a hundredth of the largest entry, as in `optax.adam(rate, eps=1e-2)`, or start "
         "away from zero)"
+    )
+
+
+def held_text(names: tuple[str, ...]) -> str:
+    """The meaning of leaves that have influence and no derivative."""
+    return (
+        f"{', '.join(names)} (read behind `stop_gradient` alone, and never changed; "
+        "`metaopt.SelfTuningSolver` tunes such leaves)"
     )
 
 

@@ -5,6 +5,7 @@ Other libraries return the zero. Each case is one in which this library once did
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,3 +222,67 @@ def test_what_comes_with_a_solution_does_not_disturb_its_derivative():
         np.testing.assert_allclose(gradient, jnp.ones_like(hyper), rtol=1e-5)
     gradient, _ = jax.grad(value, has_aux=True)(START)
     np.testing.assert_allclose(gradient, [1.0, 1.0], rtol=1e-5)
+
+
+# -- influence without a derivative, which was once called none at all
+
+
+def dropout_problem(drop):
+    def inner(params, hyper, batch, *, key):
+        kept = drop(hyper["rate"], jnp.ones(2), key)
+        return jnp.sum((params - kept) ** 2) + hyper["decay"] * jnp.sum(params**2)
+
+    return mo.BilevelProblem(inner, lambda params, hyper, batch: jnp.sum(params**2))
+
+
+def of_dropout(drop, **hyper):
+    return mo.hypergradient(
+        dropout_problem(drop),
+        {"rate": 0.3, "decay": 0.1} | hyper,
+        jnp.zeros(2),
+        inner=descent(),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+
+
+def test_dropout_rate_has_influence_and_no_derivative():
+    def drop(rate, x, key):
+        return eqx.nn.Dropout(rate)(x, key=key)
+
+    gradient, report = of_dropout(drop)
+    assert gradient["rate"] == 0
+    assert report.unreached == () and report.held_constant == ("hyper['rate']",)
+    assert "without derivative" in str(report) and "SelfTuningSolver" in str(report)
+
+    only_rate = mo.BilevelProblem(
+        lambda params, rate, batch, *, key: jnp.sum(
+            (params - drop(rate, jnp.ones(2), key)) ** 2
+        ),
+        lambda params, rate, batch: jnp.sum(params**2),
+    )
+    with pytest.raises(ValueError, match="influence and no derivative.*SelfTuningSolver"):
+        mo.hypergradient(
+            only_rate, 0.3, START, inner=descent(), adjoint=mo.UnrolledAdjoint()
+        )
+
+
+WITHOUT_DERIVATIVE: dict[str, Any] = {
+    "a draw that is compared": lambda h, x, key: x * (jax.random.uniform(key, (2,)) > h),
+    "a number of layers": lambda h, x, key: x * jnp.asarray(10 * h, int),
+    "a sign": lambda h, x, key: x * jnp.sign(h - 0.5),
+    "a choice": lambda h, x, key: x[jnp.argmax(jnp.stack([h, 1 - h]))],
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DERIVATIVE)
+def test_influence_through_steps_alone_is_named(name):
+    with pytest.raises(ValueError, match="rate.*no derivative.*SelfTuningSolver"):
+        of_dropout(WITHOUT_DERIVATIVE[name])
+
+
+def test_leaf_that_users_hold_constant_is_no_error():
+    hold = lambda rate, x, key: x * jax.lax.stop_gradient(rate)
+    gradient, report = of_dropout(hold)
+    assert gradient["rate"] == 0 and report.held_constant == ("hyper['rate']",)
+    _, report = of_dropout(hold, idle=jnp.zeros(2))
+    assert report.unreached == ("hyper['idle']",)

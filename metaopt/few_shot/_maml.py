@@ -166,7 +166,7 @@ class MAML(AbstractLearner):
         objective = Objective(
             problem, inner, FullBatch(task), FullBatch(task.query), None, None, key
         )
-        output, parts, idle = objective.trace(self.adjoint, meta, None)[1:]
+        output, parts, idle, _ = objective.trace(self.adjoint, meta, None)[1:]
         if isinstance(meta, Learned):
             _check_used(idle, inner)
         gradient = tree_add(*parts)
