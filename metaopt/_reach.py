@@ -75,9 +75,9 @@ def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
 def held_message(names: Sequence[str]) -> str:
     """The text of the error where every leaf of `hyper` is held constant."""
     return (
-        f"`{'`, `'.join(names)}` acts on the losses only behind `jax.lax.stop_gradient`, as "
-        "the rate of `equinox.nn.Dropout` does: it has influence and no derivative, so "
-        "there is nothing that a hypergradient could tune. Use "
+        f"`{'`, `'.join(names)}` acts on the losses only behind `jax.lax.stop_gradient`, "
+        "as the rate of `equinox.nn.Dropout` does: it has influence and no derivative, "
+        "so there is nothing that a hypergradient could tune. Use "
         "`metaopt.SelfTuningSolver`, which tunes such leaves from samples, or take the "
         "`stop_gradient` away."
     )
