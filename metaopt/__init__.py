@@ -128,6 +128,10 @@ from ._results import RESULTS as RESULTS, SolveError as SolveError
 from ._retrain import retrain as retrain
 from ._run import solve_bilevel as solve_bilevel
 from ._self_test import warn_if_known_bad as _warn_if_known_bad
+from ._smoothness import (
+    check_smoothness as check_smoothness,
+    SmoothnessCheck as SmoothnessCheck,
+)
 from ._solve_inner import solve_inner as solve_inner
 from ._solver import (
     AbstractBestIterateSolver as AbstractBestIterateSolver,
