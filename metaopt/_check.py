@@ -183,14 +183,16 @@ def _in_float64(x: Any) -> Any:
 def _check(
     everything: tuple, num_directions: int, step: float | None, rtol: float
 ) -> HypergradientCheck:
-    *arguments, inner, adjoint, model_state = everything
-    trainable, static = split_trainable(arguments[1])
+    problem, hyper, params, train, valid, key, inner, adjoint, model_state = everything
+    trainable, static = split_trainable(hyper)
     flat, unravel = ravel_pytree(trainable)
     precision = float(jnp.finfo(flat.dtype).eps)
     is_double = precision < 1e-10
     length = precision ** (1 / 3) if step is None else step
 
-    gradient, report = differentiate(*arguments, inner, adjoint, model_state)
+    gradient, report = differentiate(
+        problem, hyper, params, train, valid, key, inner, adjoint, model_state
+    )
     gradient = ravel_pytree(gradient)[0]
     directions = _directions(trainable, num_directions)
     if not is_double and num_directions > 1 and float(jnp.linalg.norm(gradient)) > 0:
@@ -201,8 +203,8 @@ def _check(
 
     def value(shift):
         moved = eqx.combine(unravel(flat + shift), static)
-        moved = (arguments[0], moved, *arguments[2:])
-        return float(_evaluate(*moved, inner, model_state))
+        rest = params, train, valid, key, inner, model_state
+        return float(_evaluate(problem, moved, *rest))
 
     noise_of_value = _noise(value, directions[0], length, precision)
     lengths = length * 2.0 ** (np.arange(2) if is_double else np.arange(-2, 3))
