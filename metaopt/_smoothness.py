@@ -88,7 +88,7 @@ def check_smoothness(
     check = mo.check_smoothness(
         problem, jnp.ones(3), jnp.zeros(3), solver=mo.Descent(optax.sgd(0.1), num_steps=20)
     )
-    print(check.score)  # 1.0
+    print(check.score.round(3))  # 1.0
     ```
 
     **Arguments:**

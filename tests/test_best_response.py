@@ -838,3 +838,23 @@ def test_nothing_to_bind_is_an_error():
         for fn in (mo.nn.bind, mo.nn.ordinary):
             with pytest.raises(ValueError, match="no best-response layer in `model`"):
                 fn(model, jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "name, shape, wanted",
+    [
+        (
+            "weight",
+            (2, 2),
+            r"`scale` in response\['weight'\] of a `Linear`.*\(3, num_hyper",
+        ),
+        ("bias", (4, 2), r"`shift` in response\['bias'\] of a `Linear`.*\(3, num_hyper"),
+    ],
+)
+def test_a_response_of_another_shape_is_refused(name, shape, wanted):
+    layer = eqx.nn.Linear(4, 3, key=KEY)
+    good: Any = mo.nn.self_tuning(layer, 2, key=KEY)
+    response = dict(good.response)
+    wrong = jax.tree.map(lambda _: jnp.ones(shape), response[name])
+    with pytest.raises(ValueError, match=wanted + rf".*got {re.escape(str(shape))}"):
+        type(good)(layer, response | {name: wrong}, None)

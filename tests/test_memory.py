@@ -373,6 +373,31 @@ def test_report_predicts_what_is_compiled():
     assert "blocks" in str(report) and "KiB" in str(report)
 
 
+def test_ten_thousand_steps_in_bounded_memory():
+    # What each plan takes is known before anything runs. Blocks keep the states before
+    # about 100 blocks and of the 100 steps of one, where all the steps are 10,000.
+    width, num_steps = 100, 10_000
+    report = mo.memory_report(
+        mo.BilevelProblem(
+            lambda params, hyper, batch: jnp.sum(jnp.cosh(params - hyper)),
+            lambda params, hyper, batch: jnp.sum(params**2),
+        ),
+        0.3,
+        params=jnp.zeros(width),
+        inner=mo.Descent(optax.sgd(0.01, momentum=0.9), num_steps),
+        adjoints={
+            "all": mo.UnrolledAdjoint(),
+            "blocks": mo.UnrolledAdjoint(mo.Blocks()),
+        },
+    )
+    state = 2 * report.params_bytes  # with its velocity
+    assert report.temporary_bytes["all"] > num_steps * report.params_bytes
+    # The losses and the draws of all the steps are a few numbers each.
+    few = 8 * 8 * num_steps
+    assert report.temporary_bytes["blocks"] < 2 * 2 * 100 * state + few
+    assert "MiB" in str(report)
+
+
 @pytest.mark.slow
 def test_report_lists_every_plan_by_default():
     report = mo.memory_report(
