@@ -313,6 +313,7 @@ def _report(
         drift=info.drift,
         error=info.error,
         allowed_error=info.allowed_error,
+        num_error_products=info.num_error_products,
         error_is_bound=info.error_is_bound,
         adjoint=adjoint,
         left_out=info.left_out,

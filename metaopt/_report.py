@@ -90,6 +90,8 @@ class Report(eqx.Module):
     - `allowed_error`: the largest such error that is accepted, or `None` where it is not
         judged: under an adjoint that follows the path, one whose linear solver leaves
         something out by request, or one that was given `inner_rtol`.
+    - `num_error_products`: the products with the Hessian that the error took, beside
+        `num_products`, or `None`.
     - `error_is_bound`: whether the error cannot be larger; otherwise it is an estimate.
     - `adjoint`: the name of the adjoint.
     - `left_out`: what the derivative leaves out by construction, in words: it is
@@ -131,6 +133,7 @@ class Report(eqx.Module):
     drift: FloatScalar | None
     error: FloatScalar | None
     allowed_error: FloatScalar | None
+    num_error_products: IntScalar | None
     error_is_bound: bool = eqx.field(static=True)
     adjoint: str = eqx.field(static=True)
     left_out: tuple[str, ...] = eqx.field(static=True)
@@ -168,6 +171,8 @@ class Report(eqx.Module):
         if self.linear_residual is not None:
             rows.append(("linear steps", _number(self.num_linear_steps)))
             rows.append(("linear products", _number(self.num_products)))
+            if self.num_error_products is not None:
+                rows.append(("products for its error", _number(self.num_error_products)))
             rows.append(("linear residual", _number(self.linear_residual)))
             # Infinite where the linear solver did not look.
             if not np.any(np.isinf(_values(self.min_curvature))):

@@ -307,8 +307,9 @@ class Net(eqx.Module):
         (mo.UnrolledAdjoint(), 0, 1e-5),
         (mo.ForwardAdjoint(), 0, 1e-5),
         (mo.TruncatedAdjoint(5), 1, 1e-5),
-        (mo.ImplicitAdjoint(mo.CG()), 0, 1e-5),
-        (mo.ImplicitAdjoint(mo.Dense()), 0, 1e-5),
+        # A leaf in bfloat16 cannot be more accurate.
+        (mo.ImplicitAdjoint(mo.CG(), rtol=0.02), 0, 1e-5),
+        (mo.ImplicitAdjoint(mo.Dense(), rtol=0.02), 0, 1e-5),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, mo.AbstractAdjoint) else "",
 )

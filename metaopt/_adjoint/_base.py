@@ -69,6 +69,7 @@ class AdjointInfo(eqx.Module):
     - `error`: a bound on the error of the hypergradient, or an estimate of it, as a
         Euclidean norm.
     - `error_is_bound`: which of the two.
+    - `num_error_products`: the products that the bound or the estimate took.
     - `allowed_error`: the largest such error that is accepted, or `None` where it is not
         judged.
     - `left_out`: what the derivative leaves out by construction, in words.
@@ -93,6 +94,7 @@ class AdjointInfo(eqx.Module):
     drift: FloatScalar | None = None
     error: FloatScalar | None = None
     allowed_error: FloatScalar | None = None
+    num_error_products: IntScalar | None = None
     error_is_bound: bool = eqx.field(default=False, static=True)
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
     num_flat: IntScalar | None = None

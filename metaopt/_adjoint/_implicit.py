@@ -79,14 +79,23 @@ class ImplicitAdjoint(AbstractAdjoint):
         [`metaopt.Neumann`][] or [`metaopt.Dense`][] for fixed points, roots and
         constrained problems too. Only [`metaopt.MINRES`][] is accepted at a saddle or a
         maximum of a loss.
+    - `rtol`: the largest relative error of the hypergradient that is accepted, as estimated
+        by `error`; `jax.numpy.inf` accepts any. A linear solver with a looser tolerance
+        than a tenth of it is tightened to that. In a run the error is compared with the
+        largest hypergradient so far, because near an outer optimum the hypergradient is
+        as small as its error. A linear solver or operator that leaves something out by
+        request (a fixed number of steps, damping, [`metaopt.GaussNewton`][]) is not held
+        to it: the error is reported, and the inner solution is held to `rtol` instead.
     - `inner_rtol`: the largest relative error of the inner solution that is accepted,
-        as estimated from one product with the Jacobian; `jax.numpy.inf` accepts any.
+        as estimated from one product with the Jacobian, in place of a check of the
+        hypergradient; `jax.numpy.inf` accepts any.
     - `newton_steps`: how many Newton steps the inner solution is corrected by before it
         is differentiated. Each costs a linear solve, and makes the error that an inexact
         inner solution leaves quadratic in its residual instead of linear. A step that
         does not make the residual smaller is not taken.
-    - `error`: how the report comes to say how wrong the hypergradient is:
-        [`metaopt.DualWeighted`][] estimates it, [`metaopt.StrongConvexity`][] bounds it.
+    - `error`: how the error of the hypergradient is found: [`metaopt.DualWeighted`][]
+        estimates it, [`metaopt.StrongConvexity`][] bounds it. `None` saves the products
+        of the estimate, and holds the inner solution to `rtol` instead.
     - `curvature`: which operator stands for the Jacobian of the optimality in the linear
         system: that itself, [`metaopt.ExactCurvature`][], or [`metaopt.GaussNewton`][],
         which is cheaper and never indefinite, and leaves something out.
@@ -211,12 +220,12 @@ class ImplicitAdjoint(AbstractAdjoint):
         if carry.largest is not None:
             largest = jnp.maximum(largest, carry.largest.astype(largest.dtype))
         allowed = self._allowed_error(largest, inner.tolerance)
-        inner_rtol = jnp.inf if self._judges_error else self._own_inner_rtol
+        decides = self._judges_error and inner.tolerance is None
+        inner_rtol = jnp.inf if decides else self._own_inner_rtol
         result = first_failure(
             self._judge(inner_error, inner_rtol, inner.tolerance), linear.result
         )
         if estimate is not None:
-            num_products = num_products + estimate.num_products
             result = first_failure(result, estimate.judged(allowed))
         info = AdjointInfo(
             result=result,
@@ -228,6 +237,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             min_curvature=linear.min_curvature,
             tolerance=inner.tolerance,
             error=None if estimate is None else estimate.error,
+            num_error_products=None if estimate is None else estimate.num_products,
             allowed_error=allowed,
             # The slope of the outer loss is rounded to what half precision holds.
             error_is_bound=self.error is not None
@@ -316,10 +326,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         """The largest error of a hypergradient of this size, or `None` for any."""
         if not self._judges_error:
             return None
-        relative = jnp.asarray(self.rtol, size.dtype)
-        if tolerance is not None:
-            relative = jnp.maximum(relative, tolerance.astype(size.dtype))
-        return relative * size
+        allowed = self.rtol * size
+        if tolerance is None:
+            return allowed
+        # The outer loop has the residuals held to its tolerance, and not the error.
+        return jnp.where(tolerance > self.rtol, jnp.inf, allowed)
 
     def _prepared(
         self,

@@ -320,6 +320,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
             drift=None,
             error=None,
             allowed_error=None,
+            num_error_products=None,
             error_is_bound=False,
             adjoint=f"learned response ({type(self.steps.method).__name__})",
             left_out=left_out,
