@@ -468,9 +468,6 @@ class ImplicitAdjoint(AbstractAdjoint):
         start, tolerance = jax.lax.stop_gradient((start, tolerance))
         # A leaf that nothing moves would not be taken for linear in a second derivative.
         vector = tree_entangled(vector)
-        if self._is_biased:
-            vector = _without_second_derivative(self, vector)
-
         def solve(ready, product, vector):
             made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
             solution = ready._linear_solution(made, vector, start, tolerance)
@@ -484,6 +481,8 @@ class ImplicitAdjoint(AbstractAdjoint):
             symmetric=symmetric,
             has_aux=True,
         )
+        if self._is_biased:
+            value = _without_second_derivative(self, value)
         return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)
 
 
@@ -617,7 +616,8 @@ def _(primals, tangents, *, static_adjoint, throw):
         transpose_solve=ft.partial(solve, adjoint._transposed(), reverse=True),
         symmetric=lx.symmetric_tag in condition.tags,
     )
-    return solution, tree_cast_like(tangent, params)
+    # Its transpose entangles the cotangent, for second derivatives.
+    return solution, tree_cast_like(tree_entangled(tangent), params)
 
 
 def _without_second_derivative(adjoint: ImplicitAdjoint, tree: Any) -> Any:
