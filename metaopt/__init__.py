@@ -79,6 +79,7 @@ from ._linear import (
     AbstractInverse as AbstractInverse,
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditionedSolver as AbstractPreconditionedSolver,
+    AbstractToleranceSolver as AbstractToleranceSolver,
     AbstractPreconditioner as AbstractPreconditioner,
     BiCGStab as BiCGStab,
     CG as CG,

@@ -223,7 +223,15 @@ class DualWeighted(AbstractErrorEstimate):
     def __call__(self, here, linear, at, solve, hyper):
         w, knows = linear.value, _subspace(here, linear)
         better = _improved(here, here, w, knows, at, solve, self.rtol)
-        error = better.distance(here.gradient(w))
+        gradient = here.gradient(w)
+        # The two parts of the correction can cancel by chance, and what their own errors
+        # are of does not: the residual that the Newton step leaves tells how large.
+        moved = tree_scaled_norm(tree_sub(better.there.gradient(w), gradient))
+        solved = tree_scaled_norm(tree_sub(better.gradient, better.there.gradient(w)))
+        before = tree_scaled_norm(here.residual)
+        after = tree_scaled_norm(better.there.residual)
+        rough = jnp.minimum(after / jnp.where(before > 0, before, 1), 1)
+        error = better.distance(gradient) + _OF_PARTS * rough * (moved + solved)
         floor = jnp.finfo(error.dtype).eps * tree_scaled_norm(better.gradient)
         size = tree_scaled_norm(better.left)
         unsolved = linear.residual * tree_scaled_norm(here.in_params)
@@ -475,6 +483,7 @@ def constant(value: Constant, hyper: Hyper) -> Any:
     return value(hyper) if callable(value) else value
 
 
+_OF_PARTS = 0.5
 _ROUGH = 0.3
 _PART = 0.5
 _MAX_COLUMNS = 512

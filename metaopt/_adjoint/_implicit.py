@@ -15,6 +15,7 @@ from .._dependence import depends
 from .._detach import detached, forbid_derivative, stop_gradient
 from .._linear import (
     AbstractLinearSolver,
+    AbstractToleranceSolver,
     CG,
     coarsest_eps,
     initial_state,
@@ -208,8 +209,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
         exact = ready._tightened(trainable)
         if self.error is not None:
-            linear_solver = exact.linear_solver.keeping_directions(trainable)
-            exact = dataclasses.replace(exact, linear_solver=linear_solver)
+            exact = exact._keeping_directions(trainable)
         linear = exact._solve_transposed(
             here.operator, condition.tags, here.in_params, first_guess, inner.tolerance
         )
@@ -266,11 +266,20 @@ class ImplicitAdjoint(AbstractAdjoint):
 
     def _tightened(self, vector: Vector) -> "ImplicitAdjoint":
         """The same, its linear solver at least as exact as `rtol` needs."""
-        own = self.linear_solver.relative_tolerance
+        solver = self.linear_solver
+        if not isinstance(solver, AbstractToleranceSolver):
+            return self
+        own = solver.relative_tolerance
         needed = max(_OF_RTOL * self.rtol, 10 * coarsest_eps(vector))
         if own is None or own <= needed:
             return self
-        return dataclasses.replace(self, linear_solver=self.linear_solver.with_rtol(needed))
+        return dataclasses.replace(self, linear_solver=solver.with_rtol(needed))
+
+    def _keeping_directions(self, vector: Vector) -> "ImplicitAdjoint":
+        solver = self.linear_solver
+        if not isinstance(solver, AbstractToleranceSolver):
+            return self
+        return dataclasses.replace(self, linear_solver=solver.keeping_directions(vector))
 
     def _estimate(
         self,
@@ -379,11 +388,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
         """A solve at a linearisation."""
-        solver = self
-        if rtol is not None:
-            solver = dataclasses.replace(
-                self, linear_solver=self.linear_solver.with_rtol(rtol)
-            )
+        solver, linear_solver = self, self.linear_solver
+        if rtol is not None and isinstance(linear_solver, AbstractToleranceSolver):
+            solver = dataclasses.replace(self, linear_solver=linear_solver.with_rtol(rtol))
         tags, operator = here.condition.tags, here.operator
         if transposed:
             return solver._solve_transposed(operator, tags, vector, None, tolerance)
@@ -439,9 +446,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             negative = jnp.asarray(False)
         elif not (solver.checks_curvature or solver.left_out):
             # Conjugate gradients meet each sign of curvature that acts on the solution.
-            probe = CG(rtol=solver.relative_tolerance or 1e-5).solve(
-                operator, vector, None, tolerance
-            )
+            probe = CG(rtol=self._probe_rtol).solve(operator, vector, None, tolerance)
             smallest = jnp.minimum(smallest, probe.min_curvature)
             num_products = num_products + probe.num_products
             rounding = 100 * coarsest_eps(vector) * b / safe
@@ -453,6 +458,14 @@ class ImplicitAdjoint(AbstractAdjoint):
             min_curvature=smallest,
             num_products=num_products,
         )
+
+    @property
+    def _probe_rtol(self) -> float:
+        solver = self.linear_solver
+        own = None
+        if isinstance(solver, AbstractToleranceSolver):
+            own = solver.relative_tolerance
+        return 1e-5 if own is None else own
 
     def _solve_transposed(
         self,
@@ -468,6 +481,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         start, tolerance = jax.lax.stop_gradient((start, tolerance))
         # A leaf that nothing moves would not be taken for linear in a second derivative.
         vector = tree_entangled(vector)
+
         def solve(ready, product, vector):
             made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
             solution = ready._linear_solution(made, vector, start, tolerance)

@@ -3,6 +3,7 @@
 from ._base import (
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditionedSolver as AbstractPreconditionedSolver,
+    AbstractToleranceSolver as AbstractToleranceSolver,
     check_square as check_square,
     check_structures as check_structures,
     coarsest_eps as coarsest_eps,

@@ -106,11 +106,6 @@ class AbstractLinearSolver(eqx.Module):
     def left_out(self) -> tuple[str, ...]:
         """What a solve leaves out because it was asked to, in words."""
 
-    @property
-    @abc.abstractmethod
-    def relative_tolerance(self) -> float | None:
-        """The relative residual that it solves to, or `None` for a method without one."""
-
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
         """Raises a `ValueError` unless the operator promises what the solver needs.
@@ -150,11 +145,18 @@ class AbstractLinearSolver(eqx.Module):
         `ValueError` if `check` does, or if the structures do not match.
         """
 
-    @abc.abstractmethod
-    def with_rtol(self, rtol: float) -> "AbstractLinearSolver":
-        """The same method, solving to another relative tolerance and without damping.
 
-        A method without a tolerance returns itself.
+class AbstractToleranceSolver(AbstractLinearSolver):
+    """A linear solver that iterates until a relative residual is met."""
+
+    @property
+    @abc.abstractmethod
+    def relative_tolerance(self) -> float | None:
+        """The relative residual it solves to; `None` for a fixed number of steps."""
+
+    @abc.abstractmethod
+    def with_rtol(self, rtol: float) -> "AbstractToleranceSolver":
+        """The same method, solving to another relative tolerance and without damping.
 
         **Arguments:**
 
@@ -162,9 +164,9 @@ class AbstractLinearSolver(eqx.Module):
         """
 
     @abc.abstractmethod
-    def keeping_directions(self, vector: Vector) -> "AbstractLinearSolver":
-        """The same method, whose solutions hold their [`metaopt.LinearSolution`][]
-        `subspace`, if it has search directions and they fit into a few megabytes.
+    def keeping_directions(self, vector: Vector) -> "AbstractToleranceSolver":
+        """The same method, whose solutions have a `subspace` if it has search directions
+        and they fit into a few megabytes.
 
         **Arguments:**
 

@@ -19,7 +19,7 @@ from .._tree import (
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
 from ._base import (
-    AbstractLinearSolver,
+    AbstractToleranceSolver,
     check_square,
     check_structures,
     check_tolerances,
@@ -34,7 +34,7 @@ from ._system import System
 _CHECK_EVERY = 25  # steps of two products
 
 
-class BiCGStab(AbstractLinearSolver):
+class BiCGStab(AbstractToleranceSolver):
     r"""Stabilised biconjugate gradients, for any square operator.
 
     Needs seven vectors of memory however many steps it takes, and two products in each

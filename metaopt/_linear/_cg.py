@@ -28,6 +28,7 @@ from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._base import (
     AbstractPreconditionedSolver,
+    AbstractToleranceSolver,
     check_square,
     check_structures,
     check_tolerances,
@@ -49,7 +50,7 @@ _MIN_KEPT = 10
 _MAX_KEPT_BYTES = 4 * 2**20
 
 
-class CG(AbstractPreconditionedSolver):
+class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
     r"""Conjugate gradients, for the Hessian of an inner loss at its minimum.
 
     Needs about $\sqrt{\kappa}$ steps, $\kappa$ being the condition number, and one

@@ -54,10 +54,6 @@ class Dense(AbstractLinearSolver):
         check_count(self.max_size, "max_size")
 
     @property
-    def relative_tolerance(self):
-        return None
-
-    @property
     def left_out(self):
         return ()
 
@@ -74,12 +70,6 @@ class Dense(AbstractLinearSolver):
                 "otherwise, which need products only; or allow it by name with "
                 f"`Dense(max_size={size})`."
             )
-
-    def with_rtol(self, rtol):
-        return self
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; `start` is of no use here, and is ignored."""

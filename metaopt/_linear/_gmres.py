@@ -24,7 +24,7 @@ from .._tree import (
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
 from ._base import (
-    AbstractLinearSolver,
+    AbstractToleranceSolver,
     check_square,
     check_structures,
     check_tolerances,
@@ -37,7 +37,7 @@ from ._promotion import cast_up, in_auto_axes, promoted
 from ._system import System
 
 
-class GMRES(AbstractLinearSolver):
+class GMRES(AbstractToleranceSolver):
     r"""Generalised minimal residuals with restarts, for any square operator.
 
     Use it for fixed points and roots, whose operator is not symmetric. The residual

@@ -19,7 +19,7 @@ from .._tree import (
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count
 from ._base import (
-    AbstractLinearSolver,
+    AbstractToleranceSolver,
     check_structures,
     check_tolerances,
     how_it_ended,
@@ -63,7 +63,7 @@ class Step(eqx.Module):
     curvature: FloatScalar
 
 
-class AbstractMinimalResidual(AbstractLinearSolver):
+class AbstractMinimalResidual(AbstractToleranceSolver):
     """A Krylov method whose residual never grows, and stops falling only where it is
     least.
 

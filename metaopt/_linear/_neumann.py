@@ -82,21 +82,11 @@ class Neumann(AbstractLinearSolver):
                 )
 
     @property
-    def relative_tolerance(self):
-        return None
-
-    @property
     def left_out(self):
         return (f"what more than {self.num_terms} terms of the Neumann series would add",)
 
     def check(self, operator):
         check_square("Neumann", operator)
-
-    def with_rtol(self, rtol):
-        return self
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         r"""As for every linear solver. A `start` $x_0$ is the first guess of the

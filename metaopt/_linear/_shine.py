@@ -71,10 +71,6 @@ class SHINE(AbstractLinearSolver):
             )
 
     @property
-    def relative_tolerance(self):
-        return None if self.refine is None else self.refine.relative_tolerance
-
-    @property
     def left_out(self):
         if self.refine is not None:
             return self.refine.left_out
@@ -84,14 +80,6 @@ class SHINE(AbstractLinearSolver):
         check_square("SHINE", operator)
         if self.refine is not None:
             self.refine.check(operator)
-
-    def with_rtol(self, rtol):
-        if self.refine is None:
-            return self
-        return dataclasses.replace(self, refine=self.refine.with_rtol(rtol))
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; the inverse takes the place of a `start`."""

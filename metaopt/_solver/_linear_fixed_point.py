@@ -10,7 +10,7 @@ import lineax as lx
 
 from .._data import FullBatch
 from .._linear import (
-    AbstractLinearSolver,
+    AbstractToleranceSolver,
     check_square,
     check_structures,
     floored_rtol,
@@ -42,7 +42,7 @@ from ._picard import Picard
 _MARGIN = 0.8
 
 
-class LinearFixedPoint(AbstractLinearSolver):
+class LinearFixedPoint(AbstractToleranceSolver):
     r"""Solves a linear system $A x = b$ as the fixed point of $x + b - A x$, by any solver
     of fixed points.
 
