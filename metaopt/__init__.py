@@ -52,6 +52,7 @@ from ._bilevel import (
     SelfTuningState as SelfTuningState,
     STN as STN,
     WarmStart as WarmStart,
+    Windows as Windows,
 )
 from ._check import (
     check_hypergradient as check_hypergradient,

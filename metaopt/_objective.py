@@ -16,8 +16,8 @@ from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import held_message, split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
-from ._solver import AbstractSolver, InnerSolve, LoopState, Outcome
-from ._tree import split_trainable, tree_add, tree_scaled_norm
+from ._solver import AbstractSolver, Earlier, InnerSolve, LoopState, Outcome
+from ._tree import split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
 from ._types import (
     Aux,
     BoolScalar,
@@ -31,6 +31,22 @@ from ._types import (
 from ._validate import (
     check_params,
 )
+
+
+class Continued(eqx.Module):
+    """The run that an inner solve goes on with.
+
+    **Attributes:**
+
+    - `params`, `model_state`, `solver_state`: what it has reached; the last is `None`
+        for a solver that remembers nothing.
+    - `goes_on`: whether to go on with it, or to start anew.
+    """
+
+    params: Params
+    model_state: ModelState
+    solver_state: Any
+    goes_on: BoolScalar
 
 
 class Objective(eqx.Module):
@@ -47,6 +63,7 @@ class Objective(eqx.Module):
     model_state: ModelState
     init_key: Key
     outer_key: Key
+    continued: Continued | None
 
     def __init__(
         self,
@@ -58,6 +75,7 @@ class Objective(eqx.Module):
         model_state: ModelState,
         key: Key,
         tolerance: FloatScalar | None = None,
+        continued: Continued | None = None,
     ):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
         inner.check(problem.inner, train)
@@ -69,15 +87,28 @@ class Objective(eqx.Module):
                 "`solve_bilevel` an iterator."
             )
         self.problem = problem
-        self.solve = InnerSolve(problem.inner, inner, train, inner_key, tolerance)
+        earlier = None
+        if continued is not None and continued.solver_state is not None:
+            earlier = Earlier(continued.solver_state, continued.goes_on)
+        self.solve = InnerSolve(problem.inner, inner, train, inner_key, tolerance, earlier)
         self.valid = valid
         self.params = params
         self.model_state = model_state
         self.init_key = init_key
         self.outer_key = outer_key
+        self.continued = continued
 
     def start(self, hyper: Hyper) -> tuple[Params, ModelState]:
-        """Where the inner solve starts: given, or the problem's own `init`."""
+        """Where the inner solve starts: what a run has reached, or given, or the problem's
+        own `init`."""
+        anew = self._anew(hyper)
+        run = self.continued
+        if run is None:
+            return anew
+        reached = run.params, run.model_state
+        return tree_where_arrays(run.goes_on, reached, anew)
+
+    def _anew(self, hyper: Hyper) -> tuple[Params, ModelState]:
         if self.params is not None:
             return self.params, self.model_state
         params, model_state = initialise(self.problem.inner, hyper, self.init_key)

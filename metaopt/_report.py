@@ -24,6 +24,9 @@ class Solution(eqx.Module):
     - `result`: how the solve ended; `metaopt.RESULTS[result]` is its text.
     - `aux`: the auxiliary output of the last evaluation, or `None`.
     - `model_state`: the model state at the solution, or `None`.
+    - `solver_state`: the state of the solver after the last step (momenta, averages, the
+        count of steps), for `solve_inner(..., solver_state=)`; `None` where the solver
+        or the adjoint does not hand it on.
     - `stats`: a dictionary of `num_steps`, `losses` (the inner loss at the start of
         each step, or `None`) and `failed_step` (-1 if none).
     """
@@ -33,6 +36,7 @@ class Solution(eqx.Module):
     aux: Aux
     model_state: ModelState
     stats: dict[str, Any]
+    solver_state: Any = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -111,6 +115,8 @@ class Report(eqx.Module):
         derivative passes back along the path.
     - `rounding_effect`: the change of the outer loss when the params are rounded once,
         at the step of the path where that changes it the most; or `None`.
+    - `carried`: what the inner solve took over from the outer step before, and what not,
+        in words; empty where there is nothing to say.
     """
 
     result: RESULTS
@@ -142,6 +148,7 @@ class Report(eqx.Module):
     num_flat: IntScalar | None = None
     growth: FloatScalar | None = None
     rounding_effect: FloatScalar | None = None
+    carried: str = eqx.field(static=True, default="")
 
     def __repr__(self) -> str:
         return str(self)
@@ -197,6 +204,8 @@ class Report(eqx.Module):
             rows.append(("without influence", ", ".join(self.unreached)))
         if self.held_constant:
             rows.append(("without derivative", held_text(self.held_constant)))
+        if self.carried:
+            rows.append(("carried over", self.carried))
         return table("Hypergradient", rows, verdict(self.result))
 
 
@@ -320,6 +329,8 @@ class BilevelSolution(eqx.Module):
             rows.append(("seconds", f"{history.seconds.sum():.1f}"))
         if self.warm_started:
             rows.append(("inner solution", "from warm starts, not from `hyper` alone"))
+            if self.report is not None and self.report.carried:
+                rows.append(("carried over", self.report.carried))
         return table("Bilevel solution", rows, verdict(self.result))
 
     def _best(self) -> float:

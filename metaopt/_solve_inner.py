@@ -13,7 +13,7 @@ from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
 from ._reach import guarded, START_MESSAGE
 from ._report import Solution
-from ._solver import AbstractSolver, InnerSolve
+from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
 from ._tree import split_trainable
 from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
@@ -38,6 +38,7 @@ def solve_inner(
     adjoint: AbstractAdjoint,
     key: Key | None = None,
     model_state: ModelState = None,
+    solver_state: Any = None,
     throw: bool = True,
 ) -> Solution:
     """Solves an inner problem: the differentiable building block under everything else.
@@ -75,6 +76,10 @@ def solve_inner(
     - `adjoint`: how the derivative passes through the solve.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: where the model state starts; with `params` only.
+    - `solver_state`: the `solver_state` of an earlier [`metaopt.Solution`][], to go on
+        from its momenta, averages and count of steps; with the `params` and the
+        `model_state` of that solution. Give another `key` for other draws. By default
+        the solver begins anew.
     - `throw`: whether a failure raises. If not, it is marked in the result, and a
         derivative that fails its checks is NaN.
 
@@ -100,10 +105,37 @@ def solve_inner(
     if params is not None:
         params = canonical_params(params)
     key = canonical_key(key)
+    _check_solver_state(solver_state, solver, params)
     solution = _solve(
-        problem, hyper, params, as_data(data), solver, adjoint, key, model_state, throw
+        problem,
+        hyper,
+        params,
+        as_data(data),
+        solver,
+        adjoint,
+        key,
+        model_state,
+        solver_state,
+        throw,
     )
     return raise_on_failure(solution, solution.result, throw)
+
+
+def _check_solver_state(
+    solver_state: Any, solver: AbstractSolver, params: Params | None
+) -> None:
+    if solver_state is None:
+        return
+    if not can_go_on(solver):
+        raise ValueError(
+            f"`solver_state`: `{type(solver).__name__}` remembers nothing that the next "
+            "solve could go on from. Leave it out and pass `params=solution.value`."
+        )
+    if params is None:
+        raise ValueError(
+            "`solver_state` goes with the params that were reached: pass "
+            "`params=solution.value` as well."
+        )
 
 
 @eqx.filter_jit
@@ -116,16 +148,17 @@ def _solve(
     adjoint: AbstractAdjoint,
     key: Key,
     model_state: ModelState,
+    solver_state: Any,
     throw: bool,
 ) -> Solution:
     solver.check(problem, data)
     adjoint.check(solver, data)
     init_key, solve_key = jax.random.split(key)
-    inner = InnerSolve(problem, solver, data, solve_key)
-    if params is not None:
-        if not adjoint.sees_path:
-            message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
-            params = forbid_derivative(params, message)
+    if not adjoint.sees_path:
+        message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
+        params, solver_state = forbid_derivative((params, solver_state), message)
+    earlier = None if solver_state is None else Earlier(solver_state)
+    inner = InnerSolve(problem, solver, data, solve_key, earlier=earlier)
 
     def start(hyper):
         if params is not None:
@@ -166,6 +199,7 @@ def _solve(
         result=outcome.result,
         aux=outcome.aux,
         model_state=outcome.model_state,
+        solver_state=outcome.solver_state if can_go_on(solver) else None,
         stats={
             "num_steps": outcome.num_steps,
             "losses": outcome.losses,

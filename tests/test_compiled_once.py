@@ -41,6 +41,7 @@ NEWTON = mo.OptimistixSolver(optx.Newton(rtol=1e-8, atol=1e-8))
     [
         (DESCENT, mo.UnrolledAdjoint(), mo.ColdStart()),
         (DESCENT, mo.TruncatedAdjoint(5), mo.WarmStart()),
+        (DESCENT, mo.UnrolledAdjoint(), mo.Windows(restart_every=2)),
         (DESCENT, mo.ForwardAdjoint(), mo.ColdStart()),
         (DESCENT, mo.OneStepAdjoint(), mo.WarmStart()),
         (NEWTON, mo.ImplicitAdjoint(), mo.WarmStart()),

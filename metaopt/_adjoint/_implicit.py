@@ -146,8 +146,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         return _Carry(zeros, initial_state(self.linear_solver, trainable), largest)
 
     def solve(self, inner, params, hyper, model_state, throw):
-        outcome = self._solve(inner, params, hyper, model_state, throw)
-        return dataclasses.replace(outcome, solver_state=None)
+        return self._solve(inner, params, hyper, model_state, throw)
 
     def _solve(self, inner, params, hyper, model_state, throw) -> Outcome:
         outcome = inner.primal(params, hyper, model_state)

@@ -27,3 +27,4 @@ from ._tolerance import (
     GeometricTolerance as GeometricTolerance,
     PolynomialTolerance as PolynomialTolerance,
 )
+from ._windows import Windows as Windows

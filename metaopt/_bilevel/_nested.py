@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from .._adjoint import AbstractAdjoint
-from .._objective import Objective
-from .._problem import initialise
-from .._solver import AbstractSolver
+from .._objective import Continued, Objective
+from .._problem import BilevelProblem, initialise
+from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
 from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where_arrays
 from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
 from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
@@ -27,6 +27,8 @@ class NestedState(eqx.Module):
 
     - `hyper`: the outer variables.
     - `params`, `model_state`: the last inner solution.
+    - `solver_state`: the state of the inner solver there, where the start carries it
+        over; else `None`.
     - `given`, `first_model_state`: the start that the user gave, or `None`.
     - `outer_state`: the state of the outer optimizer.
     - `carry`: what the adjoint carries over, such as the last linear solution.
@@ -36,6 +38,7 @@ class NestedState(eqx.Module):
     hyper: Hyper
     params: Params
     model_state: ModelState
+    solver_state: Any
     given: Params | None
     first_model_state: ModelState
     outer_state: Any
@@ -56,7 +59,8 @@ class NestedSolver(AbstractBilevelSolver):
     - `inner`: how the inner problem is solved.
     - `adjoint`: how the derivative passes through the inner solve.
     - `outer`: the optax transform that updates `hyper`.
-    - `start`: [`metaopt.ColdStart`][] or [`metaopt.WarmStart`][].
+    - `start`: [`metaopt.ColdStart`][], [`metaopt.WarmStart`][] or
+        [`metaopt.Windows`][].
     - `tolerance`: how exact each outer step is to be, such as
         [`metaopt.PolynomialTolerance`][]; by default as exact as the solvers ask for.
         The inner solution that is returned at the end is always that exact.
@@ -111,6 +115,7 @@ class NestedSolver(AbstractBilevelSolver):
             hyper=hyper,
             params=params,
             model_state=model_state,
+            solver_state=self._first_solver_state(problem, params, hyper),
             given=given,
             first_model_state=first_model_state if given is not None else model_state,
             outer_state=outer.init(split_trainable(hyper)[0]),
@@ -134,12 +139,23 @@ class NestedSolver(AbstractBilevelSolver):
         # the outer optimizer, nor the next start.
         good = tree_all_finite(gradient) & jnp.isfinite(output.value)
         keep = lambda new, old: tree_where_arrays(good, new, old)
+        solver_state = state.solver_state
+        if solver_state is not None:
+            reached = output.outcome.solver_state
+            if reached is None:
+                raise ValueError(
+                    f"`{type(self.start).__name__}` carries the state of the inner solver "
+                    f"over, and `{type(self.adjoint).__name__}` does not return it. Use "
+                    "`metaopt.WarmStart()` or another adjoint."
+                )
+            solver_state = keep(reached, solver_state)
         new_state = NestedState(
             hyper=eqx.combine(
                 keep(optax.apply_updates(trainable, updates), trainable), static
             ),
             params=keep(output.outcome.params, state.params),
             model_state=keep(output.outcome.model_state, state.model_state),
+            solver_state=solver_state,
             given=state.given,
             first_model_state=state.first_model_state,
             outer_state=keep(outer_state, state.outer_state),
@@ -150,6 +166,8 @@ class NestedSolver(AbstractBilevelSolver):
         if self.start.goes_on and self.adjoint.sees_path:
             left_out = (*report.left_out, "the path in earlier outer steps")
             report = dataclasses.replace(report, left_out=left_out)
+        if self.start.carried and self._remembers(problem, state):
+            report = dataclasses.replace(report, carried=self.start.carried)
         return new_state, BilevelStep(report, good)
 
     def evaluate(self, problem, state, train, valid):
@@ -166,6 +184,38 @@ class NestedSolver(AbstractBilevelSolver):
             state.given, state.params, state.first_model_state, state.model_state
         )
         key = jax.random.fold_in(state.key, state.num_steps)
+        goes_on = self.start.goes_on_at(state.num_steps)
+        continued = None
+        if goes_on is not None:
+            reached = state.params, state.model_state, state.solver_state
+            continued = Continued(*reached, goes_on)
         return Objective(
-            problem, self.inner, train, valid, params, model_state, key, tolerance
+            problem,
+            self.inner,
+            train,
+            valid,
+            params,
+            model_state,
+            key,
+            tolerance,
+            continued,
         )
+
+    def _first_solver_state(
+        self, problem: BilevelProblem, params: Params, hyper: Hyper
+    ) -> Any:
+        if self.start.goes_on_at(jnp.zeros((), int)) is None or not can_go_on(self.inner):
+            return None
+        assert isinstance(self.inner, AbstractIterativeSolver)
+        trainable = split_trainable(params)[0]
+        return tree_strong(self.inner.init(problem.inner, trainable, hyper))
+
+    def _remembers(self, problem: BilevelProblem, state: NestedState) -> bool:
+        """Whether the inner solver has a state that could be carried over."""
+        inner = self.inner
+        if not can_go_on(inner):
+            return False
+        assert isinstance(inner, AbstractIterativeSolver)
+        trainable = split_trainable(state.params)[0]
+        init = lambda trainable, hyper: inner.init(problem.inner, trainable, hyper)
+        return bool(jax.tree.leaves(eqx.filter_eval_shape(init, trainable, state.hyper)))

@@ -5,7 +5,7 @@ from typing import ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 
-from .._types import ModelState, Params
+from .._types import BoolScalar, IntScalar, ModelState, Params
 
 
 if TYPE_CHECKING:
@@ -34,6 +34,26 @@ class AbstractStart(eqx.Module):
         - `first`, `now`: the model state at the very start, and at `last`.
         """
 
+    @abc.abstractmethod
+    def goes_on_at(self, step: IntScalar) -> BoolScalar | None:
+        """Whether an outer step goes on with the run of the one before, with the state of
+        the inner optimizer, in place of what `begin` says.
+
+        **Arguments:**
+
+        - `step`: the number of outer steps before it.
+
+        **Returns:**
+
+        A boolean, which is false for the first step; `None` for a start that never
+        carries the inner optimizer.
+        """
+
+    @property
+    @abc.abstractmethod
+    def carried(self) -> str:
+        """What an outer step takes over from the one before, in words."""
+
 
 class ColdStart(AbstractStart):
     """Every outer step solves the inner problem from scratch.
@@ -48,6 +68,13 @@ class ColdStart(AbstractStart):
     def begin(self, given, last, first, now):
         return given, first
 
+    def goes_on_at(self, step):
+        return None
+
+    @property
+    def carried(self):
+        return ""
+
 
 class WarmStart(AbstractStart):
     """Every outer step goes on from the last inner solution.
@@ -56,9 +83,22 @@ class WarmStart(AbstractStart):
     found can owe more to the history of the run than to the `hyper` found (Vicol et
     al., 2022): solve again from scratch before you report. An adjoint that follows the
     path sees the part of it within the outer step, and the report says so.
+
+    Params and model state are carried over. The inner optimizer begins anew at every
+    outer step, with its momenta, averages, schedule and count of steps:
+    [`metaopt.Windows`][] carries these as well.
     """
 
     goes_on: ClassVar[bool] = True
 
     def begin(self, given, last, first, now):
         return last, now
+
+    def goes_on_at(self, step):
+        return None
+
+    @property
+    def carried(self):
+        return (
+            "params; the inner optimizer begins anew (`metaopt.Windows()` carries it over)"
+        )

@@ -17,6 +17,7 @@ from ._common import (
     problem_optimality as problem_optimality,
 )
 from ._descent import Descent as Descent
+from ._earlier import can_go_on as can_go_on, Earlier as Earlier
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
 )

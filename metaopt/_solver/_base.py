@@ -93,8 +93,8 @@ class Outcome(eqx.Module):
     - `losses`: the inner loss at the start of each step, `(num_steps,)`, padded with
         NaN after an early stop; `None` where the solver does not see losses.
     - `failed_step`: the first step at which something was not finite, or -1.
-    - `solver_state`: the solver's own state after the last step (momenta and the like),
-        where the solve was run by steps and without derivative; else `None`.
+    - `solver_state`: the solver's own state after the last step (momenta and the like);
+        `None` where the solver or the adjoint does not hand it on.
     - `loss`: the inner loss at the solution, on the batch of the last step; `None` where
         the problem has none, and where it has not been looked at yet.
     - `num_flat`: the sum over the steps of that of [`metaopt.StepOutput`][].

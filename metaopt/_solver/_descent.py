@@ -108,6 +108,11 @@ class Descent(AbstractIterativeSolver):
     def stops_early(self):
         return self.atol is not None
 
+    @property
+    def depends_on_hyper(self) -> bool:
+        """Whether the transform is built from `hyper`."""
+        return not _is_transform(self.transform)
+
     def check(self, problem, data):
         if not isinstance(problem, AbstractInnerProblem):
             raise ValueError(

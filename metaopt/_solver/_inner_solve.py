@@ -19,6 +19,7 @@ from ._base import (
     Optimality,
     Outcome,
 )
+from ._earlier import Earlier
 from ._loop import Loop
 
 
@@ -38,6 +39,8 @@ class InnerSolve(eqx.Module):
         `None` leaves them alone.
     - `gauge`: an array whose cotangent says how the derivative grew along the path of a
         solver by steps; `None` where nobody asks.
+    - `earlier`: the state of an earlier solve, which the solver goes on from; `None`
+        begins anew.
     """
 
     problem: AbstractProblem
@@ -46,11 +49,20 @@ class InnerSolve(eqx.Module):
     key: Key
     tolerance: FloatScalar | None = None
     gauge: jax.Array | None = None
+    earlier: Earlier | None = None
 
     def loop(self, params: Params) -> Loop:
         """The steps of the solve. Needs an iterative solver."""
         assert isinstance(self.solver, AbstractIterativeSolver)  # checked by adjoints
-        return Loop(self.problem, self.solver, self.data, params, self.key, self.gauge)
+        return Loop(
+            self.problem,
+            self.solver,
+            self.data,
+            params,
+            self.key,
+            gauge=self.gauge,
+            earlier=self.earlier,
+        )
 
     def primal(self, params: Params, hyper: Hyper, model_state: ModelState) -> Outcome:
         """The solution, held constant for derivatives."""
@@ -64,8 +76,7 @@ class InnerSolve(eqx.Module):
             loop = self.loop(params)
             state = loop.start(params, hyper, model_state)
             state, losses = loop.run_primal(hyper, state, 0, loop.num_steps)
-            outcome = loop.finish(state, losses)
-            return dataclasses.replace(outcome, solver_state=state.solver_state)
+            return loop.finish(state, losses)
 
         return self.checked(detached(solve, params, hyper, model_state), hyper)
 

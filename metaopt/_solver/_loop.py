@@ -25,6 +25,7 @@ from .._types import (
     Vector,
 )
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
+from ._earlier import Earlier
 from ._fixed_point import AbstractFixedPointSolver
 from ._gauge import gauged
 
@@ -65,6 +66,7 @@ class Loop(eqx.Module):
     - `key`: folded with the step number, the key of each step.
     - `gauge`: an array whose cotangent says how the derivative grew along the path, or
         `None`.
+    - `earlier`: what the solver goes on from; `None` begins anew.
     """
 
     problem: AbstractProblem
@@ -74,6 +76,7 @@ class Loop(eqx.Module):
     draws: Any
     key: Key
     gauge: jax.Array | None
+    earlier: Earlier | None
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Loop(eqx.Module):
         params: Params,
         key: Key,
         gauge: jax.Array | None = None,
+        earlier: Earlier | None = None,
     ):
         plan_key, step_key = jax.random.split(key)
         num_steps = solver.num_steps
@@ -93,6 +97,7 @@ class Loop(eqx.Module):
         self.draws = (jnp.arange(num_steps), data.plan(plan_key, num_steps))
         self.key = step_key
         self.gauge = gauge
+        self.earlier = earlier
 
     @property
     def num_steps(self) -> int:
@@ -103,6 +108,8 @@ class Loop(eqx.Module):
         """The state before the first step."""
         trainable = split_trainable(params)[0]
         solver_state = self.solver.init(self.problem, trainable, hyper)
+        if self.earlier is not None:
+            solver_state = self.earlier.state(self.solver, trainable, solver_state)
         if self.problem.has_state:
             assert self.solver.state_policy is not None  # checked by the solver
             model_state = self.solver.state_policy.begin(model_state, self.num_steps)
@@ -227,6 +234,7 @@ class Loop(eqx.Module):
             losses=losses,
             failed_step=failed_step,
             num_flat=state.num_flat,
+            solver_state=state.solver_state,
         )
 
     def _advance(self, trainable, solver_state, carried, hyper, draw):

@@ -180,6 +180,13 @@ class ReversibleAdjoint(AbstractAdjoint):
         model_state: ModelState,
         inputs: Inputs,
     ) -> MomentumRun | CoupledRun:
+        if inner.earlier is not None:
+            raise ValueError(
+                "`ReversibleAdjoint` undoes the steps of `ReversibleSGD` to a velocity of "
+                "zero, and this solve goes on from the state of an earlier one. Use "
+                "`metaopt.UnrolledAdjoint(metaopt.RecomputeSteps())`, or begin anew: "
+                "`metaopt.WarmStart()`, or no `solver_state`."
+            )
         arguments = inner, params, hyper, model_state, inputs
         if isinstance(inner.solver, ReversibleSGD):
             return MomentumRun(*arguments)
