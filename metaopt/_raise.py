@@ -1,5 +1,6 @@
 """Raising a numerical failure once, at the outermost call."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -30,6 +31,36 @@ def raise_on_failure(value: T, result: Any, throw: bool, show: object = None) ->
         shown = str(value if show is None else show).removesuffix(sentence).rstrip()
         raise SolveError(f"{sentence}\n\n{shown}", value)
     return value
+
+
+def attach_solution(error: Exception, solution: Callable[[], Any]) -> None:
+    """Adds to an error of the user's own code (a callback, a source of data) what a run had
+    reached: as the attribute `solution`, which a note names."""
+    try:
+        reached = solution()
+        error.solution = reached  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as second:  # the first error is the one to be seen
+        error.add_note(f"What the run had reached could not be computed: {second!r}")
+        return
+    error.add_note(
+        "The run ended at this error. What it had reached is the attribute `solution` of "
+        "the error, and `solution.state` goes on from there."
+    )
+
+
+def ends_run(callback: Callable[..., Any] | None, *args: Any) -> bool:
+    """Calls a callback, if there is one; whether it returned `True`, or raised
+    `StopIteration`. What else it returns means nothing."""
+    if callback is None:
+        return False
+    try:
+        answer = callback(*args)
+    except StopIteration:
+        return True
+    if not isinstance(answer, bool | np.bool_ | np.ndarray | jax.Array):
+        return False
+    answer = np.asarray(answer)
+    return answer.dtype == np.bool_ and answer.ndim == 0 and bool(answer)
 
 
 _SUCCESS = RESULTS.successful._value  # pyright: ignore[reportAttributeAccessIssue]

@@ -282,7 +282,8 @@ class BilevelSolution(eqx.Module):
     - `history`: one row for each outer step.
     - `result`: how the run ended; `metaopt.RESULTS[result]` is its text.
     - `report`: the report on the last hypergradient.
-    - `state`: the state of the bilevel solver, from which `step` can go on.
+    - `state`: the state of the bilevel solver, from which `step` and
+        `solve_bilevel(..., state=)` can go on.
     - `num_skipped`: outer steps at which `hyper` was left alone, because the
         hypergradient was not finite.
     - `warm_started`: whether the params owe something to the `hyper` of earlier outer

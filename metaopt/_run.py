@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ._bilevel import AbstractBilevelSolver, BilevelStep
 from ._data import AbstractData, as_data, restarted
 from ._problem import BilevelProblem
-from ._raise import raise_on_failure
+from ._raise import attach_solution, ends_run, raise_on_failure
 from ._report import BilevelSolution, History, Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import Outcome
-from ._tree import tree_size
+from ._tree import same_structs, tree_size
 from ._types import FloatScalar, Hyper, Key, ModelState, Params
 from ._validate import (
     canonical_arrays,
@@ -58,9 +58,10 @@ def solve_bilevel(
     params: Params | None = None,
     model_state: ModelState = None,
     key: Key | None = None,
+    state: Any = None,
     atol: float | None = None,
     progress: bool = False,
-    callback: Callable[[int, Any, BilevelStep], None] | None = None,
+    callback: Callable[[int, Any, BilevelStep], Any] | None = None,
     throw: bool = True,
 ) -> BilevelSolution:
     """Solves a bilevel problem: tunes `hyper` for the outer loss.
@@ -79,14 +80,19 @@ def solve_bilevel(
         started anew is, whenever it is exhausted. For one batch for each *inner* step
         write [`metaopt.InnerBatches`][]`(loader, num_steps)`.
     - `solver`: how the outer problem is driven, such as [`metaopt.NestedSolver`][].
-    - `num_steps`: the number of outer steps.
+    - `num_steps`: the number of outer steps, those of `state` included.
     - `params`: where the inner solve starts; by default the inner problem's `init`.
     - `model_state`: where the model state starts; with `params` only.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
+        and what is in `hyper` and `params`. Hand over the same problem, solver and data;
+        of an iterator one that goes on where it was. The history is that of the new steps.
     - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
     - `progress`: whether to show a progress bar.
     - `callback`: called after every outer step as `callback(step, state, info)`, with a
-        [`metaopt.BilevelStep`][] for `info`.
+        [`metaopt.BilevelStep`][] for `info`. It ends the run by returning `True` or
+        raising `StopIteration`. Any other error that it raises has what was reached as its
+        attribute `solution`.
     - `throw`: whether a failure raises. If not, the run goes on past steps that fail,
         leaves `hyper` alone where the hypergradient is not finite, and says so.
 
@@ -109,6 +115,10 @@ def solve_bilevel(
     hyper = canonical_hyper(hyper)
     if params is not None:
         params = canonical_params(params)
+    if state is not None and (key is not None or model_state is not None):
+        raise ValueError(
+            "`state` has the key and the model state of its run: hand over no others."
+        )
     key = canonical_key(key)
     feeds = _Feed(train, "train"), _Feed(valid, "valid")
     start = solver.init(
@@ -119,10 +129,33 @@ def solve_bilevel(
         model_state=model_state,
         key=key,
     )
+    if state is not None:
+        _check_goes_on(state, start)
+        start = state
     run = _Run(problem, solver, feeds, start)
-    run.go(num_steps, atol, progress, callback, throw)
+    try:
+        run.go(num_steps, atol, progress, callback, throw)
+    except Exception as error:
+        if run.rows:
+            attach_solution(error, run.solution)
+        raise
     solution = run.solution()
     return raise_on_failure(solution, solution.result, throw and not run.interrupted)
+
+
+def _check_goes_on(state: Any, start: Any) -> None:
+    """Raises a `ValueError` unless a `state` could have come from the run that begins."""
+    if type(state) is not type(start):
+        raise ValueError(
+            "`state` must be the `state` of a `metaopt.BilevelSolution` of the same "
+            f"solver, as in `state=solution.state`; got {type(state).__name__}."
+        )
+    arrays = (eqx.filter(x, eqx.is_array) for x in (state, start))
+    if not same_structs(*arrays):
+        raise ValueError(
+            "`state` is of another run: its arrays have other names, shapes or dtypes than "
+            "those of this `hyper`, `params` and solver."
+        )
 
 
 class _NoMoreData(Exception):
@@ -191,14 +224,15 @@ class _Run:
         num_steps: int,
         atol: float | None,
         progress: bool,
-        callback: Callable[[int, Any, BilevelStep], None] | None,
+        callback: Callable[[int, Any, BilevelStep], Any] | None,
         throw: bool,
     ) -> None:
         """Takes outer steps until done, stopped, failed (under `throw`) or converged."""
-        converged = False
-        bar = tqdm(total=num_steps, disable=not progress, unit="step")
+        converged = stopped = False
+        taken = int(self.state.num_steps)
+        bar = tqdm(total=num_steps, initial=taken, disable=not progress, unit="step")
         try:
-            for index in range(num_steps):
+            for index in range(taken, num_steps):
                 for feed in self.feeds:
                     feed.advance()
                 before, begin = self.state, time.perf_counter()
@@ -215,15 +249,14 @@ class _Run:
                     gradient=f"{self.rows[-1]['hypergradient_norm']:.2g}",
                     refresh=False,
                 )
-                if callback is not None:
-                    callback(index, self.state, info)
+                stopped = ends_run(callback, index, self.state, info)
                 if throw and _failed(info.report.result):
                     self.state = before  # without the update that is not to be trusted
                     self.path[-1:] = self._hyper_now()
                     return
                 norm = self.rows[-1]["hypergradient_norm"]
-                if atol is not None and norm <= atol:
-                    converged = True
+                converged = atol is not None and norm <= atol
+                if converged or stopped:
                     return
         except KeyboardInterrupt:
             self.interrupted = True
@@ -234,7 +267,9 @@ class _Run:
                 self.result = RESULTS.outer_data_exhausted
         finally:
             bar.close()
-        if atol is not None and not converged and not _failed(self.result):
+        if atol is None or converged or stopped:
+            return
+        if not _failed(self.result):
             self.result = RESULTS.outer_max_steps
 
     def solution(self) -> BilevelSolution:

@@ -847,6 +847,26 @@ def test_a_run_that_is_interrupted_keeps_what_it_reached(tmp_path):
     assert "3, of which 3 now" in text and "interrupted" in text
 
 
+def test_callback_ends_the_run_or_loses_nothing(tmp_path):
+    solution = trained(callback=lambda step, state: True)
+    assert solution.result == mo.RESULTS.successful and len(solution.history.loss) == 3
+
+    def stop(step, state):
+        raise StopIteration
+
+    assert len(trained(callback=stop).history.loss) == 3
+
+    def fail(step, state):
+        raise KeyError("mine")
+
+    path = tmp_path / "run.npz"
+    with pytest.raises(KeyError, match="mine") as info:
+        trained(callback=fail, checkpoint=path)
+    error: Any = info.value
+    assert len(error.solution.history.loss) == 3
+    assert_same(trained(checkpoint=path).state, trained().state)
+
+
 def test_training_on_what_the_host_draws():
     whole = trained(tasks=iter(ON_HOST))
     half = trained(tasks=ON_HOST, num_steps=3)

@@ -77,6 +77,58 @@ def test_says_that_the_tolerance_was_not_met():
     assert len(info.value.value.history) == 3  # nothing is lost
 
 
+def stopped(step, *_):
+    raise StopIteration
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [lambda step, *_: step >= 1, lambda step, *_: step >= 1 and stopped(step)],
+    ids=["returns True", "raises StopIteration"],
+)
+def test_callback_ends_the_run(callback):
+    # A tolerance that was not met is no failure of a run that was ended on purpose.
+    solution = solve(callback=callback, num_steps=5, atol=1e-12)
+    assert len(solution.history) == 2 and "Successful" in str(solution)
+    # What else a callback returns means nothing.
+    assert len(solve(callback=lambda *_: [1], num_steps=3).history) == 3
+
+
+def test_callback_that_raises_loses_nothing():
+    def callback(step, state, info):
+        if step == 1:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as info:
+        solve(callback=callback, num_steps=4)
+    error: Any = info.value
+    assert len(error.solution.history) == 2
+    assert "attribute `solution`" in error.__notes__[0]
+    again = solve(num_steps=4, state=error.solution.state)
+    assert jnp.array_equal(again.hyper, solve(num_steps=4).hyper)
+    assert len(again.history) == 2
+    assert len(solve(num_steps=2, state=again.state).history) == 0
+
+    def batches():
+        yield jnp.ones(1)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk") as info:
+        solve(train=batches(), num_steps=4)
+    error = info.value
+    assert len(error.solution.history) == 1
+
+
+def test_state_of_another_run():
+    state = solve(num_steps=1).state
+    with pytest.raises(ValueError, match="`state` is of another run"):
+        solve(hyper=[0.0, 1.0, 2.0], params=jnp.zeros(3), state=state)
+    with pytest.raises(ValueError, match="`state` must be the `state` of"):
+        solve(state=solve(num_steps=1))
+    with pytest.raises(ValueError, match="hand over no others"):
+        solve(state=state, key=jax.random.key(1))
+
+
 def test_failure_keeps_what_was_reached():
     # From the fourth step on the data holds a value at which the loss is not defined.
     problem = mo.BilevelProblem(

@@ -15,7 +15,7 @@ import optax
 from tqdm import tqdm
 
 from .._checkpoint import CheckpointError, load, save
-from .._raise import raise_on_failure
+from .._raise import attach_solution, ends_run, raise_on_failure
 from .._results import RESULTS
 from .._tree import same_structs, split_trainable, tree_strong, tree_where_arrays
 from .._types import BoolScalar, FloatScalar, IntScalar, Key, ModelState
@@ -40,7 +40,7 @@ def train(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 500,
     progress: bool = False,
-    callback: Callable[[int, TrainState], None] | None = None,
+    callback: Callable[[int, TrainState], Any] | None = None,
     throw: bool = True,
 ) -> TrainSolution:
     """Learns over tasks: a gradient over a batch of tasks, a step of the optimizer, again.
@@ -69,7 +69,9 @@ def train(
         and tasks are not in it: hand over the same, and of an iterator one that goes on
         where it was.
     - `progress`: whether to show a progress bar.
-    - `callback`: called between calls as `callback(num_steps, state)`.
+    - `callback`: called between calls as `callback(num_steps, state)`. It ends the run by
+        returning `True` or raising `StopIteration`. Any other error that it raises has what
+        was reached as its attribute `solution`.
     - `throw`: whether a failure raises.
 
     **Returns:**
@@ -133,8 +135,15 @@ def train(
     if run.num_steps < num_steps:
         file.check()
     begin = time.perf_counter()
-    run.go(num_steps, steps_per_call, file, progress, callback, throw)
-    solution = run.solution(time.perf_counter() - begin)
+    reached = lambda: run.solution(time.perf_counter() - begin)
+    try:
+        run.go(num_steps, steps_per_call, file, progress, callback, throw)
+    except Exception as error:
+        if run.losses:
+            attach_solution(error, reached)
+            file.write(run.state)
+        raise
+    solution = reached()
     interrupted = bool(solution.result == RESULTS.interrupted)
     return raise_on_failure(solution, solution.result, throw and not interrupted)
 
@@ -280,7 +289,7 @@ class _Run:
         steps_per_call: int,
         file: _File,
         progress: bool,
-        callback: Callable[[int, TrainState], None] | None,
+        callback: Callable[[int, TrainState], Any] | None,
         throw: bool,
     ) -> None:
         """Takes steps until done, interrupted, failed (under `throw`) or out of tasks."""
@@ -297,8 +306,8 @@ class _Run:
                     break
                 if file.is_due(now) or now >= num_steps:
                     file.write(self.state)
-                if callback is not None:
-                    callback(now, self.state)
+                if ends_run(callback, now, self.state):
+                    break
         except KeyboardInterrupt:
             self.result = RESULTS.interrupted
         except _Exhausted:
