@@ -110,6 +110,7 @@ from ._model_state import (
 from ._problem import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,
     AbstractInnerProblem as AbstractInnerProblem,
+    AbstractLeastSquaresProblem as AbstractLeastSquaresProblem,
     AbstractPredictionProblem as AbstractPredictionProblem,
     AbstractProblem as AbstractProblem,
     AbstractRootProblem as AbstractRootProblem,
@@ -117,6 +118,7 @@ from ._problem import (
     Evaluation as Evaluation,
     FixedPointProblem as FixedPointProblem,
     InnerProblem as InnerProblem,
+    LeastSquaresProblem as LeastSquaresProblem,
     PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )

@@ -10,6 +10,7 @@ from ._call import (
 from ._functions import (
     FixedPointProblem as FixedPointProblem,
     InnerProblem as InnerProblem,
+    LeastSquaresProblem as LeastSquaresProblem,
     PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )
@@ -18,4 +19,5 @@ from ._kinds import (
     AbstractInnerProblem as AbstractInnerProblem,
     AbstractRootProblem as AbstractRootProblem,
 )
+from ._least_squares import AbstractLeastSquaresProblem as AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem as AbstractPredictionProblem

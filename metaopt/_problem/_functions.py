@@ -8,6 +8,7 @@ import equinox as eqx
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._call import declared
 from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
+from ._least_squares import AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem
 
 
@@ -87,6 +88,40 @@ class PredictionProblem(AbstractPredictionProblem):
     def criterion(self, predictions, params, hyper, batch, *, key=None):
         optional = {} if key is None else declared(self.criterion_fn, {"key": key})
         return self.criterion_fn(predictions, params, hyper, batch, **optional)
+
+
+class LeastSquaresProblem(AbstractLeastSquaresProblem):
+    """A problem of nonlinear least squares made from plain functions.
+
+    **Arguments:**
+
+    - `residual_fn`: `residual_fn(params, hyper, batch)`, a pytree of any shapes, half of
+        whose sum of squares is minimised. May declare arguments named `key` and (with
+        `has_state`) `state`.
+    - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
+        initial params are handed over at each call.
+    - `has_state`: as in [`metaopt.AbstractLeastSquaresProblem`][].
+
+    **Example:**
+
+    ```python
+    import metaopt as mo
+
+    problem = mo.LeastSquaresProblem(
+        lambda params, hyper, batch: batch["x"] @ params - hyper * batch["y"]
+    )
+    ```
+    """
+
+    residual_fn: LossFn
+    init_fn: Callable[..., Any] | None = None
+    has_state: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def init(self, hyper, key):
+        return _init(self.init_fn, hyper, key)
+
+    def residual(self, params, hyper, batch, *, key=None, **state):
+        return _forward(self.residual_fn, params, hyper, batch, key, state)
 
 
 class FixedPointProblem(AbstractFixedPointProblem):

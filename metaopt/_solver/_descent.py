@@ -127,7 +127,14 @@ class Descent(AbstractIterativeSolver):
         return problem_optimality(problem, params, hyper, batch, key, state)
 
     def init(self, problem, params, hyper):
-        return self._build(hyper).init(params)
+        state = self._build(hyper).init(params)
+        is_lookahead = lambda node: isinstance(node, optax.LookaheadState)
+        if any(map(is_lookahead, jax.tree.leaves(state, is_leaf=is_lookahead))):
+            raise ValueError(
+                "`optax.lookahead` keeps two sets of params, `optax.LookaheadParams`, and "
+                "`metaopt.Descent` has one. Hand over its fast optimizer alone."
+            )
+        return state
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
         trainable, static = split_trainable(params)
@@ -142,11 +149,17 @@ class Descent(AbstractIterativeSolver):
         # Built outside: what the user computes from `hyper` keeps its own derivatives.
         transform = self._build(hyper)
 
+        def value_of(trainable):
+            return loss(trainable)[0]
+
         def update(gradient, solver_state, trainable, value):
             extra = {
                 "value": value,
                 "grad": gradient,
-                "value_fn": lambda trainable: loss(trainable)[0],
+                "value_fn": value_of,
+                # The names that Sophia and SAM (`opaque_mode`) have for them.
+                "obj_fn": value_of,
+                "grad_fn": lambda trainable, _=None: jax.grad(value_of)(trainable),
             }
             taken = _taken(transform.update, extra)
             return transform.update(gradient, solver_state, trainable, **taken)

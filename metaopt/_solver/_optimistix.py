@@ -4,11 +4,15 @@ import functools as ft
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 
 from .._problem import (
     AbstractFixedPointProblem,
     AbstractInnerProblem,
+    AbstractLeastSquaresProblem,
 )
 from .._results import RESULTS
 from .._rewrite import carry_conditions
@@ -25,24 +29,45 @@ _RootFinder = optx.AbstractRootFinder
 _FixedPoint = optx.AbstractFixedPointSolver
 
 
+def _as_options(options: Any) -> Any:
+    """Options whose numbers are arrays, so that other numbers do not compile again."""
+    if options is None or callable(options):
+        return options
+    if not isinstance(options, dict):
+        raise ValueError(
+            "`options` must be a dictionary such as `{'lower': 0.0, 'upper': 1.0}`, or a "
+            f"function `hyper -> dictionary`; got {options!r}."
+        )
+    numbers = (float, int, np.ndarray, np.generic)
+    is_number = lambda x: isinstance(x, numbers) and not isinstance(x, bool)
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, options)
+
+
 class OptimistixSolver(AbstractDirectSolver):
-    """Runs any optimistix minimiser, root finder or fixed-point solver.
+    """Runs any optimistix minimiser, least-squares solver, root finder or fixed-point
+    solver.
 
     Use it for smooth, deterministic problems that are to be solved to a tolerance, with
     [`metaopt.ImplicitAdjoint`][]. A root finder given a loss finds a zero of its
-    gradient; given a fixed-point problem, a zero of `params - step(params)`.
+    gradient; given a fixed-point problem, a zero of `params - step(params)`. A solver of
+    least squares, such as `LevenbergMarquardt`, needs a [`metaopt.LeastSquaresProblem`][].
 
     ```python
     import metaopt as mo
     import optimistix as optx
 
     mo.OptimistixSolver(optx.BFGS(rtol=1e-8, atol=1e-8))
+    mo.OptimistixSolver(
+        optx.Bisection(rtol=1e-8, atol=1e-8), options={"lower": 0.0, "upper": 1.0}
+    )
     ```
 
     **Arguments:**
 
     - `solver`: the optimistix solver.
     - `max_steps`: the most steps it may take.
+    - `options`: the `options` of the solver, a dictionary; or a function
+        `hyper -> dictionary`. `Bisection` and `GoldenSearch` need `lower` and `upper`.
 
     **Raises:**
 
@@ -51,6 +76,7 @@ class OptimistixSolver(AbstractDirectSolver):
 
     solver: Any
     max_steps: int = eqx.field(default=256, static=True)
+    options: Any = eqx.field(default=None, converter=_as_options, kw_only=True)
 
     def __check_init__(self):
         known = (_Minimiser, _LeastSquares, _RootFinder, _FixedPoint)
@@ -67,6 +93,10 @@ class OptimistixSolver(AbstractDirectSolver):
         if isinstance(problem, AbstractInnerProblem):
             fits = isinstance(self.solver, (_Minimiser, _RootFinder))
             want = "an optimistix minimiser such as `BFGS`, or a root finder"
+            if isinstance(problem, AbstractLeastSquaresProblem):
+                fits = fits or isinstance(self.solver, _LeastSquares)
+            elif isinstance(self.solver, _LeastSquares):
+                want += ", or write the loss as a `metaopt.LeastSquaresProblem`"
         elif isinstance(problem, AbstractFixedPointProblem):
             fits = True
             want = ""
@@ -89,7 +119,17 @@ class OptimistixSolver(AbstractDirectSolver):
             full = eqx.combine(trainable, static)
             return problem.evaluate(full, hyper, batch, key, model_state)
 
-        if isinstance(problem, AbstractInnerProblem) and isinstance(
+        if isinstance(problem, AbstractLeastSquaresProblem) and isinstance(
+            self.solver, _LeastSquares
+        ):
+            entry = optx.least_squares
+
+            def fn(y, _):
+                full = eqx.combine(y, static)
+                out, _ = problem.evaluate_predictions(full, hyper, batch, key, model_state)
+                return split_trainable(out)[0]
+
+        elif isinstance(problem, AbstractInnerProblem) and isinstance(
             self.solver, _Minimiser
         ):
             entry = optx.minimise
@@ -108,12 +148,31 @@ class OptimistixSolver(AbstractDirectSolver):
             entry = ft.partial(optx.root_find, tags=condition.tags)
 
         solver = with_safe_loops(self.solver)
+        options = self.options
+        if callable(options):
+            options = _as_options(options(hyper))
 
         def run(trainable):
-            solution = entry(fn, solver, trainable, max_steps=self.max_steps, throw=False)
+            solution = entry(
+                fn,
+                solver,
+                trainable,
+                options=options,
+                max_steps=self.max_steps,
+                throw=False,
+            )
             return solution.value, solution.result, solution.stats["num_steps"]
 
-        value, result, num_steps = carry_conditions(run)(trainable)
+        try:
+            value, result, num_steps = carry_conditions(run)(trainable)
+        except KeyError as error:
+            name = error.args[0]
+            if not isinstance(name, str) or name in (options or {}):
+                raise
+            raise ValueError(
+                f"`optimistix.{type(self.solver).__name__}` needs the option `{name}`: "
+                f"write `metaopt.OptimistixSolver(solver, options={{{name!r}: ...}})`."
+            ) from error
         return direct_outcome(
             problem,
             eqx.combine(value, static),
