@@ -1,6 +1,7 @@
 """The outer loss as a function of `hyper`, and its derivative with a report."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,12 @@ import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
 from ._data import AbstractData, BatchSequence
-from ._dependence import check_inner_loss, check_outer_loss, evaluate_tracing_scale
+from ._dependence import (
+    check_inner_loss,
+    check_outer_loss,
+    evaluate_tracing_scale,
+    leaves_with_influence,
+)
 from ._loop_error import loops_explained
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import held_message, split_unreached, zero_message
@@ -254,6 +260,12 @@ class Objective(eqx.Module):
         reached = jax.tree.leaves(solution)
         if adjoint.sees_inner_loss:
             acts = lambda h: _solution_of(outcome(h))
+            if not all(reached):
+                # What the outer loss does not read, or holds constant, is not asked for.
+                read = self._read_by_outer(hyper)
+                acts = lambda h: list(
+                    itertools.compress(jax.tree.leaves(_solution_of(outcome(h))), read)
+                )
             zero, *_ = split_unreached(reached, acts, hyper)
             if zero:
                 raise ValueError(zero_message(zero, adjoint))
@@ -269,6 +281,27 @@ class Objective(eqx.Module):
                 "is nothing to tune. Compute the inner or the outer loss from `hyper`."
             )
         return idle, held
+
+    def _read_by_outer(self, hyper: Hyper) -> list[bool]:
+        """For each floating-point array of a solution, whether the outer loss reads it."""
+
+        def solution(hyper):
+            outcome = self.primal(hyper)[1]
+            return outcome.params, outcome.model_state
+
+        solved = eqx.filter_eval_shape(solution, hyper)
+        is_struct = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+        structs, static = eqx.partition(solved, is_struct)
+
+        def value(structs):
+            params, model_state = eqx.combine(structs, static)
+            return self.outer(params, hyper, model_state)[0]
+
+        read = leaves_with_influence(value, structs)
+        inexact = [
+            jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(structs)
+        ]
+        return list(itertools.compress(read, inexact))
 
 
 def _is_void(result: Any) -> BoolScalar:

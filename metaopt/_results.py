@@ -22,8 +22,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     inner_nonfinite = (
         "The inner loss or its gradient became infinite or NaN (`stats` and the report "
         "say at which step). At step 0 look for NaN in the data, the params or the "
-        "hyper (an outer step that is too long can overflow it); later, lower the learning "
-        "rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
+        "hyper (an outer step that is too long can overflow it), and for integer labels "
+        "beyond the number of outputs, which give NaN; later, lower the learning rate, "
+        "or look for an operation whose gradient is infinite there (`sqrt` at 0, "
         "`log` at 0): guard its argument with `jnp.where` on the inside as well."
     )
     inner_diverged = (
@@ -126,7 +127,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     # -- the outer problem
     outer_nonfinite = (
         "The outer loss is infinite or NaN although the inner solution is finite. Look "
-        "for NaN in the outer data, or for an overflow in the outer loss."
+        "for NaN in the outer data, for integer labels beyond the number of outputs, which "
+        "give NaN, or for an overflow in the outer loss."
     )
     hypergradient_nonfinite = (
         "The hypergradient is infinite or NaN although the losses are finite. Long "

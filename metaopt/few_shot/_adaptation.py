@@ -32,17 +32,21 @@ class ModelLoss(AbstractInnerProblem):
 
     - `loss_fn`: `loss_fn(model, batch)`, with `key` and `state` as it declares them.
     - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    - `frozen`: the part of the model that is held constant, as a function of the model;
+        `None` for nothing.
     """
 
     loss_fn: LossFn
     has_aux: bool = eqx.field(static=True)
     has_state: bool = eqx.field(static=True)
+    frozen: Callable[[Any], Any] | None = None
 
     def init(self, hyper, key):
         raise ValueError("A loss of a model does not say where the model starts.")
 
     def loss(self, params, hyper, batch, *, key=None, **state):
         optional = declared(self.loss_fn, {"key": key})
+        params = freeze(params, self.frozen)
         return self.loss_fn(params, batch, **optional, **state)
 
 
@@ -71,12 +75,16 @@ class Adaptation(AbstractInnerProblem):
     step_weights: Any
     initial_state: ModelState
 
+    def split(self, model: Params) -> tuple[Vector, PyTree]:
+        """The arrays of a model that adapt, and all the rest of it."""
+        return adapting_part(model, self.adapts, self.model_loss.frozen)
+
     @property
     def has_state(self):
         return self.model_loss.has_state or self.step_weights is not None
 
     def init(self, hyper, key):
-        params = adapting_part(model_of(hyper), self.adapts)[0]
+        params = self.split(model_of(hyper))[0]
         state = self.initial_state
         if self.step_weights is not None:
             total = jnp.zeros((), tree_dtype(params))
@@ -84,7 +92,7 @@ class Adaptation(AbstractInnerProblem):
         return (params, state) if self.has_state else params
 
     def loss(self, params, hyper, batch, *, key, state=None):
-        start, rest = adapting_part(model_of(hyper), self.adapts)
+        start, rest = self.split(model_of(hyper))
         model = eqx.combine(params, rest)
         before = _model_state(state)
         out = self.model_loss.evaluate(model, None, batch.support, key, before)
@@ -113,7 +121,7 @@ class Adaptation(AbstractInnerProblem):
         self, params: Params, hyper: Any, batch: Batch, *, key: Key, state: ModelState
     ) -> tuple[FloatScalar, "Judged"]:
         """What the adapted model is judged by, for a [`metaopt.BilevelProblem`][]."""
-        model = eqx.combine(params, adapting_part(model_of(hyper), self.adapts)[1])
+        model = eqx.combine(params, self.split(model_of(hyper))[1])
         judged = judge(self.model_loss, model, batch, key, _model_state(state))
         value = judged.loss
         if isinstance(state, _WithTotal):
@@ -146,8 +154,38 @@ def judge(
     return Judged(out.value, out.aux, state.with_last(out.state) if kept else out.state)
 
 
+def chosen_leaves(tree: PyTree, where: Callable[[Any], Any] | None, name: str) -> PyTree:
+    """A tree of booleans: which leaves are in the nodes that `where` returns.
+
+    **Raises:**
+
+    `ValueError` where it returns no leaf.
+    """
+    marks = jax.tree.map(lambda _: False, tree)
+    if where is None:
+        return marks
+    if not jax.tree.leaves(where(marks)):
+        raise ValueError(
+            f"`{name}` chooses no floating-point array of the model. Return a part that "
+            "has some, as in `lambda model: model.layers[-1]`."
+        )
+    marked = lambda node: jax.tree.map(lambda _: True, node)
+    return eqx.tree_at(where, marks, replace_fn=marked)
+
+
+def freeze(model: Params, frozen: Callable[[Any], Any] | None) -> Params:
+    """A model whose frozen part is held constant for derivatives."""
+    if frozen is None:
+        return model
+    trainable, rest = split_trainable(model)
+    fixed, moving = eqx.partition(trainable, chosen_leaves(trainable, frozen, "frozen"))
+    return eqx.combine(jax.lax.stop_gradient(fixed), moving, rest)
+
+
 def adapting_part(
-    model: Params, adapts: Callable[[Any], Any] | None
+    model: Params,
+    adapts: Callable[[Any], Any] | None,
+    frozen: Callable[[Any], Any] | None = None,
 ) -> tuple[Vector, PyTree]:
     """The arrays of a model that adapt, and all the rest of it.
 
@@ -156,6 +194,12 @@ def adapting_part(
     `ValueError` where nothing adapts.
     """
     trainable, rest = split_trainable(model)
+    if frozen is not None:
+        marks = chosen_leaves(trainable, frozen, "frozen")
+        fixed, trainable = eqx.partition(trainable, marks)
+        rest = eqx.combine(fixed, rest)
+        if not jax.tree.leaves(trainable):
+            raise ValueError("`frozen` is all of the model, so nothing adapts.")
     if adapts is None:
         return trainable, rest
     marks = jax.tree.map(lambda _: False, trainable)

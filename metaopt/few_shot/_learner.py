@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._data import FullBatch
+from .._data import AbstractData, FullBatch
 from .._model_state import StepStates
 from .._problem import initialise
 from .._raise import raise_on_failure
@@ -19,6 +19,7 @@ from .._results import mask_result, RESULTS
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
 from .._tree import (
     leaf_names,
+    same_structs,
     split_trainable,
     tree_add,
     tree_cast_like,
@@ -46,7 +47,7 @@ from .._validate import (
     canonical_params,
     check_count,
 )
-from ._adaptation import Adaptation, adapting_part, ModelLoss
+from ._adaptation import Adaptation, ModelLoss
 from ._task import Learned, model_of, Task
 
 
@@ -170,6 +171,7 @@ class AbstractLearner(eqx.Module):
         - `meta`: what is learned: the model, or a [`metaopt.few_shot.Learned`][].
         - `tasks`: a [`metaopt.few_shot.Task`][], or a pair of support and query
             examples; each array has a leading axis of tasks and a second one of examples.
+            A list of single tasks of equal shapes is stacked.
         - `key`: for everything random, from `jax.random.key`; by default key 0.
         - `model_state`: the model state before each task.
         - `throw`: whether it raises if no task was left.
@@ -277,7 +279,7 @@ def adapt(
         solve = InnerSolve(problem, solver, data, solve_key)
         outcome = solve.primal(params, meta, state)
         params, state, result = outcome.params, outcome.model_state, outcome.result
-    rest = adapting_part(model_of(meta), problem.adapts)[1]
+    rest = problem.split(model_of(meta))[1]
     return Adapted(eqx.combine(params, rest), state, result)
 
 
@@ -299,20 +301,65 @@ def canonical_meta(meta: Any) -> Any:
 
 
 def as_tasks(tasks: Any) -> Task:
-    """A batch of tasks, from itself or from a pair."""
+    """A batch of tasks, from itself, from a pair, or from a list of single tasks."""
+    if isinstance(tasks, list) and tasks and all(map(_is_single, tasks)):
+        tasks = _stacked(tasks)
     if not isinstance(tasks, Task):
         if not isinstance(tasks, tuple | list) or len(tasks) != 2:
             raise ValueError(
-                "`tasks` must be a `metaopt.few_shot.Task`, or a pair of support and query "
-                f"examples; got {type(tasks).__name__}."
+                "`tasks` must be a `metaopt.few_shot.Task`, a pair of support and query "
+                "examples, or a list of tasks of equal shapes; got "
+                f"{type(tasks).__name__}."
             )
         tasks = Task(*tasks)
+    for name, examples in (("support", tasks.support), ("query", tasks.query)):
+        if isinstance(examples, AbstractData):
+            raise ValueError(
+                f"The `{name}` of a task is a `{type(examples).__name__}`. It must be "
+                "arrays: every step of the inner solver sees all examples of its task. "
+                "Hand over the arrays themselves."
+            )
     out = Task(
         canonical_arrays(tasks.support, "support"), canonical_arrays(tasks.query, "query")
     )
-    _check_lengths(out.support, "support", 1, "examples")
-    _check_lengths(out.query, "query", 1, "examples")
+    _check_examples(out.support, "support")
+    _check_examples(out.query, "query")
     return out
+
+
+def _is_single(task: Any) -> bool:
+    """Whether an element of a list is a task: a pair of arrays is support or query."""
+    if isinstance(task, Task):
+        return True
+    nested = isinstance(task, tuple | list) and len(task) == 2
+    return nested and all(isinstance(part, tuple | list | dict) for part in task)
+
+
+def _stacked(tasks: list[Any]) -> Task:
+    tasks = [task if isinstance(task, Task) else Task(*task) for task in tasks]
+    tasks = [canonical_arrays(task, "tasks") for task in tasks]
+    if not all(same_structs(tasks[0], task) for task in tasks[1:]):
+        raise ValueError(
+            "`tasks` is a list of tasks whose arrays differ in shape or dtype, so that "
+            "they are no batch. Give all tasks as many support and query examples, or hand "
+            "them over one by one."
+        )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+
+
+def _check_examples(examples: Batch, name: str) -> None:
+    """Every array needs an axis of tasks and one of examples, or a single task would pass
+    for as many tasks as it has examples."""
+    for where, leaf in zip(leaf_names(examples, name), jax.tree.leaves(examples)):
+        if not eqx.is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        if leaf.ndim < 2:
+            raise ValueError(
+                f"`{where}` in `tasks` has shape {leaf.shape}. Each array needs a leading "
+                "axis of tasks and a second one of examples. A single task gets the first "
+                "by `jax.tree.map(lambda array: array[None], task)`."
+            )
+    _check_lengths(examples, name, 1, "examples")
 
 
 def count_tasks(tasks: Task) -> int:
@@ -340,7 +387,8 @@ def _check_lengths(tree: Any, name: str, axis: int, what: str) -> None:
         listed = ", ".join(f"{count} in `{where}`" for where, count in counts.items())
         raise ValueError(
             f"The arrays of `{name}` must share the length of axis {axis}, the number of "
-            f"{what}; got {listed}."
+            f"{what}; got {listed}. In a batch of tasks axis 0 counts tasks, and axis 1 "
+            "examples."
         )
 
 

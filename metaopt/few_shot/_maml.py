@@ -83,6 +83,10 @@ class MAML(AbstractLearner):
         meta-step to the next without compiling anew.
     - `chunk_size`: how many tasks are taken at a time; `None` for all of them. Memory is
         that of one chunk. Must divide the number of tasks.
+    - `frozen`: the part of the model that stays as it is, in adaptation and over tasks, as
+        a function of the model that returns a node of it or a tuple of nodes; `None` for
+        nothing. `jax.lax.stop_gradient` in the loss does so too, unless the optimizer
+        moves what has no gradient, as one with weight decay does.
     - `has_aux`, `has_state`: whether the loss returns `(value, aux)`, `(value, state)` or
         `(value, state, aux)`. What becomes of model state in the inner loop is up to the
         `state_policy` of the solver.
@@ -110,6 +114,7 @@ class MAML(AbstractLearner):
         proximal: Any = None,
         step_weights: Any = None,
         chunk_size: int | None = None,
+        frozen: Callable[[Any], Any] | None = None,
         has_aux: bool = False,
         has_state: bool = False,
     ):
@@ -133,7 +138,7 @@ class MAML(AbstractLearner):
                 "its start by `proximal=2.0`, as implicit MAML does, or use "
                 "`metaopt.UnrolledAdjoint()` or `metaopt.FirstOrderAdjoint()`."
             )
-        self.model_loss = ModelLoss(loss, has_aux, has_state)
+        self.model_loss = ModelLoss(loss, has_aux, has_state, frozen)
         if isinstance(inner, AbstractIterativeSolver):
             check_state_policy(inner, self.model_loss)
         self.inner = inner

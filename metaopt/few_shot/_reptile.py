@@ -1,5 +1,8 @@
 """Learning where to start by going where adaptation led."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 
@@ -23,7 +26,7 @@ class Reptile(AbstractLearner):
 
     **Arguments:**
 
-    - `loss`, `inner`, `chunk_size`, `has_aux`, `has_state`: as in
+    - `loss`, `inner`, `chunk_size`, `frozen`, `has_aux`, `has_state`: as in
         [`metaopt.few_shot.MAML`][]. Settings of the inner solver cannot be learned.
 
     **Raises:**
@@ -41,6 +44,7 @@ class Reptile(AbstractLearner):
         inner: AbstractSolver,
         *,
         chunk_size: int | None = None,
+        frozen: Callable[[Any], Any] | None = None,
         has_aux: bool = False,
         has_state: bool = False,
     ):
@@ -51,7 +55,7 @@ class Reptile(AbstractLearner):
         check_kind(inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
         if chunk_size is not None:
             check_count(chunk_size, "chunk_size")
-        self.model_loss = ModelLoss(loss, has_aux, has_state)
+        self.model_loss = ModelLoss(loss, has_aux, has_state, frozen)
         if isinstance(inner, AbstractIterativeSolver):
             check_state_policy(inner, self.model_loss)
         self.inner = inner

@@ -20,10 +20,11 @@ from .._results import RESULTS
 from .._tree import same_structs, split_trainable, tree_strong, tree_where_arrays
 from .._types import BoolScalar, FloatScalar, IntScalar, Key, ModelState
 from .._validate import canonical_key, check_count, check_kind
+from ._adaptation import chosen_leaves
 from ._episodes import HostEpisodes
 from ._learner import AbstractLearner, as_tasks, canonical_meta, check_model_state
 from ._solution import TrainHistory, TrainSolution, TrainState
-from ._task import Task
+from ._task import Learned, model_of, Task
 
 
 def train(
@@ -54,7 +55,8 @@ def train(
     - `meta`: where to start: a model, or a [`metaopt.few_shot.Learned`][].
     - `tasks`: [`metaopt.few_shot.Episodes`][] or another function `tasks(key)` that draws
         a batch of tasks, called inside the compiled loop;
-        [`metaopt.few_shot.HostEpisodes`][]; or an iterator over batches.
+        [`metaopt.few_shot.HostEpisodes`][]; or an iterator over batches. Steps on batches
+        of different shapes are different calls, compiled once for each shape.
     - `optimizer`: the optax transform for what is learned.
     - `num_steps`: the number of meta-steps, those of `state` or of a checkpoint included.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
@@ -342,11 +344,13 @@ class _Run:
         except (StopIteration, KeyboardInterrupt) as error:
             # The steps on what has been pulled are taken first.
             ended = _Exhausted() if isinstance(error, StopIteration) else error
-        loss = float("nan")
-        if pulled:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pulled)
+        loss, before = float("nan"), self.state
+        # Batches of one shape are taken in one call; another shape is another program.
+        for group in _runs_of_one_shape(pulled):
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
             out = _steps_on(self.learner, self.optimizer, self.state, stacked)
             loss = self._take(out)
+            self.state_before = before
         if ended is not None:
             raise ended
         return loss
@@ -370,6 +374,27 @@ class _Run:
         return TrainHistory(
             join(self.losses), join(self.num_failed), self.reason, join(self.num_flat)
         )
+
+
+def _without_frozen(updates: Any, meta: Any, frozen: Callable[[Any], Any] | None) -> Any:
+    """The updates, zero for the frozen part: weight decay moves what has no gradient."""
+    if frozen is None:
+        return updates
+    marks = chosen_leaves(split_trainable(model_of(meta))[0], frozen, "frozen")
+    held = lambda update, mark: jnp.zeros_like(update) if mark else update
+    model = jax.tree.map(held, model_of(updates), marks)
+    return Learned(model, updates.settings) if isinstance(updates, Learned) else model
+
+
+def _runs_of_one_shape(batches: list[Task]) -> list[list[Task]]:
+    """The batches in their order, cut where their shapes change."""
+    runs: list[list[Task]] = []
+    for batch in batches:
+        if runs and same_structs(runs[-1][0], batch):
+            runs[-1].append(batch)
+        else:
+            runs.append([batch])
+    return runs
 
 
 @eqx.filter_jit
@@ -418,6 +443,7 @@ def _scan(
         updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
             gradient, state.optimizer_state, trainable, value=loss
         )
+        updates = _without_frozen(updates, state.meta, learner.model_loss.frozen)
         lost = stats.num_failed == stats.losses.size
         new = TrainState(
             meta=eqx.combine(optax.apply_updates(trainable, updates), rest),
