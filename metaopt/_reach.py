@@ -147,9 +147,9 @@ def _with_unknown_derivatives(
     return eqx.tree_at(_unsolved, outcome, unsolved, is_leaf=lambda x: x is None)
 
 
-def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any]:
+def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any, Any]:
     """What comes with a solution and does not satisfy any condition."""
-    return outcome.model_state, outcome.aux, outcome.losses
+    return outcome.model_state, outcome.aux, outcome.losses, outcome.solver_state
 
 
 def _names(leaves: Sequence[Any], hyper: Hyper) -> list[str]:
@@ -160,8 +160,8 @@ def _names(leaves: Sequence[Any], hyper: Hyper) -> list[str]:
 
 
 UNKNOWN_MESSAGE = (
-    "The model state, auxiliary outputs and losses of an inner solution have no "
-    "derivative under `{adjoint}`, which sees the solution alone. Compute what you need "
+    "The model state, auxiliary outputs, losses and solver state of an inner solution have "
+    "no derivative under `{adjoint}`, which sees the solution alone. Compute what you need "
     "from `solution.value`, or use `metaopt.UnrolledAdjoint()`."
 )
 START_MESSAGE = (

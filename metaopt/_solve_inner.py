@@ -1,5 +1,6 @@
 """Solving one inner problem, differentiably."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -190,7 +191,10 @@ def _solve(
 
     def run(hyper):
         initial, state = start(hyper)
-        return adjoint.solve(inner, initial, hyper, state, throw)
+        outcome = adjoint.solve(inner, initial, hyper, state, throw)
+        # Nobody can go on from what solvers of fixed points remember.
+        kept = outcome.solver_state if can_go_on(solver) else None
+        return dataclasses.replace(outcome, solver_state=kept)
 
     with loops_explained(inner, adjoint, start, hyper):
         outcome = inner.checked(guarded(adjoint, run, hyper, throw), hyper)
@@ -199,7 +203,7 @@ def _solve(
         result=outcome.result,
         aux=outcome.aux,
         model_state=outcome.model_state,
-        solver_state=outcome.solver_state if can_go_on(solver) else None,
+        solver_state=outcome.solver_state,
         stats={
             "num_steps": outcome.num_steps,
             "losses": outcome.losses,

@@ -159,6 +159,9 @@ def test_implicit_adjoint_hands_the_state_on():
     assert counts == 400
     slope = jax.grad(lambda h: jnp.sum(solve(h).value))(jnp.ones(2))
     np.testing.assert_allclose(slope, 1, rtol=1e-3)
+    momenta = lambda h: jnp.sum(optax.tree_utils.tree_get(solve(h).solver_state, "mu"))
+    with pytest.raises(Exception, match="solver state of an inner solution have no"):
+        jax.grad(momenta)(jnp.ones(2))
 
 
 def test_states_that_do_not_fit():
