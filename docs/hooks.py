@@ -1,9 +1,33 @@
-"""A hook of mkdocs: cleans up what it shows of classes without `__init__` docstring."""
+"""A hook of mkdocs: writes mathematics as MathML, and cleans up what is shown of classes
+without `__init__` docstring."""
+
+import html
+import re
+
+from latex2mathml.converter import convert
+
 
 # Python's text for every `__init__` that has none of its own. Equinox writes the
 # `__init__` of modules, so nearly every class here would end with it.
 _EMPTY_INIT = "<p>Initialize self.  See help(type(self)) for accurate signature.</p>"
 
+# As `pymdownx.arithmatex` marks mathematics (`generic: true`).
+_INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 
-def on_page_content(html: str, **_) -> str:
-    return html.replace(_EMPTY_INIT, "")
+
+def on_page_content(content: str, **_) -> str:
+    content = content.replace(_EMPTY_INIT, "")
+    content = _INLINE.sub(lambda found: _mathml(found[1], "inline"), content)
+    return _DISPLAY.sub(lambda found: _mathml(found[1], "block"), content)
+
+
+def _mathml(latex: str, display: str) -> str:
+    """MathML, which browsers render without a script or a network."""
+    latex = html.unescape(latex).strip()
+    mathml = convert(latex, display=display)
+    # A command that the converter does not know comes out as it went in.
+    unknown = re.search(r"\\[A-Za-z]+", mathml)
+    if unknown:
+        raise ValueError(f"{unknown[0]} in {latex!r} is unknown to latex2mathml.")
+    return mathml

@@ -27,7 +27,7 @@ class Anderson(AbstractAcceleratedSolver):
     that the residual, were the map linear, would be as small as it can be: with
     $f_k = step(z_k)$ and $g_k = f_k - z_k$,
 
-    $$\gamma = \arg\min_\gamma \|g_k - \Delta G \gamma\|^2, \qquad
+    $$\gamma = \mathrm{arg}\min_\gamma \|g_k - \Delta G \gamma\|^2, \qquad
     z_{k+1} = f_k - \Delta F \gamma$$
 
     over differences of the last `history_size` steps. It needs far fewer steps than
