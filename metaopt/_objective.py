@@ -96,7 +96,9 @@ class Objective(eqx.Module):
         earlier = None
         if continued is not None and continued.solver_state is not None:
             earlier = Earlier(continued.solver_state, continued.goes_on)
-        self.solve = InnerSolve(problem.inner, inner, train, inner_key, tolerance, earlier)
+        self.solve = InnerSolve(
+            problem.inner, inner, train, inner_key, tolerance, earlier=earlier
+        )
         self.valid = valid
         self.params = params
         self.model_state = model_state

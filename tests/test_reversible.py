@@ -891,5 +891,5 @@ def test_strict_promotion_is_for_users_and_not_for_integers_of_ours():
         ]
         # The mode of the user is as before.
         with pytest.raises(jax.dtypes.TypePromotionError):
-            jnp.ones(1, jnp.float32) + jnp.ones(1, jnp.int32)
+            jnp.add(jnp.ones(1, jnp.float32), jnp.ones(1, jnp.int32))
     np.testing.assert_allclose(*found, rtol=1e-4)
