@@ -23,7 +23,7 @@ from ._reach import held_message, split_unreached, zero_message
 from ._report import Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import AbstractSolver, Earlier, InnerSolve, LoopState, Outcome
-from ._tree import split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
+from ._tree import nan_where, split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
 from ._types import (
     Aux,
     BoolScalar,
@@ -326,7 +326,7 @@ def _is_void(result: Any) -> BoolScalar:
 
 
 def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
-    return jax.tree.map(lambda leaf: jnp.where(condition, jnp.nan, leaf), tree)
+    return jax.tree.map(lambda leaf: nan_where(condition, leaf), tree)
 
 
 def _solution_of(outcome: Outcome) -> Any:
@@ -360,7 +360,7 @@ def _report(
         result=result,
         outer_loss=output.value,
         aux=output.aux,
-        hypergradient_norm=jnp.where(_is_void(result), jnp.nan, norm),
+        hypergradient_norm=nan_where(_is_void(result), norm),
         num_zeros=jnp.sum(
             jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
         ),

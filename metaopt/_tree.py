@@ -131,6 +131,20 @@ def tree_where_arrays(condition: BoolScalar, new: PyTree, old: PyTree) -> PyTree
     return eqx.combine(tree_where(condition, arrays, eqx.filter(old, eqx.is_array)), static)
 
 
+def nan_where(condition: BoolScalar, x: jax.Array) -> jax.Array:
+    """NaN where `condition` holds, else `x` to the last bit.
+
+    No NaN is made unless it holds, which `jax_debug_nans` would stop at.
+    """
+    return x * jnp.sqrt(jnp.where(condition, -1, 1).astype(x.dtype))
+
+
+def padding() -> float:
+    """The number that stands for the losses of steps that were not taken: NaN, but
+    infinity under `jax_debug_nans`, which would stop at the NaN."""
+    return jnp.inf if jax.config.jax_debug_nans else jnp.nan  # pyright: ignore
+
+
 def tree_scaled_norm(x: Vector) -> FloatScalar:
     """The Euclidean norm of a vector whose square may overflow or vanish."""
     scale, norm = scale_and_norm(x)

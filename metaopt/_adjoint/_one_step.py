@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .._detach import detached
 from .._solver import AbstractBestIterateSolver, ReversiblePicard
+from .._tree import padding
 from ._base import AbstractPathAdjoint, check_iterative, counted_anew
 
 
@@ -57,5 +58,6 @@ class OneStepAdjoint(AbstractPathAdjoint):
         index = state.num_steps
         draw = jax.tree.map(lambda leaf: leaf[index], loop.draws)
         state, loss = loop.step(hyper, state, draw)
-        losses = jnp.append(early, jnp.full((), jnp.nan, early.dtype)).at[index].set(loss)
+        last = jnp.full((), padding(), early.dtype)
+        losses = jnp.append(early, last).at[index].set(loss)
         return loop.finish(state, losses)

@@ -11,7 +11,7 @@ import numpy as np
 from .._data import AbstractData
 from .._problem import AbstractProblem
 from .._results import first_failure, mask_result, RESULTS, where_result
-from .._tree import split_trainable, tree_all_finite, wide_dtype
+from .._tree import padding, split_trainable, tree_all_finite, wide_dtype
 from .._types import (
     Aux,
     Batch,
@@ -119,7 +119,7 @@ class Loop(eqx.Module):
         )[-1]
         loss = output.monitor if output.loss is None else output.loss
         dtype = wide_dtype(output.monitor.dtype, loss.dtype)
-        nan = jnp.full((), jnp.nan, dtype)
+        zero = jnp.zeros((), dtype)  # the first step sets both
         return LoopState(
             params=trainable,
             solver_state=solver_state,
@@ -129,8 +129,8 @@ class Loop(eqx.Module):
             done=jnp.asarray(False),
             converged=jnp.asarray(False),
             failed_step=jnp.full((), -1),
-            first_monitor=nan,
-            last_monitor=nan,
+            first_monitor=zero,
+            last_monitor=zero,
             result=None if output.result is None else RESULTS.successful,
             num_flat=None if output.num_flat is None else jnp.zeros((), int),
             gauge=self.gauge,
@@ -144,7 +144,7 @@ class Loop(eqx.Module):
             return self._step(hyper, state, draw)
 
         def skip(state):
-            return state, jnp.full_like(state.last_monitor, jnp.nan)
+            return state, jnp.full_like(state.last_monitor, padding())
 
         def advance(state):
             return self._step(hyper, state, draw)
@@ -187,7 +187,7 @@ class Loop(eqx.Module):
             state, loss = self._step(hyper, state, draw)
             return state, losses.at[index].set(loss), index + 1
 
-        losses = jnp.full(end - begin, jnp.nan, state.last_monitor.dtype)
+        losses = jnp.full(end - begin, padding(), state.last_monitor.dtype)
         carry = state, losses, jnp.zeros((), int)
         state, losses, _ = jax.lax.while_loop(condition, body, carry)
         return state, losses

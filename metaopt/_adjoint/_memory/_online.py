@@ -7,6 +7,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 
+from ..._tree import padding
 from ..._validate import check_count
 from ._base import AbstractMemoryPlan, with_mixed_mode
 
@@ -51,7 +52,7 @@ class OnlineCheckpoints(AbstractMemoryPlan):
             state, loss = body(state, draw)
             return state, losses.at[index].set(loss), index + 1
 
-        losses = jnp.full(length, jnp.nan, state.last_monitor.dtype)
+        losses = jnp.full(length, padding(), state.last_monitor.dtype)
         state, losses, _ = eqxi.while_loop(
             goes_on,
             step,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..._results import RESULTS
 from ..._solver import InnerSolve, ReversibleSGD
-from ..._tree import split_trainable, tree_dot
+from ..._tree import nan_where, split_trainable, tree_dot
 from ..._types import Hyper, ModelState, Params
 from ._cotangents import added, in_dtypes, or_zeros, wide_zeros
 from ._run import AbstractRun, Inputs, Reached, Record, Undone
@@ -174,7 +174,7 @@ class MomentumRun(AbstractRun):
             of_others,
             (in_rates.astype(all_rates.dtype), in_momenta.astype(all_momenta.dtype)),
         )
-        nothing = lambda leaf: jnp.where(returned, leaf, jnp.nan)
+        nothing = lambda leaf: nan_where(jnp.logical_not(returned), leaf)
         return Undone(
             jax.tree.map(nothing, (of_evaluate, of_inputs)),
             returned,
