@@ -58,6 +58,6 @@ class OneStepAdjoint(AbstractPathAdjoint):
         index = state.num_steps
         draw = jax.tree.map(lambda leaf: leaf[index], loop.draws)
         state, loss = loop.step(hyper, state, draw)
-        last = jnp.full((), padding(), early.dtype)
-        losses = jnp.append(early, last).at[index].set(loss)
+        unknown = jnp.full((), padding(), early.dtype)
+        losses = jnp.append(early, unknown).at[index].set(loss)
         return loop.finish(state, losses)

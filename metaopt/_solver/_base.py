@@ -91,7 +91,8 @@ class Outcome(eqx.Module):
     - `result`: how the solve ended.
     - `num_steps`: the number of steps taken.
     - `losses`: the inner loss at the start of each step, `(num_steps,)`, padded with
-        NaN (infinity under `jax_debug_nans`) after an early stop; `None` where the solver does not see losses.
+        NaN (infinity under `jax_debug_nans`) after an early stop; `None` where the solver
+        does not see losses.
     - `failed_step`: the first step at which something was not finite, or -1.
     - `solver_state`: the solver's own state after the last step (momenta and the like);
         `None` where the solver or the adjoint does not hand it on.

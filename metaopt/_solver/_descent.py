@@ -149,7 +149,9 @@ class Descent(AbstractIterativeSolver):
         # Built outside: what the user computes from `hyper` keeps its own derivatives.
         transform = self._build(hyper)
 
-        def value_of(trainable):
+        # Line searches hand on to it what else they are given, by name.
+        def value_of(trainable, *, obj_fn=None, grad_fn=None):
+            del obj_fn, grad_fn
             return loss(trainable)[0]
 
         def update(gradient, solver_state, trainable, value):
