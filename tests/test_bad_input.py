@@ -481,3 +481,38 @@ def test_float64_data_in_32_bits_warns_and_names_the_array():
     with jax.enable_x64(False):
         with pytest.warns(UserWarning, match=r"`train\[0\]` is float64 and is used as flo"):
             data_call((X, y), (x, y))
+
+
+_PARAMS, _HYPER = {"w": jnp.zeros(2)}, {"l": jnp.ones(2)}
+_STEPS: Any = dict(
+    inner=mo.Descent(optax.sgd(0.1), 2),
+    adjoint=mo.UnrolledAdjoint(),
+)
+
+
+def _fits(params, hyper, batch, weight=1.0):
+    return weight * jnp.sum((params["w"] - hyper["l"]) ** 2)
+
+
+@pytest.mark.parametrize(
+    "inner, outer, match",
+    [
+        (lambda p, h: 0.0, _fits, r"`loss_fn` is called as `loss_fn\(params, hyper, b"),
+        (lambda p, h, b, *, foo: 0.0, _fits, "missing a required argument: 'foo'"),
+        (_fits, lambda p: 0.0, r"`outer_loss` is called as .* takes `\(p\)`"),
+    ],
+    ids=["two arguments", "keyword", "outer"],
+)
+def test_functions_of_the_wrong_signature(inner, outer, match):
+    # Once a `TypeError` of Python about a lambda.
+    with pytest.raises(ValueError, match=match):
+        mo.hypergradient(mo.BilevelProblem(inner, outer), _HYPER, _PARAMS, **_STEPS)
+
+
+def test_params_and_hyper_in_each_others_place():
+    problem = mo.BilevelProblem(_fits, _fits)
+    with pytest.raises(ValueError, match="`hyper` in each other's place"):
+        mo.hypergradient(problem, _PARAMS, _HYPER, **_STEPS)
+    mistaken = mo.BilevelProblem(lambda p, h, b: p["typo"], _fits)
+    with pytest.raises(KeyError, match="typo"):
+        mo.hypergradient(mistaken, _HYPER, _PARAMS, **_STEPS)

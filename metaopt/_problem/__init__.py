@@ -3,6 +3,7 @@
 from ._base import AbstractProblem as AbstractProblem, Evaluation as Evaluation
 from ._bilevel_problem import BilevelProblem as BilevelProblem
 from ._call import (
+    check_signature as check_signature,
     declared as declared,
     initialise as initialise,
     returned as returned,

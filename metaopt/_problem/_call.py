@@ -63,16 +63,61 @@ def returned(problem: AbstractProblem, out: Evaluation) -> Any:
 
 
 def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> Any:
-    """Calls a user's function, whose exceptions stay its own."""
+    """Calls a user's function, whose exceptions stay its own.
+
+    **Raises:**
+
+    `ValueError` for a function that does not take these arguments, and for one that fails
+    unless `params` and `hyper` change places.
+    """
+    check_signature(fn, name, ("params", "hyper", "batch"), optional)
     try:
         return fn(params, hyper, batch, **optional)
     except Exception as error:
+        if isinstance(error, _MISPLACED) and _works(fn, hyper, params, batch, **optional):
+            raise ValueError(
+                f"`{name}(params, hyper, batch)` failed, and does not with `params` and "
+                "`hyper` in each other's place. Write it with `params` first, and call "
+                "`metaopt.hypergradient(problem, hyper, params, ...)` with `hyper` first, "
+                "or name both: `hyper=..., params=...`."
+            ) from error
         if batch is None:
             error.add_note(
                 f"metaopt called `{name}` with `None` as its batch, because no data was "
                 "handed over for it."
             )
         raise
+
+
+def check_signature(
+    fn: LossFn, name: str, positional: tuple[str, ...], optional: dict[str, Any]
+) -> None:
+    """Raises a `ValueError` unless a user's function takes the arguments it is given."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    try:
+        signature.bind(*positional, **optional)
+    except TypeError as error:
+        batch = "" if positional[-1] != "batch" else " (`batch` is `None` without data)"
+        named = f"{name}({', '.join(positional)})"
+        raise ValueError(
+            f"`{name}` is called as `{named}`{batch}, and takes `{signature}`: {error}. "
+            "It may declare `key` and `state` besides."
+        ) from error
+
+
+# What a function raises that is given one pytree in the place of another.
+_MISPLACED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def _works(fn: LossFn, *args: Any, **optional: Any) -> bool:
+    try:
+        fn(*args, **optional)
+    except Exception:
+        return False
+    return True
 
 
 def check_scalar(value: Any, whose: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
-from ._call import declared
+from ._call import check_signature, declared
 from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
 from ._least_squares import AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem
@@ -41,7 +41,7 @@ class InnerProblem(AbstractInnerProblem):
         return _init(self.init_fn, hyper, key)
 
     def loss(self, params, hyper, batch, *, key=None, **state):
-        return _forward(self.loss_fn, params, hyper, batch, key, state)
+        return _forward(self.loss_fn, "loss_fn", params, hyper, batch, key, state)
 
 
 class PredictionProblem(AbstractPredictionProblem):
@@ -83,7 +83,7 @@ class PredictionProblem(AbstractPredictionProblem):
         return _init(self.init_fn, hyper, key)
 
     def predict(self, params, hyper, batch, *, key=None, **state):
-        return _forward(self.predict_fn, params, hyper, batch, key, state)
+        return _forward(self.predict_fn, "predict_fn", params, hyper, batch, key, state)
 
     def criterion(self, predictions, params, hyper, batch, *, key=None):
         optional = {} if key is None else declared(self.criterion_fn, {"key": key})
@@ -121,7 +121,7 @@ class LeastSquaresProblem(AbstractLeastSquaresProblem):
         return _init(self.init_fn, hyper, key)
 
     def residual(self, params, hyper, batch, *, key=None, **state):
-        return _forward(self.residual_fn, params, hyper, batch, key, state)
+        return _forward(self.residual_fn, "residual_fn", params, hyper, batch, key, state)
 
 
 class FixedPointProblem(AbstractFixedPointProblem):
@@ -144,7 +144,7 @@ class FixedPointProblem(AbstractFixedPointProblem):
         return _init(self.init_fn, hyper, key)
 
     def step(self, params, hyper, batch, *, key=None, **state):
-        return _forward(self.step_fn, params, hyper, batch, key, state)
+        return _forward(self.step_fn, "step_fn", params, hyper, batch, key, state)
 
 
 class RootProblem(AbstractRootProblem):
@@ -167,7 +167,7 @@ class RootProblem(AbstractRootProblem):
         return _init(self.init_fn, hyper, key)
 
     def residual(self, params, hyper, batch, *, key=None, **state):
-        return _forward(self.residual_fn, params, hyper, batch, key, state)
+        return _forward(self.residual_fn, "residual_fn", params, hyper, batch, key, state)
 
 
 def _init(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
@@ -181,6 +181,7 @@ def _init(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
 
 def _forward(
     fn: LossFn,
+    name: str,
     params: Params,
     hyper: Hyper,
     batch: Batch,
@@ -189,4 +190,6 @@ def _forward(
 ) -> Any:
     # The methods above declare a key for every function: here it is known which want one.
     optional = {} if key is None else declared(fn, {"key": key})
-    return fn(params, hyper, batch, **optional, **state)
+    optional |= state
+    check_signature(fn, name, ("params", "hyper", "batch"), optional)
+    return fn(params, hyper, batch, **optional)

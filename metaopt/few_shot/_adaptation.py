@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._model_state import AbstractStatePolicy, StepStates
-from .._problem import AbstractInnerProblem, declared
+from .._problem import AbstractInnerProblem, check_signature, declared
 from .._tree import split_trainable, tree_dot, tree_dtype, tree_sub
 from .._types import (
     Aux,
@@ -47,7 +47,9 @@ class ModelLoss(AbstractInnerProblem):
     def loss(self, params, hyper, batch, *, key=None, **state):
         optional = declared(self.loss_fn, {"key": key})
         params = freeze(params, self.frozen)
-        return self.loss_fn(params, batch, **optional, **state)
+        optional |= state
+        check_signature(self.loss_fn, "loss", ("model", "batch"), optional)
+        return self.loss_fn(params, batch, **optional)
 
 
 class Adaptation(AbstractInnerProblem):
