@@ -14,9 +14,9 @@ from ._tree import leaf_names, split_trainable
 from ._types import Hyper, PyTree
 
 
-def trainable_names(hyper: Hyper) -> list[str]:
+def trainable_names(hyper: Hyper, root: str = "hyper") -> list[str]:
     """The name of each leaf of `hyper` that can be tuned."""
-    return leaf_names(split_trainable(hyper)[0], "hyper")
+    return leaf_names(split_trainable(hyper)[0], root)
 
 
 def split_unreached(
@@ -45,10 +45,20 @@ def split_unreached(
     return zero, idle, held
 
 
-def zero_message(names: Sequence[str], adjoint: AbstractAdjoint) -> str:
+def zero_message(
+    names: Sequence[str], adjoint: AbstractAdjoint, root: str = "hyper"
+) -> str:
     """The text of the error about a derivative that is zero by construction."""
     listed = ", ".join(names)
     kind = type(adjoint).__name__
+    if root != "hyper":
+        return (
+            f"The derivative with respect to {listed} is zero by construction under "
+            f"`{kind}`: it acts on the fixed point only through operations that have no "
+            "derivative (rounding, comparisons, `argmax`), or that this adjoint does not "
+            "see. Use a smooth operation in their place, or hold it constant in the cell "
+            "with `jax.lax.stop_gradient`."
+        )
     if not adjoint.sees_inner_loss:
         return (
             f"The derivative with respect to {listed} is zero by construction under "
@@ -88,6 +98,7 @@ def guarded(
     solve: Callable[[Hyper], Outcome],
     hyper: Hyper,
     throw: bool,
+    root: str = "hyper",
 ) -> Outcome:
     """`solve(hyper)`, with an error lying in wait wherever a derivative is zero by
     construction, for derivatives that JAX takes later on, when no report can be given.
@@ -112,11 +123,11 @@ def guarded(
     count = len(jax.tree.leaves(jax.eval_shape(outputs, trainable)[0]))
     leaves, structure = jax.tree.flatten(trainable)
     leaves = [
-        forbid_derivative(leaf, zero_message([name], adjoint))
+        forbid_derivative(leaf, zero_message([name], adjoint, root))
         if any(some[:count]) and not any(known[:count])
         else leaf
         for leaf, name, some, known in zip(
-            leaves, _names(leaves, hyper), matters, seen, strict=True
+            leaves, _names(leaves, hyper, root), matters, seen, strict=True
         )
     ]
     solve, hyper = eqx.combine(jax.tree.unflatten(structure, leaves), static)
@@ -152,9 +163,9 @@ def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any, Any]:
     return outcome.model_state, outcome.aux, outcome.losses, outcome.solver_state
 
 
-def _names(leaves: Sequence[Any], hyper: Hyper) -> list[str]:
+def _names(leaves: Sequence[Any], hyper: Hyper, root: str) -> list[str]:
     """Names for the leaves of a function and of `hyper`, the arguments of a solve."""
-    names = [f"`{name}`" for name in trainable_names(hyper)]
+    names = [f"`{name}`" for name in trainable_names(hyper, root)]
     closed_over = leaves[: len(leaves) - len(names)]
     return [f"a closed-over array of shape {a.shape}" for a in closed_over] + names
 

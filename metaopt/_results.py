@@ -20,11 +20,12 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`atol`), or start it closer to the solution."
     )
     inner_nonfinite = (
-        "The inner loss or its gradient became infinite or NaN (`stats` and the report "
-        "say at which step). At step 0 look for NaN in the data, the params or the "
-        "hyper (an outer step that is too long can overflow it), and for integer labels "
-        "beyond the number of outputs, which give NaN; later, lower the learning rate, "
-        "or look for an operation whose gradient is infinite there (`sqrt` at 0, "
+        "The inner loss or its gradient (for a fixed point or an equilibrium layer, the "
+        "step or the cell) became infinite or NaN (`stats` and the report say at which "
+        "step). At step 0 look for NaN in the data, the params or the outer variables, "
+        "for a layer in its input and its weights (a step of an optimizer that is too long "
+        "can overflow them), and for integer labels beyond the number of outputs, which "
+        "give NaN; later, lower the learning rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
         "`log` at 0): guard its argument with `jnp.where` on the inside as well."
     )
     inner_diverged = (

@@ -197,7 +197,9 @@ def _solve(
         return dataclasses.replace(outcome, solver_state=kept)
 
     with loops_explained(inner, adjoint, start, hyper):
-        outcome = inner.checked(guarded(adjoint, run, hyper, throw), hyper)
+        outcome = inner.checked(
+            guarded(adjoint, run, hyper, throw, problem.outer_name), hyper
+        )
     return Solution(
         value=outcome.params,
         result=outcome.result,

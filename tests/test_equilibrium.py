@@ -670,3 +670,23 @@ def test_anderson_by_least_squares(history_size, relaxation):
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_errors_speak_of_the_layer():
+    class Rounded(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, z, x):
+            return jnp.tanh(0.5 * z + jnp.round(self.weight) + x)
+
+    def total(cell):
+        return jnp.sum(mo.nn.Equilibrium(cell, lambda x: jnp.zeros(3))(jnp.ones(3))[0])
+
+    # Once about `hyper`, which nobody had.
+    with pytest.raises(ValueError, match="respect to `layer.cell.weight`") as raised:
+        eqx.filter_grad(total)(Rounded(jnp.ones(3)))
+    assert "hyper" not in str(raised.value)
+    lost = mo.nn.Equilibrium(lambda z, x: jnp.log(z - x), lambda x: jnp.zeros(3))
+    with pytest.raises(mo.SolveError, match="in its input and its weights") as failed:
+        lost(jnp.ones(3))
+    assert "hyper" not in str(failed.value)

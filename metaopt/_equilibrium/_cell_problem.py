@@ -23,6 +23,7 @@ class CellProblem(AbstractFixedPointProblem):
     """
 
     fixed: Any
+    outer_name = "layer"
 
     def init(self, hyper, key):
         raise ValueError("A cell does not say where the solver starts.")

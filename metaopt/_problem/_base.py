@@ -37,6 +37,8 @@ class AbstractProblem(eqx.Module):
     # way, or declares fields of these names for whoever makes an instance to set.
     has_aux = False
     has_state = False
+    # What errors call the outer variables.
+    outer_name = "hyper"
 
     @abc.abstractmethod
     def init(self, hyper: Any, key: Any) -> Any:
