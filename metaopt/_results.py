@@ -25,8 +25,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "step). At step 0 look for NaN in the data, the params or the outer variables, "
         "for a layer in its input and its weights (a step of an optimizer that is too long "
         "can overflow them), and for integer labels beyond the number of outputs, which "
-        "give NaN; later, lower the learning rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
-        "`log` at 0): guard its argument with `jnp.where` on the inside as well."
+        "give NaN; later, lower the learning rate, or look for an operation whose gradient "
+        "is infinite there (`sqrt` at 0, `log` at 0): guard its argument with "
+        "`jnp.where` on the inside as well."
     )
     inner_diverged = (
         "The inner solver diverged: its iterates grew until they were no longer finite. "
