@@ -28,6 +28,7 @@ from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import InnerSolve, Optimality, Outcome
 from .._tree import (
     divided,
+    nan_where,
     same_structs,
     split_trainable,
     tree_cast_like,
@@ -620,7 +621,7 @@ def _(primals, tangents, *, static_adjoint, throw):
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(linear.value, failed)
-        return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), linear.value)
+        return nan_where(failed, linear.value)
 
     tangent = linear_solve(
         operator.mv,
