@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools as ft
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -44,6 +43,7 @@ from .._tree import (
 )
 from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
+from .._warn import warn
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
 from ._curvature import AbstractCurvature, ExactCurvature
 from ._error import (
@@ -517,12 +517,11 @@ def _condition(
         found = None
     if found is not None and same_structs(found, widened):
         return condition, widened
-    warnings.warn(
+    warn(
         "The inner problem cannot be evaluated in float32 at params of half precision: "
         "something in it has a dtype of its own. The linear system is solved in half "
         "precision. Write `x.astype(params.dtype)` for arrays that the loss makes or "
         "closes over.",
-        stacklevel=2,
     )
     return plain, narrow
 
@@ -621,7 +620,7 @@ def _(primals, tangents, *, static_adjoint, throw):
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(linear.value, failed)
-        return nan_where(failed, linear.value)
+        return jax.tree.map(lambda leaf: nan_where(failed, leaf), linear.value)
 
     tangent = linear_solve(
         operator.mv,
