@@ -166,7 +166,7 @@ def implicit(num_steps: int) -> Case:
             problem.inner, hyper, start, train, solver=descent, adjoint=mo.ImplicitAdjoint()
         ).value
     adjoint = mo.ImplicitAdjoint(
-        mo.CG(rtol=None, max_steps=NUM_LINEAR_STEPS), inner_rtol=jnp.inf
+        mo.CG(rtol=None, max_steps=NUM_LINEAR_STEPS), inner_rtol=jnp.inf, error=None
     )
 
     def solve(hyper, params, train):
@@ -292,7 +292,7 @@ def decays(size: int, method: str) -> Case:
         _, pullback = jax.vjp(lambda hyper: gradient(params, hyper), hyper)
         return -pullback(solve(product, right))[0]
 
-    adjoint = mo.ImplicitAdjoint(linear, inner_rtol=jnp.inf)
+    adjoint = mo.ImplicitAdjoint(linear, inner_rtol=jnp.inf, error=None)
     contenders = {
         "metaopt": ours(problem, mo.Descent(optax.sgd(1e-3), 1), adjoint),
         PLAIN: by_hand,

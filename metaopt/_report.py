@@ -166,12 +166,7 @@ class Report(eqx.Module):
         if _is_known(self.num_zeros) and np.any(np.asarray(self.num_zeros) > 0):
             rows.insert(3, ("entries exactly zero", _number(self.num_zeros)))
         if self.error is not None:
-            kind = "at most" if self.error_is_bound else "about"
-            text = f"{kind} {_number(self.error)}"
-            if self.allowed_error is not None:
-                text += f" (allowed: {_number(self.allowed_error)})"
-            if np.any(np.isinf(_values(self.error))):
-                text = "not known: its linear system was not solved"
+            text = _error_text(self)
             rows.insert(3, ("its error", text))
         if self.inner_error is not None:
             rows.append(("inner relative error", f"{_number(self.inner_error)} (est.)"))
@@ -318,6 +313,8 @@ class BilevelSolution(eqx.Module):
             ]
             if history.num_linear_steps.any():
                 rows.append(("linear steps", _number(history.num_linear_steps.sum())))
+            if self.report is not None and self.report.error is not None:
+                rows.append(("error of the last", _error_text(self.report)))
             if self.report is not None and self.report.left_out:
                 rows.append(("left out", "; ".join(self.report.left_out)))
             if self.report is not None and self.report.unreached:
@@ -338,6 +335,16 @@ class BilevelSolution(eqx.Module):
         values = np.append(self.history.outer_loss, np.asarray(self.outer_loss))
         finite = values[np.isfinite(values)]
         return float(finite.min()) if finite.size else float("nan")
+
+
+def _error_text(report: Report) -> str:
+    """The error of a hypergradient, and how large it may be."""
+    if np.any(np.isinf(_values(report.error))):
+        return "not known: its linear system was not solved"
+    text = f"{'at most' if report.error_is_bound else 'about'} {_number(report.error)}"
+    if report.allowed_error is not None:
+        text += f" (allowed: {_number(report.allowed_error)})"
+    return text
 
 
 def is_float_array(x: Any) -> bool:

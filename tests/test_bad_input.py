@@ -108,9 +108,9 @@ VALUE_ERRORS = {
         ),
         "which minibatches keep away from zero. Write `rtol=None`",
     ),
-    "no inner_rtol": (
-        lambda: mo.ImplicitAdjoint(inner_rtol=None),  # pyright: ignore
-        "`inner_rtol` must be a non-negative number; got None",
+    "no rtol": (
+        lambda: mo.ImplicitAdjoint(rtol=None),  # pyright: ignore
+        "`rtol` must be a non-negative number; got None",
     ),
     "difference of length zero": (
         lambda: mo.check_hypergradient(

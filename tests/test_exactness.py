@@ -22,6 +22,7 @@ class Identity(mo.AbstractLinearSolver):
     """The control: takes the inverse for the identity (Luketina et al., 2016)."""
 
     accepts_indefinite: ClassVar[bool] = False
+    checks_curvature: ClassVar[bool] = False
 
     @property
     def left_out(self):

@@ -17,16 +17,15 @@ from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import Optimality
 from .._tree import (
     divided,
+    scale_and_norm,
     tree_add,
     tree_dot,
     tree_norm,
     tree_scaled_norm,
     tree_size,
     tree_sub,
-    tree_where,
-    tree_zeros_like,
 )
-from .._types import Aux, FloatScalar, Hyper, IntScalar, Vector
+from .._types import Aux, BoolScalar, FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_tolerance
 from ._curvature import AbstractCurvature
 
@@ -76,6 +75,15 @@ class Linearisation:
         along = lambda h: self.condition(self.params, h)
         out = cross_pullback(along, self.hyper, linear_solution)
         return jax.tree.map(jnp.negative, out)
+
+    def through_solution_both(self, first: Vector, second: Vector) -> tuple[Vector, Vector]:
+        """`through_solution` of two vectors in one pass."""
+        along = lambda h: self.condition(self.params, h)
+        _, pullback = jax.vjp(along, self.hyper)
+        stacked = jax.tree.map(lambda a, b: jnp.stack([-a, -b]), first, second)
+        (both,) = jax.vmap(pullback)(stacked)
+        pick = lambda index: jax.tree.map(lambda leaf: leaf[index], both)
+        return pick(0), pick(1)
 
     def gradient(self, linear_solution: Vector) -> Vector:
         """The hypergradient, from the solution of the linear system."""
@@ -167,6 +175,7 @@ class AbstractErrorEstimate(eqx.Module):
         self,
         here: Linearisation,
         linear: LinearSolution,
+        gradient: Vector,
         at: Callable[[Vector], Linearisation],
         solve: Solve,
         hyper: Hyper,
@@ -177,6 +186,7 @@ class AbstractErrorEstimate(eqx.Module):
 
         - `here`: the linearisation at the inner solution.
         - `linear`: the solution of the linear system there.
+        - `gradient`: the hypergradient from the two.
         - `at`: the linearisation at other params.
         - `solve`: `solve(here, vector, transposed=..., rtol=..., tolerance=...)`, the
             linear solver, to `rtol` or to `tolerance`, whichever is larger.
@@ -220,24 +230,29 @@ class DualWeighted(AbstractErrorEstimate):
                 f"`rtol` must lie between 0 and 1, being relative; got {self.rtol!r}."
             )
 
-    def __call__(self, here, linear, at, solve, hyper):
+    def __call__(self, here, linear, gradient, at, solve, hyper):
         w, knows = linear.value, _subspace(here, linear)
         better = _improved(here, here, w, knows, at, solve, self.rtol)
-        gradient = here.gradient(w)
-        # The two parts of the correction can cancel by chance, and what their own errors
-        # are of does not: the residual that the Newton step leaves tells how large.
-        moved = tree_scaled_norm(tree_sub(better.there.gradient(w), gradient))
-        solved = tree_scaled_norm(tree_sub(better.gradient, better.there.gradient(w)))
-        before = tree_scaled_norm(here.residual)
-        after = tree_scaled_norm(better.there.residual)
-        rough = jnp.minimum(after / jnp.where(before > 0, before, 1), 1)
-        error = better.distance(gradient) + _OF_PARTS * rough * (moved + solved)
-        floor = jnp.finfo(error.dtype).eps * tree_scaled_norm(better.gradient)
-        size = tree_scaled_norm(better.left)
-        unsolved = linear.residual * tree_scaled_norm(here.in_params)
-        share = jnp.where(size > 0, unsolved / jnp.where(size > 0, size, 1), 0.0)
-        none = first_failure()
-        return ErrorEstimate(error + floor, share, better.num_products, none)
+        old, new = better.with_old_solution, better.gradient
+        length = _lengths_beside(gradient)
+        # The two parts of the correction can cancel by chance, and their own errors do not.
+        # The residual that the Newton step leaves tells how large these are.
+        parts = length(tree_sub(old, gradient)) + length(tree_sub(new, old))
+        before = jnp.where(better.residual > 0, better.residual, 1)
+        after = tree_norm(divided(better.there.residual, before))
+        error = length(tree_sub(new, gradient))
+        error = error + _OF_PARTS * jnp.minimum(after, 1) * parts
+        floor = jnp.finfo(error.dtype).eps * length(new)
+        unsolved = linear.residual * tree_norm(here.in_params)
+        share = unsolved / jnp.where(better.left > 0, better.left, 1)
+        return ErrorEstimate(error + floor, share, better.num_products, first_failure())
+
+
+def _lengths_beside(vector: Vector) -> Callable[[Vector], FloatScalar]:
+    """A function that returns the norms of vectors no longer than this one by much."""
+    size = tree_scaled_norm(vector)
+    safe = jnp.where(size > 0, size, 1)
+    return lambda other: safe * tree_norm(divided(other, safe))
 
 
 class _Better(NamedTuple):
@@ -247,20 +262,24 @@ class _Better(NamedTuple):
 
     - `there`: the linearisation at the corrected params.
     - `linear`: the corrected solution of the linear system.
-    - `left`: the right-hand side that the solution before left there.
+    - `residual`: the norm of the optimality at the params before.
+    - `left`: the norm of the right-hand side that the solution before left there.
     - `gradient`: the hypergradient from the two.
+    - `with_old_solution`: the same with the solution of the linear system before.
     - `num_products`: the products that the correction took.
     """
 
     there: Linearisation
     linear: Vector
-    left: Vector
+    residual: FloatScalar
+    left: FloatScalar
     gradient: Vector
+    with_old_solution: Vector
     num_products: IntScalar
 
     def distance(self, gradient: Vector) -> FloatScalar:
         """The Euclidean distance from another hypergradient."""
-        return tree_scaled_norm(tree_sub(self.gradient, gradient))
+        return _lengths_beside(gradient)(tree_sub(self.gradient, gradient))
 
 
 def _improved(
@@ -282,16 +301,19 @@ def _improved(
     - `rtol`: the relative residual of each correction.
     - `allowed`: a residual that suffices as well, of each of the two, as a norm.
     """
-    step, first = _corrected(here, base.residual, knows, solve, False, rtol, allowed[0])
-    rounding = _one_rounding(base.params)
+    correct = lambda vector, transposed, allowed: _corrected(
+        here, vector, knows, solve, transposed, rtol, allowed
+    )
+    step, residual, first = correct(base.residual, False, allowed[0])
     # A residual of exactly zero says that the params are as good as any.
-    uncertain = tree_scaled_norm(base.residual) > 0
-    rounding = tree_where(uncertain, rounding, tree_zeros_like(rounding))
+    rounding = _one_rounding(base.params, residual > 0)
     there = at(tree_sub(base.params, tree_add(step, rounding)))
     left = there.linear_residual(w)
-    change, second = _corrected(here, left, knows, solve, True, rtol, allowed[1])
-    linear = tree_add(w, change)
-    return _Better(there, linear, left, there.gradient(linear), first + second + 1)
+    change, size, second = correct(left, True, allowed[1])
+    through_old, through_change = there.through_solution_both(w, change)
+    old = tree_add(through_old, there.direct)
+    new, count = tree_add(old, through_change), first + second + 1
+    return _Better(there, tree_add(w, change), residual, size, new, old, count)
 
 
 def _subspace(here: Linearisation, linear: LinearSolution) -> Subspace | None:
@@ -314,35 +336,53 @@ def _corrected(
     transposed: bool,
     rtol: float,
     allowed: FloatScalar | None,
-) -> tuple[Vector, IntScalar]:
-    """A rough solution, and its products. It begins in the directions whose products are
-    known, and goes on for what those leave."""
+) -> tuple[Vector, FloatScalar, IntScalar]:
+    """A rough solution, the norm of the right-hand side, and the products.
+
+    It begins in the directions whose products are known, and goes on for what those
+    leave.
+    """
     first, left = None, vector
     if knows is not None:
         first, left = knows.solve(vector)
-    size, remaining = tree_scaled_norm(vector), tree_scaled_norm(left)
+    scale, size = scale_and_norm(vector)
+    remaining = tree_norm(divided(left, scale))
     within = rtol * size
     if allowed is not None:
-        within = jnp.maximum(within, allowed.astype(within.dtype))
+        within = jnp.maximum(within, allowed.astype(within.dtype) / scale)
     # What is left may be larger than what it is left of.
     tolerance = within / jnp.where(remaining > 0, remaining, 1)
     solution = solve(here, left, transposed=transposed, rtol=rtol, tolerance=tolerance)
     value = solution.value if first is None else tree_add(first, solution.value)
-    return value, solution.num_products
+    return value, scale * size, solution.num_products
 
 
-def _one_rounding(params: Vector) -> Vector:
-    """A change of the params by one unit of rounding, with random signs."""
-    eps = lambda a, sign: jnp.finfo(a.dtype).eps * a * sign
-    return jax.tree.map(eps, params, random_signs(params))
+def _one_rounding(params: Vector, uncertain: BoolScalar) -> Vector:
+    """A change of the params by one unit of rounding, with signs as if random, or none."""
+
+    def change(a, sign):
+        eps = jnp.where(uncertain, float(jnp.finfo(a.dtype).eps), 0.0).astype(a.dtype)
+        return eps * a * sign
+
+    return jax.tree.map(change, params, random_signs(params))
 
 
 def random_signs(like: Vector) -> Vector:
-    """Numbers that are 1 or -1, the same at every call."""
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    signs = [jax.random.rademacher(key, a.shape, a.dtype) for key, a in zip(keys, leaves)]
-    return jax.tree.unflatten(structure, signs)
+    """Numbers that are 1 or -1 without a pattern, the same at every call.
+
+    A bit of a multiplicative hash of the indices (Knuth), which compiles to next to
+    nothing.
+    """
+
+    def signs(a):
+        number = jnp.full(a.shape, 2654435769, jnp.uint32)
+        for axis in range(a.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+            number = (number ^ index) * jnp.uint32(2654435769)
+        bit = (number >> 16) & jnp.uint32(1)
+        return 1 - 2 * bit.astype(a.dtype)
+
+    return jax.tree.map(signs, like)
 
 
 Constant = float | jax.Array | Callable[[Hyper], Any]
@@ -421,7 +461,7 @@ class StrongConvexity(AbstractErrorEstimate):
                 "bound: use `metaopt.DualWeighted()`."
             )
 
-    def __call__(self, here, linear, at, solve, hyper):
+    def __call__(self, here, linear, gradient, at, solve, hyper):
         if lx.positive_semidefinite_tag not in here.condition.tags:
             raise ValueError(
                 "`StrongConvexity` bounds the error for an inner loss that is minimised. "
@@ -430,7 +470,6 @@ class StrongConvexity(AbstractErrorEstimate):
         curvature = constant(self.curvature, hyper)
         knows, first = _subspace(here, linear), here.linear_residual(linear.value)
         rough = _improved(here, here, linear.value, knows, at, solve, _ROUGH)
-        gradient = here.gradient(linear.value)
         # The residuals of the second correction need be no smaller than this: then what
         # they leave is no more than a part of the error itself.
         there, error = rough.there, rough.distance(gradient)
@@ -456,7 +495,7 @@ class StrongConvexity(AbstractErrorEstimate):
         bound = jnp.where(contradicted, jnp.inf, bound + 10 * eps * size)
         num_products = rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)
-        share = tree_norm(first) / jnp.maximum(tree_norm(rough.left), tree_norm(first))
+        share = tree_norm(first) / jnp.where(rough.left > 0, rough.left, 1)
         return ErrorEstimate(bound, share, num_products, doubt)
 
     def _factors(

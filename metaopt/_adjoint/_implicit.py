@@ -49,7 +49,6 @@ from ._curvature import AbstractCurvature, ExactCurvature
 from ._error import (
     AbstractErrorEstimate,
     DualWeighted,
-    ErrorEstimate,
     Linearisation,
     random_signs,
 )
@@ -215,7 +214,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
         gradient = here.gradient(linear.value)
         inner_error = point.error(linear.value, here.in_params)
-        estimate = self._estimate(here, linear, at, ready, hyper)
+        estimate = None
+        if self.error is not None:
+            estimate = self.error(here, linear, gradient, at, ready._solve_anew, hyper)
         largest = tree_scaled_norm(gradient)
         if carry.largest is not None:
             largest = jnp.maximum(largest, carry.largest.astype(largest.dtype))
@@ -270,7 +271,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         if not isinstance(solver, AbstractToleranceSolver):
             return self
         own = solver.relative_tolerance
-        needed = max(_OF_RTOL * self.rtol, 10 * coarsest_eps(vector))
+        asked = self.rtol
+        if self.inner_rtol is not None and self.inner_rtol < jnp.inf:
+            # Who accepts a rough inner solution needs no exact linear one.
+            asked = max(asked, self.inner_rtol)
+        needed = max(_OF_RTOL * asked, 10 * coarsest_eps(vector))
         if own is None or own <= needed:
             return self
         return dataclasses.replace(self, linear_solver=solver.with_rtol(needed))
@@ -280,18 +285,6 @@ class ImplicitAdjoint(AbstractAdjoint):
         if not isinstance(solver, AbstractToleranceSolver):
             return self
         return dataclasses.replace(self, linear_solver=solver.keeping_directions(vector))
-
-    def _estimate(
-        self,
-        here: Linearisation,
-        linear: LinearSolution,
-        at: Callable[[Vector], Linearisation],
-        ready: "ImplicitAdjoint",
-        hyper: Hyper,
-    ) -> ErrorEstimate | None:
-        if self.error is None:
-            return None
-        return self.error(here, linear, at, ready._solve_anew, hyper)
 
     @property
     def _judges_error(self) -> bool:
@@ -321,12 +314,10 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         here = at(params)
         assert self.error is not None
-        estimate = self.error(here, linear, at, self._solve_anew, hyper)
         mixed = jax.tree.map(jnp.multiply, linear.value, random_signs(linear.value))
-        size = jnp.maximum(
-            tree_scaled_norm(here.gradient(linear.value)),
-            tree_scaled_norm(here.through_solution(mixed)),
-        )
+        gradient, terms = here.through_solution_both(linear.value, mixed)
+        estimate = self.error(here, linear, gradient, at, self._solve_anew, hyper)
+        size = jnp.maximum(tree_scaled_norm(gradient), tree_scaled_norm(terms))
         return estimate.judged(self.rtol * size)
 
     def _allowed_error(
@@ -391,9 +382,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         solver, linear_solver = self, self.linear_solver
         if rtol is not None and isinstance(linear_solver, AbstractToleranceSolver):
             solver = dataclasses.replace(self, linear_solver=linear_solver.with_rtol(rtol))
-        tags, operator = here.condition.tags, here.operator
-        if transposed:
-            return solver._solve_transposed(operator, tags, vector, None, tolerance)
+        operator = here.operator
+        if transposed and lx.symmetric_tag not in here.condition.tags:
+            solver, operator = solver._transposed(), operator.transpose()
         return solver._linear_solution(operator, vector, None, tolerance)
 
     def _transposed(self) -> "ImplicitAdjoint":
