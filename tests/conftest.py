@@ -121,6 +121,13 @@ _ONE_OF = {
         "test_methods_equal_their_slow_twins": 8,
     },
     "test_tolerance": {"test_fewer_products_at_equal_outer_loss": 2},
+    "test_trust": {
+        "test_a_large_bias_excuses_nothing": 3,
+        "test_accepted_hypergradients_are_right": 3,
+        "test_bounds_from_data_hold_and_are_close": 3,
+        "test_params_that_do_not_meet_hyper": 2,
+        "test_second_derivatives_of_a_biased_one_are_refused": 4,
+    },
 }
 
 
