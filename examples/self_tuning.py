@@ -286,6 +286,7 @@ def implicit(setting: Setting):
                 mo.CG(rtol=None, max_steps=num_products),
                 curvature=mo.GaussNewton(),
                 inner_rtol=jnp.inf,
+                error=None,
             ),
             outer=optax.adam(0.1),
             start=mo.WarmStart(),
