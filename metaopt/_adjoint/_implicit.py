@@ -330,7 +330,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         if tolerance is None:
             return allowed
         # The outer loop has the residuals held to its tolerance, and not the error.
-        return jnp.where(tolerance > self.rtol, jnp.inf, allowed)
+        return jnp.where(tolerance > _OF_RTOL * self.rtol, jnp.inf, allowed)
 
     def _prepared(
         self,
