@@ -21,6 +21,7 @@ from .._tree import (
     tree_add,
     tree_dot,
     tree_norm,
+    tree_scale,
     tree_scaled_norm,
     tree_size,
     tree_sub,
@@ -128,7 +129,7 @@ class Solve(Protocol):
         vector: Vector,
         *,
         transposed: bool,
-        rtol: float | None = None,
+        rtol: float,
         tolerance: FloatScalar | None = None,
     ) -> LinearSolution: ...
 
@@ -342,19 +343,18 @@ def _corrected(
     It begins in the directions whose products are known, and goes on for what those
     leave.
     """
-    first, left = None, vector
-    if knows is not None:
-        first, left = knows.solve(vector)
     scale, size = scale_and_norm(vector)
-    remaining = tree_norm(divided(left, scale))
-    within = rtol * size
+    first, left = None, divided(vector, scale)
+    if knows is not None:
+        first, left = knows.solve(left)
+    remaining, within = tree_norm(left), rtol * size
     if allowed is not None:
         within = jnp.maximum(within, allowed.astype(within.dtype) / scale)
     # What is left may be larger than what it is left of.
     tolerance = within / jnp.where(remaining > 0, remaining, 1)
     solution = solve(here, left, transposed=transposed, rtol=rtol, tolerance=tolerance)
     value = solution.value if first is None else tree_add(first, solution.value)
-    return value, scale * size, solution.num_products
+    return tree_scale(scale, value), scale * size, solution.num_products
 
 
 def _one_rounding(params: Vector, uncertain: BoolScalar) -> Vector:

@@ -56,6 +56,7 @@ from ._error import (
 
 _OF_THE_WAY = 1e-3
 _OF_RTOL = 0.1
+_ROUGH = 0.01  # relative residuals for which a rough solver suffices
 _PRECONDITIONER = 1  # folded into the key of the solve
 
 
@@ -375,17 +376,16 @@ class ImplicitAdjoint(AbstractAdjoint):
         vector: Vector,
         *,
         transposed: bool,
-        rtol: float | None = None,
+        rtol: float,
         tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
         """A solve at a linearisation."""
-        solver, linear_solver = self, self.linear_solver
-        if rtol is not None and isinstance(linear_solver, AbstractToleranceSolver):
-            solver = dataclasses.replace(self, linear_solver=linear_solver.with_rtol(rtol))
-        operator = here.operator
+        solver, operator = self.linear_solver, here.operator
         if transposed and lx.symmetric_tag not in here.condition.tags:
-            solver, operator = solver._transposed(), operator.transpose()
-        return solver._linear_solution(operator, vector, None, tolerance)
+            solver, operator = self._transposed().linear_solver, operator.transpose()
+        if isinstance(solver, AbstractToleranceSolver):
+            solver = solver.rough(rtol) if rtol >= _ROUGH else solver.with_rtol(rtol)
+        return solver.solve(operator, vector, None, tolerance)
 
     def _transposed(self) -> "ImplicitAdjoint":
         """The same, ready for the transposed operator."""

@@ -164,6 +164,15 @@ class AbstractToleranceSolver(AbstractLinearSolver):
         """
 
     @abc.abstractmethod
+    def rough(self, rtol: float) -> AbstractLinearSolver:
+        """A solver for corrections of which a digit suffices.
+
+        **Arguments:**
+
+        - `rtol`: the relative residual to solve to.
+        """
+
+    @abc.abstractmethod
     def keeping_directions(self, vector: Vector) -> "AbstractToleranceSolver":
         """The same method, whose solutions have a `subspace` if it has search directions
         and they fit into a few megabytes.

@@ -84,6 +84,9 @@ class BiCGStab(AbstractToleranceSolver):
     def with_rtol(self, rtol):
         return dataclasses.replace(self, rtol=rtol)
 
+    def rough(self, rtol):
+        return self.with_rtol(rtol)
+
     def keeping_directions(self, vector):
         return self
 

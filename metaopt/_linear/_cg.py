@@ -40,6 +40,7 @@ from ._base import (
 )
 from ._preconditioner import AbstractPreconditioner
 from ._prepare import prepare
+from ._rough_cg import RoughCG
 from ._system import System
 
 
@@ -140,6 +141,11 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
 
     def with_rtol(self, rtol):
         return dataclasses.replace(self, rtol=rtol, damping=0.0)
+
+    def rough(self, rtol):
+        if self.preconditioner is not None:
+            return self.with_rtol(rtol)
+        return RoughCG(rtol, self.max_steps)
 
     def keeping_directions(self, vector):
         # A direction and its product are kept.

@@ -108,6 +108,9 @@ class LinearFixedPoint(AbstractToleranceSolver):
         solver = dataclasses.replace(self.solver, rtol=rtol)
         return dataclasses.replace(self, solver=solver)
 
+    def rough(self, rtol):
+        return self.with_rtol(rtol)
+
     def keeping_directions(self, vector):
         return self
 
