@@ -81,11 +81,16 @@ def _canonical_leaf(name: str, leaf: Any) -> Any:
         )
     if isinstance(leaf, (float, np.generic, np.ndarray)):
         leaf = _to_jax(leaf, name)
+    check_real(leaf, name)
+    return leaf
+
+
+def check_real(leaf: Any, name: str) -> None:
+    """Raises a `ValueError` for a complex array."""
     if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise ValueError(
             f"`{name}` is complex. Split it into its real and imaginary parts."
         )
-    return leaf
 
 
 def _check_not_empty(leaves: list[Any], names: list[str]) -> None:
@@ -299,10 +304,7 @@ def check_params(params: Any) -> None:
         )
     _check_not_empty([leaf for leaf in leaves if eqx.is_inexact_array(leaf)], names)
     for name, leaf in zip(names, leaves):
-        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"`{name}` is complex. Split it into its real and imaginary parts."
-            )
+        check_real(leaf, name)
 
 
 def check_finite(leaves: list[Any], names: list[str]) -> None:

@@ -297,27 +297,41 @@ class ImplicitAdjoint(AbstractAdjoint):
         self,
         condition: Optimality,
         params: Vector,
-        hyper: Vector,
+        read: tuple[Any, Hyper],
+        moving: tuple[Any, Hyper],
         linear: LinearSolution,
         cotangent: Vector,
     ) -> Any:
         """Whether the derivative of the cotangent times the inner solution is accurate.
 
-        How an outer loss curves is not known here: it counts as linear. Its slope in
+        It is one in what moves: of `read`, the condition's function and `hyper`, the
+        leaves whose tangent in `moving` is not `None`. How an outer loss curves is not known here: it counts as linear. Its slope in
         `hyper` is not known either, so that the error is compared with the size of the
         terms of the derivative, which may cancel near an outer optimum.
         """
-        outer_loss = lambda params, hyper: (tree_dot(cotangent, params), None)
+        outer_loss = lambda params, moving: (tree_dot(cotangent, params), None)
+        moves = jax.tree.map(lambda _, tangent: tangent is not None, read, moving)
+        varied, held = eqx.partition(read, moves)
+
+        def residual(params, varied):
+            fn, hyper = eqx.combine(varied, held)
+            return fn(params, hyper)
+
+        along = Optimality(residual, condition.tags)
 
         def at(params):
             one = jnp.ones((), jnp.float32)
-            return Linearisation(self.curvature, condition, outer_loss, params, hyper, one)
+            return Linearisation(self.curvature, along, outer_loss, params, varied, one)
 
         here = at(params)
         assert self.error is not None
         mixed = jax.tree.map(jnp.multiply, linear.value, random_signs(linear.value))
-        gradient, terms = here.through_solution_both(linear.value, mixed)
-        estimate = self.error(here, linear, gradient, at, self._solve_anew, hyper)
+        try:
+            gradient, terms = here.through_solution_both(linear.value, mixed)
+        except ValueError:
+            # So does the derivative itself, if anyone takes it.
+            return RESULTS.successful
+        estimate = self.error(here, linear, gradient, at, self._solve_anew, read[1])
         size = jnp.maximum(tree_scaled_norm(gradient), tree_scaled_norm(terms))
         return estimate.judged(self.rtol * size)
 
@@ -585,11 +599,8 @@ def _(primals, tangents, *, static_adjoint, throw):
             adjoint, (condition, params, hyper)
         )
     widened = tree_cast_like(params, point.params)
-    _, pushed = eqx.filter_jvp(
-        lambda fn, hyper: fn(widened, hyper),
-        (condition.fn, hyper),
-        (moving_condition.fn, moving_hyper),
-    )
+    read, moving = (condition.fn, hyper), (moving_condition.fn, moving_hyper)
+    _, pushed = eqx.filter_jvp(lambda fn, hyper: fn(widened, hyper), read, moving)
     # `None` stands for a derivative that is zero by construction.
     if not jax.tree.leaves(pushed):
         return solution, jax.tree.map(lambda _: None, params)
@@ -606,7 +617,7 @@ def _(primals, tangents, *, static_adjoint, throw):
         judged = ready._judge(error, adjoint._own_inner_rtol)
         result = first_failure(inner_result, judged, linear.result)
         if reverse and adjoint._judges_error:
-            seen = ready._judge_pullback(condition, widened, hyper, linear, vector)
+            seen = ready._judge_pullback(condition, widened, read, moving, linear, vector)
             result = first_failure(result, seen)
         failed = result != RESULTS.successful
         if throw:

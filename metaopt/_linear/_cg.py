@@ -262,7 +262,8 @@ class _Method:
         count = self.solver.num_kept
         if count == 0:
             return None
-        room = lambda a: jnp.zeros((count, *a.shape), a.dtype)
+        # Sharded as the leaf is.
+        room = lambda a: jnp.broadcast_to(jnp.zeros_like(a), (count, *a.shape))
         rooms = jax.tree.map(room, self.system.b)
         return Subspace(rooms, rooms, jnp.zeros(count, self.system.dtype))
 
@@ -271,7 +272,8 @@ class _Method:
         if s.kept is None:
             return None
         slot = s.num_steps % self.solver.num_kept
-        put = lambda rooms, a: jax.tree.map(lambda r, a: r.at[slot].set(a), rooms, a)
+        put_leaf = lambda room, a: lax.dynamic_update_index_in_dim(room, a, slot, 0)
+        put = lambda rooms, tree: jax.tree.map(put_leaf, rooms, tree)
         return Subspace(
             put(s.kept.directions, p),
             put(s.kept.products, product),

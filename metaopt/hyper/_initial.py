@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._tree import tree_widened
-from .._validate import canonical_arrays
+from .._validate import canonical_arrays, check_real
 
 
 def initial_raw(
@@ -71,6 +71,7 @@ def _check_numeric(value: Any) -> None:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if not numeric:
         raise ValueError(f"`value` must be a number or an array of them; got {value!r}.")
+    check_real(value, "value")
 
 
 def _as_float(value: Any) -> Float[Array, "..."]:
