@@ -28,6 +28,8 @@ def tree_dot(x: Vector, y: Vector) -> FloatScalar:
     products = jax.tree.leaves(jax.tree.map(leaf_dot, x, y))
     if not products:
         return jnp.zeros((), jnp.float32)
+    if len(products) == 1:
+        return products[0]
     dtype = tree_dtype(products)
     return jnp.sum(jnp.stack([p.astype(dtype) for p in products]))
 
@@ -90,39 +92,25 @@ def scale_and_norm(vector: Vector) -> tuple[FloatScalar, FloatScalar]:
     error that nothing would report.
     """
     norm = tree_norm(vector)
-    low = _least_norm(norm.dtype)
-
-    def rescaled():
-        scale = _power_of_two(vector)
-        return scale, tree_norm(divided(vector, scale))
-
-    # One pass over the vector in place of two, as a rule.
-    inside = (norm >= low) & (norm <= 1 / low)
-    return jax.lax.cond(inside, lambda: (jnp.ones_like(norm), norm), rescaled)
-
-
-def _least_norm(dtype) -> float:
+    info = jnp.finfo(norm.dtype)
     # Residuals are smaller than the vector by a factor of eps, at most, and this is
     # squared; in the other direction, sums of squares must not overflow.
-    info = jnp.finfo(dtype)
-    return float(info.tiny) ** 0.5 / float(info.eps)
-
-
-def _power_of_two(vector: Vector) -> FloatScalar:
-    dtype = tree_dtype(vector)
-    leaves = jax.tree.leaves(vector)
-    sizes = [jnp.max(jnp.abs(a)).astype(dtype) for a in leaves if a.size > 0]
-    size = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), dtype)
-    info, low = jnp.finfo(dtype), _least_norm(dtype)
-    inside = (size >= low) & (size <= 1 / low)
-    exponent = jnp.clip(jnp.frexp(size)[1] - 1, info.minexp, info.maxexp - 1)
-    power = jnp.ldexp(jnp.ones((), dtype), exponent)
-    return jnp.where(inside | (size == 0) | ~jnp.isfinite(size), 1, power)
+    low = float(info.tiny) ** 0.5 / float(info.eps)
+    power = 2.0 ** (2 * info.maxexp // 3)
+    # One power for all that is too large brings it into range, and one for the small.
+    scale = jnp.where(norm < low, 1 / power, jnp.where(norm > 1 / low, power, 1.0))
+    scale = scale.astype(norm.dtype)
+    return scale, tree_norm(divided(vector, scale))
 
 
 def divided(vector: Vector, scale: FloatScalar) -> Vector:
-    """`vector / scale`, each leaf in its own dtype."""
-    return jax.tree.map(lambda a: a / scale.astype(a.dtype), vector)
+    """`vector / scale`, each leaf in its own dtype, which need not hold the scale."""
+
+    def quotient(a):
+        dtype = tree_dtype((a, scale))
+        return (a.astype(dtype) / scale.astype(dtype)).astype(a.dtype)
+
+    return jax.tree.map(quotient, vector)
 
 
 def tree_where_arrays(condition: BoolScalar, new: PyTree, old: PyTree) -> PyTree:
