@@ -33,11 +33,12 @@ def slope(over, inner, adjoint):
 exact = slope(None, sgd, mo.ImplicitAdjoint(mo.Dense()))
 unrolled = slope(None, adam, mo.UnrolledAdjoint())
 with jax.set_mesh(mesh):
-    for over, solver in (
-        (P(), mo.GMRES()), (P("d"), mo.CG()), (P("d"), mo.Dense()),
-        (P("d"), mo.Neumann(300)),
+    judged = mo.DualWeighted()
+    for over, solver, error in (
+        (P(), mo.GMRES(), judged), (P("d"), mo.CG(), judged), (P("d"), mo.Dense(), None),
+        (P("d"), mo.Neumann(300), None),
     ):
-        got = slope(over, sgd, mo.ImplicitAdjoint(solver))
+        got = slope(over, sgd, mo.ImplicitAdjoint(solver, error=error))
         np.testing.assert_allclose(got, exact, rtol=1e-3, err_msg=str((over, solver)))
     got = slope(P("d"), adam, mo.UnrolledAdjoint())
     np.testing.assert_allclose(got, unrolled, rtol=1e-9)

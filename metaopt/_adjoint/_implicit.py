@@ -305,9 +305,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         """Whether the derivative of the cotangent times the inner solution is accurate.
 
         It is one in what moves: of `read`, the condition's function and `hyper`, the
-        leaves whose tangent in `moving` is not `None`. How an outer loss curves is not known here: it counts as linear. Its slope in
-        `hyper` is not known either, so that the error is compared with the size of the
-        terms of the derivative, which may cancel near an outer optimum.
+        leaves whose tangent in `moving` is not `None`. How an outer loss curves is not
+        known here: it counts as linear. Its slope in `hyper` is not known either, so that
+        the error is compared with the size of the terms of the derivative, which may
+        cancel near an outer optimum.
         """
         outer_loss = lambda params, moving: (tree_dot(cotangent, params), None)
         moves = jax.tree.map(lambda _, tangent: tangent is not None, read, moving)
