@@ -1,6 +1,5 @@
 """Checking a learned best response against the implicit one."""
 
-import warnings
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +28,7 @@ from ._validate import (
     check_kind,
     check_tolerance,
 )
+from ._warn import warn
 
 
 _Numbers = Float[Array, " num_hyper"]
@@ -224,17 +224,15 @@ def check_response(
     columns = {name: np.asarray(m, np.float64) for name, m in measured.items()}
     check = _checked(names, **columns)
     if not check.certain:
-        warnings.warn(
+        warn(
             "Whether the learned best response and the implicit one would lead `hyper` the "
-            "same way is uncertain. Print the `ResponseCheck` to see why.",
-            stacklevel=2,
+            "same way is uncertain. Print the `ResponseCheck` to see why."
         )
     elif not check.agree:
-        warnings.warn(
+        warn(
             "The learned best response and the implicit one would lead `hyper` in "
             f"different directions (cosine {check.slope_cosine:.2g} between their "
-            "hypergradients). Print the `ResponseCheck` to see which numbers.",
-            stacklevel=2,
+            "hypergradients). Print the `ResponseCheck` to see which numbers."
         )
     return check
 

@@ -253,7 +253,9 @@ def test_preconditioner_of_arrays_that_are_traced():
                 hyper,
                 jnp.zeros(3),
                 solver=mo.Descent(optax.sgd(0.02), num_steps=2000),
-                adjoint=mo.ImplicitAdjoint(mo.CG(preconditioner=preconditioner)),
+                adjoint=mo.ImplicitAdjoint(
+                    mo.CG(preconditioner=preconditioner), error=None
+                ),
             )
             hyper = solution.value
         return jnp.sum(hyper**2)

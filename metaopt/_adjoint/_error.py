@@ -232,7 +232,8 @@ class DualWeighted(AbstractErrorEstimate):
             )
 
     def __call__(self, here, linear, gradient, at, solve, hyper):
-        w, knows = linear.value, _subspace(here, linear)
+        w = linear.value
+        knows, asked = _subspace(here, linear)
         better = _improved(here, here, w, knows, at, solve, self.rtol)
         old, new = better.with_old_solution, better.gradient
         length = _lengths_beside(gradient)
@@ -246,7 +247,8 @@ class DualWeighted(AbstractErrorEstimate):
         floor = jnp.finfo(error.dtype).eps * length(new)
         unsolved = linear.residual * tree_norm(here.in_params)
         share = unsolved / jnp.where(better.left > 0, better.left, 1)
-        return ErrorEstimate(error + floor, share, better.num_products, first_failure())
+        num_products = asked + better.num_products
+        return ErrorEstimate(error + floor, share, num_products, first_failure())
 
 
 def _lengths_beside(vector: Vector) -> Callable[[Vector], FloatScalar]:
@@ -317,16 +319,17 @@ def _improved(
     return _Better(there, tree_add(w, change), residual, size, new, old, count)
 
 
-def _subspace(here: Linearisation, linear: LinearSolution) -> Subspace | None:
-    """The directions whose products are known: those that were kept, or the solution."""
+def _subspace(here: Linearisation, linear: LinearSolution) -> tuple[Subspace | None, int]:
+    """The directions whose products are known, those that were kept or the solution, and
+    how many products were asked for."""
     if lx.symmetric_tag not in here.condition.tags:
-        return None
+        return None, 0
     if linear.subspace is not None:
-        return linear.subspace
+        return linear.subspace, 0
     stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
     product = here.operator.mv(linear.value)
     curvature = tree_dot(linear.value, product)
-    return Subspace(stacked(linear.value), stacked(product), curvature[None])
+    return Subspace(stacked(linear.value), stacked(product), curvature[None]), 1
 
 
 def _corrected(
@@ -468,7 +471,7 @@ class StrongConvexity(AbstractErrorEstimate):
                 "For fixed points and roots use `metaopt.DualWeighted()`."
             )
         curvature = constant(self.curvature, hyper)
-        knows, first = _subspace(here, linear), here.linear_residual(linear.value)
+        (knows, asked), first = _subspace(here, linear), here.linear_residual(linear.value)
         rough = _improved(here, here, linear.value, knows, at, solve, _ROUGH)
         # The residuals of the second correction need be no smaller than this: then what
         # they leave is no more than a part of the error itself.
@@ -493,7 +496,7 @@ class StrongConvexity(AbstractErrorEstimate):
         smallest = here.smallest_curvature(linear, first)
         contradicted = smallest < curvature * (1 - 100 * eps**0.5)
         bound = jnp.where(contradicted, jnp.inf, bound + 10 * eps * size)
-        num_products = rough.num_products + better.num_products + 2
+        num_products = asked + rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)
         share = tree_norm(first) / jnp.where(rough.left > 0, rough.left, 1)
         return ErrorEstimate(bound, share, num_products, doubt)
