@@ -304,10 +304,10 @@ class ImplicitAdjoint(AbstractAdjoint):
     ) -> Any:
         """Whether the derivative of the cotangent times the inner solution is accurate.
 
-        It is one in what moves: of `read`, the condition's function and `hyper`, the
-        leaves whose tangent in `moving` is not `None`. How an outer loss curves is not
-        known here: it counts as linear. Its slope in `hyper` is not known either, so that
-        the error is compared with the size of the terms of the derivative, which may
+        The derivative is that in the leaves of `read`, the condition's function and
+        `hyper`, whose tangent in `moving` is not `None`. The curvature of an outer loss is
+        not known here: it counts as linear. Its slope in `hyper` is not known either, so
+        that the error is compared with the size of the terms of the derivative, which may
         cancel near an outer optimum.
         """
         outer_loss = lambda params, moving: (tree_dot(cotangent, params), None)
