@@ -6,7 +6,8 @@ away, so that its solutions are of all degrees of accuracy. Printed is, for each
 dtype, how many hypergradients were accepted, how many of those are off by more than ten
 times the tolerance that was asked for, how often the estimated error is within a factor 2
 of the true one, and the products with the Hessian over those of the linear solve alone. A
-second table has bounds on the error for linear models.
+second table has bounds on the error for linear models. Errors that are as small as the
+effect of rounding, of the hypergradient or of the params, are not compared.
 
     python benchmarks/trust.py [--count 64] [--rtol 1e-3] [--only TEXT]
 """
@@ -28,7 +29,8 @@ import metaopt as mo
 jax.config.update("jax_enable_x64", True)
 
 NUM_STEPS = 60
-ROUNDING = 100  # units in the last place of the norm, below which errors are not compared
+# Errors are not compared below so many roundings of the hypergradient and of the params.
+ROUNDINGS, PARAM_ROUNDINGS = 100, 10
 
 BOUNDS = {
     "ridge": mo.ridge_bound,
@@ -44,6 +46,7 @@ class Judged(NamedTuple):
     accepted: Any
     known: Any
     norm: Any
+    rounding: Any
     true: Any
     said: Any
     products: Any
@@ -51,7 +54,9 @@ class Judged(NamedTuple):
 
 
 def exact(family: Family, params, instance):
-    """The solution nearest to `params` and the hypergradient there, by dense algebra."""
+    """The solution nearest to `params` and the hypergradient there, by dense algebra; whether
+    they were found; and the change of the hypergradient per relative change of the params,
+    each with a sign of its own."""
     flat, unravel = ravel_pytree(params)
     flat_hyper, unravel_hyper = ravel_pytree(instance.hyper)
 
@@ -72,18 +77,24 @@ def exact(family: Family, params, instance):
         better = jnp.nanmin(sizes) < jnp.linalg.norm(residual)
         return jnp.where(better, best, p), None
 
+    def gradient_at(p):
+        jacobian = jax.jacfwd(optimality)(p, flat_hyper)
+        cross = jax.jacfwd(optimality, 1)(p, flat_hyper)
+        outer = lambda p, h: family.outer(unravel(p), unravel_hyper(h), instance.valid)
+        in_params, direct = jax.grad(outer, (0, 1))(p, flat_hyper)
+        gradient = direct - cross.T @ jnp.linalg.solve(jacobian.T, in_params)
+        return gradient, jacobian
+
     solution, _ = jax.lax.scan(newton, flat, length=40)
-    jacobian = jax.jacfwd(optimality)(solution, flat_hyper)
-    cross = jax.jacfwd(optimality, 1)(solution, flat_hyper)
-    outer = lambda p, h: family.outer(unravel(p), unravel_hyper(h), instance.valid)
-    in_params, direct = jax.grad(outer, (0, 1))(solution, flat_hyper)
-    gradient = direct - cross.T @ jnp.linalg.solve(jacobian.T, in_params)
+    gradient, jacobian = gradient_at(solution)
+    signs = 1 - 2.0 * (jnp.arange(flat.size) % 3 == 0)
+    moved = gradient_at(solution * (1 + 1e-7 * signs))[0] - gradient
     step = jnp.linalg.solve(jacobian, optimality(solution, flat_hyper))
     solved = jnp.linalg.norm(step) <= 1e-9 * jnp.linalg.norm(solution)
     if family.minimise:
         curvatures = jnp.linalg.eigvalsh(jacobian)
         solved &= curvatures[0] > 1e-12 * curvatures[-1]
-    return solution, gradient, solved
+    return solution, gradient, solved, jnp.linalg.norm(moved) / 1e-7
 
 
 def rate(family: Family, params, instance):
@@ -113,7 +124,7 @@ def prepare(family: Family, key, dtype) -> Prepared:
             return jax.tree.map(lambda p, g: p - 0.3 * step_size * g, p, g), None
 
         nearest, _ = jax.lax.scan(descend, nearest, length=2000)
-    solution, _, found = exact(family, nearest, instance)
+    solution, _, found, _ = exact(family, nearest, instance)
     flat, unravel = ravel_pytree(instance.start)
     far = 10 ** jax.random.uniform(jax.random.fold_in(key, 9), minval=-7.0, maxval=0.0)
     start = unravel(solution + far * (flat - solution))
@@ -178,8 +189,8 @@ def truths(family, problems, params):
 
     def one(args):
         problem, params = cast(args, jnp.float64)
-        _, truth, solved = exact(family, params, problem.instance)
-        return truth, solved & problem.found & jnp.all(jnp.isfinite(truth))
+        _, truth, solved, slope = exact(family, params, problem.instance)
+        return truth, solved & problem.found & jnp.all(jnp.isfinite(truth)), slope
 
     return jax.lax.map(one, (problems, params))
 
@@ -196,13 +207,15 @@ def measure(name, dtype, count, seed, adjoint) -> Judged:
 def judged_against_truth(family, problems, outputs) -> Judged:
     """Brings outputs of `judge` and the exact hypergradients together."""
     gradient, report, plain_products, params = outputs
-    truth, known = truths(family, problems, params)
+    truth, known, slope = truths(family, problems, params)
     got = jax.vmap(lambda g: ravel_pytree(g)[0].astype(jnp.float64))(gradient)
-    said = report.error
+    said, norm = report.error, jnp.linalg.norm(truth, axis=-1)
+    eps = float(jnp.finfo(jax.tree.leaves(gradient)[0].dtype).eps)
     out = Judged(
         accepted=report.result == mo.RESULTS.successful,
         known=known,
-        norm=jnp.linalg.norm(truth, axis=-1),
+        norm=norm,
+        rounding=eps * jnp.maximum(ROUNDINGS * norm, PARAM_ROUNDINGS * slope),
         true=jnp.linalg.norm(got - truth, axis=-1),
         said=jnp.full(known.shape, jnp.nan) if said is None else said,
         products=report.num_products + report.num_error_products,
@@ -225,17 +238,17 @@ def bounds(name, dtype, count, seed) -> tuple[np.ndarray, float]:
 
     outputs = eqx.filter_jit(jax.vmap(one))(problems)
     out = judged_against_truth(family, problems, outputs)
-    keep = out.known & (out.true > ROUNDING * float(jnp.finfo(dtype).eps) * out.norm)
+    keep = out.known & (out.true > out.rounding)
     products = out.products[keep].sum() / out.plain_products[keep].sum()
     return (out.said / out.true)[keep], products
 
 
-def summary(judged: Judged, rtol: float, eps: float) -> dict[str, float]:
+def summary(judged: Judged, rtol: float) -> dict[str, float]:
     """The columns of the table for one family."""
     keep = judged.known
     relative = judged.true / np.where(judged.norm > 0, judged.norm, 1)
     accepted = judged.accepted & keep
-    above = keep & (judged.true > ROUNDING * eps * judged.norm)
+    above = keep & (judged.true > judged.rounding)
     ratio = (judged.said / np.where(above, judged.true, 1))[above]
     return {
         "known": int(keep.sum()),
@@ -283,14 +296,13 @@ def main():
     given = parser.parse_args()
     names = [name for name in FAMILIES if given.only in name]
     for dtype in (jnp.float64, jnp.float32):
-        eps = float(jnp.finfo(dtype).eps)
         print(f"{np.dtype(dtype).name}, rtol={given.rtol:g}\n{HEADER}")
         rows = []
         for name in names:
             kind = mo.CG if FAMILIES[name].minimise else mo.GMRES
             adjoint = mo.ImplicitAdjoint(kind(rtol=given.linear_rtol), rtol=given.rtol)
             out = measure(name, dtype, given.count, given.seed, adjoint)
-            rows.append(summary(out, given.rtol, eps))
+            rows.append(summary(out, given.rtol))
             print(line(name, rows[-1]), flush=True)
         total = {key: float(sum(row[key] for row in rows)) for key in rows[0]}
         print(line("all", total), flush=True)
