@@ -54,9 +54,9 @@ class Judged(NamedTuple):
 
 
 def exact(family: Family, params, instance):
-    """The solution nearest to `params` and the hypergradient there, by dense algebra; whether
-    they were found; and the change of the hypergradient per relative change of the params,
-    each with a sign of its own."""
+    """By dense algebra, for the solution nearest to `params`: itself, the hypergradient,
+    whether it was found, and how far the hypergradient moves for a relative change of the
+    params, each with a sign of its own."""
     flat, unravel = ravel_pytree(params)
     flat_hyper, unravel_hyper = ravel_pytree(instance.hyper)
 

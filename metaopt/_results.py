@@ -161,8 +161,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     path_exploded = (
         "The derivative explodes along the path of the inner solver: rounding the params "
         "once, at one of its steps, changes the outer loss by more than a thousandth of it "
-        "(the report's `rounding_effect` and `growth`). The hypergradient is exact for the "
-        "numbers computed and predicts no change of `hyper` that is larger than rounding. "
+        "or of its change over the path (the report's `rounding_effect` and `growth`). The "
+        "hypergradient is exact for the numbers computed and predicts no change of `hyper` "
+        "that is larger than rounding. "
         "Take fewer inner steps, lower the inner learning rate or momentum, truncate the "
         "path with `metaopt.TruncatedAdjoint`, or smooth the inner loss (other "
         "activations than `relu`, normalisation)."

@@ -137,3 +137,56 @@ def test_momentum_through_relu_for_a_thousand_steps():
     exploded = reports.result == mo.RESULTS.path_exploded
     assert not exploded[:2].any() and jnp.all(reports.growth[:2] < 20)
     assert exploded[2:].any() and jnp.max(reports.growth[2:]) > 1e4
+
+
+def test_offset_of_the_outer_loss_hides_nothing():
+    # Beside a large constant, any effect of rounding is small.
+    problem = mo.BilevelProblem(LOGISTIC.inner, lambda z, hyper, batch: z + 1e6)
+    report: Any = mo.hypergradient(
+        problem,
+        jnp.asarray(CHAOTIC),
+        jnp.asarray(0.3),
+        inner=mo.Picard(60, rtol=None),
+        adjoint=mo.UnrolledAdjoint(),
+        throw=False,
+    )[1]
+    assert report.result == mo.RESULTS.path_exploded
+    assert report.rounding_effect < 1e-3 * 1e6
+
+
+def test_start_at_the_solution_is_no_explosion():
+    # The outer loss changes by rounding alone, and momentum makes the derivative grow.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch: jnp.sum(params**2),
+    )
+    report: Any = mo.hypergradient(
+        problem,
+        jnp.arange(1.0, 4.0, dtype=jnp.float32),
+        jnp.arange(1.0, 4.0, dtype=jnp.float32) * (1 + 1e-6),
+        inner=mo.Descent(optax.sgd(1e-4, momentum=0.999), num_steps=1000),
+        adjoint=mo.UnrolledAdjoint(),
+    )[1]
+    assert report.growth > 0.9
+    assert report.result == mo.RESULTS.successful
+
+
+@pytest.mark.parametrize("rate, explodes", [(1.0, True), (0.1, False)])
+def test_undone_steps_are_measured_as_unrolled_ones(rate, explodes):
+    def report(adjoint) -> Any:
+        return mo.hypergradient(
+            mo.BilevelProblem(cubic, lambda params, *_: jnp.sum(jnp.sin(params))),
+            3.8,  # momentum makes 4 diverge
+            jnp.array([0.3, 0.35]),
+            inner=mo.ReversibleSGD(rate, 0.1, num_steps=200),
+            adjoint=adjoint,
+            throw=False,
+        )[1]
+
+    expected, got = report(mo.UnrolledAdjoint()), report(mo.ReversibleAdjoint())
+    code = mo.RESULTS.path_exploded if explodes else mo.RESULTS.successful
+    assert got.result == expected.result == code
+    # In chaos the two add up roundings of their own.
+    logs = lambda report: np.log([report.growth, report.rounding_effect])
+    np.testing.assert_allclose(logs(got), logs(expected), atol=10 if explodes else 1e-3)
+    assert not explodes or got.growth > 1e9

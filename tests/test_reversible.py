@@ -194,8 +194,12 @@ def test_steps_are_undone_to_the_last_bit(num_steps, kind):
         hyper, inner, momenta = constant_hyper(), constant(num_steps), np.array(0.9)
     data = mo.Minibatches(train, 5) if "minibatches" in kind else train
     gradient, report = mo.hypergradient(
-        PROBLEM, hyper, params, data, valid, inner=inner, adjoint=ADJOINT
+        PROBLEM, hyper, params, data, valid, inner=inner, adjoint=ADJOINT, throw=False
     )
+    # Steps can be undone where the derivative explodes.
+    long = num_steps == 10_000 and kind != "constant"
+    code = mo.RESULTS.path_exploded if long else mo.RESULTS.successful
+    assert report.result == code
     assert bool(report.returned_to_start)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     # Words of 16 bits, and the logarithm of what the digits left over are below: what is

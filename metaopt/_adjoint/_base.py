@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._data import AbstractData
-from .._results import first_failure, mask_result, RESULTS
+from .._results import first_failure, RESULTS
 from .._solver import (
     AbstractIterativeSolver,
     AbstractSolver,
@@ -31,6 +31,7 @@ from .._types import (
     Params,
     Vector,
 )
+from ._explosion import judge_path
 
 
 if TYPE_CHECKING:
@@ -267,16 +268,20 @@ class AbstractPathAdjoint(AbstractAdjoint):
             return tree_norm(jax.grad(of_params)(reached))
 
         bound = self.error_bound(hyper, outer_slope)
-        growth, rounding_effect, exploded = _explosion(measured, output.value)
         info = dataclasses.replace(
             output.info,
-            result=mask_result(exploded, RESULTS.path_exploded),
             error=bound,
             error_is_bound=bound is not None,
             left_out=self.left_out,
-            growth=growth,
-            rounding_effect=rounding_effect,
         )
+        if measured is not None:
+
+            def at_start():
+                params, model_state = start(hyper)
+                return outer(params, hyper, model_state)[0]
+
+            judged = judge_path(measured, output.value, at_start, reached)
+            info = dataclasses.replace(info, **judged._asdict())
         return dataclasses.replace(output, info=info)
 
 
@@ -323,24 +328,6 @@ def path_hypergradient(
     residual = inner.last_residual(outcome, hyper)
     info = AdjointInfo(first_failure(), residual, num_flat=outcome.num_flat)
     return HypergradientOutput(value, aux, direct, through, outcome, info, None)
-
-
-# One rounding of the params changes the outer loss by this part of it, and the derivative
-# has grown by this factor: a small outer loss alone is no explosion.
-_ROUNDING_EFFECT, _GROWTH = 1e-3, 1e2
-
-
-def _explosion(
-    measured: jax.Array | None, value: FloatScalar
-) -> tuple[FloatScalar | None, FloatScalar | None, BoolScalar]:
-    """The growth of the derivative along the path, the effect of a rounding, and whether
-    both are too large for a derivative that says anything."""
-    if measured is None:
-        return None, None, jnp.asarray(False)
-    rounding, largest, last = measured
-    growth = jnp.where(last > 0, largest / jnp.where(last > 0, last, 1), 1)
-    exploded = (rounding > _ROUNDING_EFFECT * jnp.abs(value)) & (growth > _GROWTH)
-    return growth, rounding, exploded
 
 
 def counted_anew(state: LoopState, loop: Loop) -> LoopState:

@@ -21,7 +21,11 @@ from ._earlier import can_go_on as can_go_on, Earlier as Earlier
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
 )
-from ._gauge import new_gauge as new_gauge
+from ._gauge import (
+    measured as measured,
+    new_gauge as new_gauge,
+    rounding_variances as rounding_variances,
+)
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
 from ._linear_fixed_point import LinearFixedPoint as LinearFixedPoint

@@ -9,43 +9,71 @@ from .._types import Vector
 def new_gauge() -> jax.Array:
     """The input of a loop whose cotangent, after a reverse pass, says how the derivative
     grew: see `gauged`."""
-    return jnp.zeros(3)
+    return jnp.zeros(4)
 
 
 @jax.custom_vjp
 def gauged(params: Vector, gauge: jax.Array) -> tuple[Vector, jax.Array]:
-    r"""The params after a step and the gauge, both as they are.
+    """The params after a step and the gauge, both as they are.
 
-    The reverse pass meets the cotangent $c$ of the params after each step, the last step
-    first. The cotangent of the gauge collects three numbers:
-
-    - the largest $\epsilon \sqrt{\sum_i c_i^2 p_i^2}$, the change of the outer loss when
-      every param is rounded once, at random. $p_i^2$ stands for its mean in an array, so
-      that a reverse pass has to keep no param,
-    - the largest $\|c\|$,
-    - the $\|c\|$ of the last step.
+    The reverse pass meets the cotangent of the params after each step, the last step
+    first. The cotangent of the gauge collects what `measured` says of them.
     """
     return params, gauge
 
 
-def _forward(params, gauge):
-    def variance(leaf):
-        leaf, eps = leaf.astype(gauge.dtype), float(jnp.finfo(leaf.dtype).eps)
-        return eps**2 * jnp.sum(leaf * leaf) / max(leaf.size, 1)
+def measured(
+    gauge: jax.Array, of_params: list[jax.Array], variances: jax.Array
+) -> jax.Array:
+    r"""A gauge after one more step of a reverse pass.
 
-    leaves = jax.tree.leaves(params)
-    return (params, gauge), jnp.stack([variance(leaf) for leaf in leaves])
+    With $c$ the cotangent of the params, these four numbers:
+
+    - the largest $\epsilon \sqrt{\sum_i c_i^2 p_i^2}$, the change of the outer loss when
+      every param is rounded once, at random. $p_i^2$ stands for its mean in an array, so
+      that a reverse pass has to keep no param,
+    - the same after the last step,
+    - the largest $\|c\|$,
+    - the $\|c\|$ of the last step.
+
+    **Arguments:**
+
+    - `of_params`: the leaves of $c$.
+    - `variances`: for each, $\epsilon^2$ times the mean of $p_i^2$.
+    """
+    leaves = [leaf.astype(gauge.dtype) for leaf in of_params]
+    squares = jnp.stack([jnp.sum(leaf * leaf) for leaf in leaves])
+    rounding, last_rounding, largest, last = gauge
+    norm = jnp.sqrt(jnp.sum(squares))
+    effect = jnp.sqrt(jnp.sum(variances * squares))
+    first = last == 0
+    return jnp.stack(
+        [
+            jnp.maximum(rounding, effect),
+            jnp.where(first, effect, last_rounding),
+            jnp.maximum(largest, norm),
+            jnp.where(first, norm, last),
+        ]
+    )
+
+
+def rounding_variances(params: Vector) -> jax.Array:
+    """The mean square of the rounding of an entry, for each leaf of the params."""
+
+    def variance(leaf):
+        wide, eps = leaf.astype(jnp.zeros(()).dtype), float(jnp.finfo(leaf.dtype).eps)
+        return eps**2 * jnp.sum(wide * wide) / max(leaf.size, 1)
+
+    return jnp.stack([variance(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def _forward(params, gauge):
+    return (params, gauge), rounding_variances(params)
 
 
 def _backward(variances, cotangents):
     of_params, of_gauge = cotangents
-    leaves = [leaf.astype(of_gauge.dtype) for leaf in jax.tree.leaves(of_params)]
-    squares = jnp.stack([jnp.sum(leaf * leaf) for leaf in leaves])
-    rounding, largest, last = of_gauge
-    norm = jnp.sqrt(jnp.sum(squares))
-    rounding = jnp.maximum(rounding, jnp.sqrt(jnp.sum(variances * squares)))
-    last = jnp.where(last > 0, last, norm)
-    return of_params, jnp.stack([rounding, jnp.maximum(largest, norm), last])
+    return of_params, measured(of_gauge, jax.tree.leaves(of_params), variances)
 
 
 gauged.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """The adjoint that undoes the steps of a solver."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from ..._detach import unknown_derivative
 from ..._model_state import FrozenState
-from ..._results import mask_result
+from ..._results import first_failure, mask_result
 from ..._solver import AbstractSolver, InnerSolve, ReversiblePicard, ReversibleSGD
 from ..._tree import split_trainable, tree_add
 from ..._types import Hyper, ModelState, Params
@@ -18,6 +19,7 @@ from .._base import (
     AdjointInfo,
     HypergradientOutput,
 )
+from .._explosion import judge_path
 from ._coupled import CoupledRun
 from ._derivative import once, with_reverse_derivative
 from ._momentum import MomentumRun
@@ -167,6 +169,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             stored_bits=undone.stored_bits,
             drift=undone.drift,
         )
+        if undone.measured is not None:
+            at_start = lambda: outer(full_params, hyper, model_state)[0]
+            judged = judge_path(undone.measured, value, at_start, params)
+            result = first_failure(info.result, judged.result)
+            info = dataclasses.replace(info, **judged._asdict() | {"result": result})
         through_solution = tree_add(through_start, into_hyper)
         return HypergradientOutput(
             value, aux, direct, through_solution, outcome, info, None

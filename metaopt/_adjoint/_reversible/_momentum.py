@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._results import RESULTS
-from ..._solver import InnerSolve, ReversibleSGD
+from ..._solver import InnerSolve, measured, new_gauge, ReversibleSGD, rounding_variances
 from ..._tree import nan_where, split_trainable, tree_dot
 from ..._types import Hyper, ModelState, Params
 from ._cotangents import added, in_dtypes, or_zeros, wide_zeros
@@ -123,9 +123,11 @@ class MomentumRun(AbstractRun):
         fixed = eqx.combine(fixed, rest)
 
         def back(carry, x):
-            exact, in_point, in_velocity, sums = carry
+            exact, in_point, in_velocity, sums, gauge = carry
             draw, rate, momentum, numerator, bound, in_loss = x
             velocity = solver.velocity_at(exact, like)
+            variances = rounding_variances(solver.params_at(exact, like))
+            gauge = measured(gauge, in_point, variances)
             exact = solver.position_before(exact, rate)
             point = solver.params_at(exact, like)
 
@@ -147,6 +149,7 @@ class MomentumRun(AbstractRun):
                 added(in_point, jax.tree.leaves(more)),
                 [fraction.astype(a.dtype) * a for a in in_velocity],
                 added(sums, jax.tree.leaves(into)),
+                gauge,
             )
             return carry, (in_rate, in_momentum)
 
@@ -160,9 +163,10 @@ class MomentumRun(AbstractRun):
             added(wide_zeros(like), jax.tree.leaves(or_zeros(cotangent.params, like))),
             wide_zeros(like),
             wide_zeros(wanted),
+            new_gauge(),
         )
         xs = self.draws, all_rates, all_momenta, numerators, bounds, in_losses
-        (exact, in_params, _, sums), (in_rates, in_momenta) = jax.lax.scan(
+        (exact, in_params, _, sums, gauge), (in_rates, in_momenta) = jax.lax.scan(
             back, carry, xs, reverse=True
         )
         begun, _ = solver.begin(like)
@@ -180,4 +184,5 @@ class MomentumRun(AbstractRun):
             returned,
             returned_to_start=returned,
             stored_bits=stored_bits,
+            measured=gauge,
         )

@@ -61,6 +61,7 @@ class Undone(eqx.Module):
     - `cotangents`: those of `(run.evaluate, inputs)`; NaN where it has failed.
     - `succeeded`: whether the way back ended where it should.
     - `returned_to_start`, `stored_bits`, `drift`: as in [`metaopt.AdjointInfo`][].
+    - `measured`: what a gauge has measured on the way, or `None`.
     """
 
     cotangents: tuple[Any, Inputs]
@@ -68,6 +69,7 @@ class Undone(eqx.Module):
     returned_to_start: BoolScalar | None = None
     stored_bits: FloatScalar | None = None
     drift: FloatScalar | None = None
+    measured: jax.Array | None = None
 
 
 class AbstractRun(eqx.Module):

@@ -1,0 +1,57 @@
+"""Derivatives that explode along the path of an inner solver."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._results import mask_result, RESULTS
+from .._types import FloatScalar, Vector
+
+
+# The effect of one rounding, relative to the outer loss or to its change over the path,
+# and the growth of the derivative, above which it explodes.
+_EFFECT, _GROWTH = 1e-3, 1e2
+
+# The same relative to what the outer loss changes by if every param of the end changes by
+# all of its size. An outer loss that is small, or does not change, is no explosion.
+_EFFECT_OF_SIZE = 1e-4
+
+
+class PathJudgement(NamedTuple):
+    """How a derivative grew along a path: see [`metaopt.AdjointInfo`][]."""
+
+    result: RESULTS
+    growth: FloatScalar
+    rounding_effect: FloatScalar
+
+
+def judge_path(
+    measured: jax.Array,
+    value: FloatScalar,
+    value_at_start: Callable[[], FloatScalar],
+    params: Vector,
+) -> PathJudgement:
+    """Says whether the derivative explodes, by what a gauge has measured.
+
+    **Arguments:**
+
+    - `measured`: see `metaopt._solver._gauge.measured`.
+    - `value`: the outer loss.
+    - `value_at_start`: gives it at the initial params. An outer loss can have a constant
+        that says nothing, and its change over the path has none. It is evaluated where the
+        rest looks like an explosion.
+    - `params`: for their dtypes.
+    """
+    rounding, last_rounding, largest, last = measured
+    growth = jnp.where(last > 0, largest / jnp.where(last > 0, last, 1), 1)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params))
+    suspect = (growth > _GROWTH) & (rounding * eps > _EFFECT_OF_SIZE * last_rounding)
+    value = jax.lax.stop_gradient(value)
+    start = jax.lax.cond(
+        suspect, lambda: jax.lax.stop_gradient(value_at_start()), lambda: value
+    )
+    change = jnp.where(jnp.isfinite(start), jnp.abs(value - start), jnp.inf)
+    exploded = suspect & (rounding > _EFFECT * jnp.minimum(jnp.abs(value), change))
+    return PathJudgement(mask_result(exploded, RESULTS.path_exploded), growth, rounding)
