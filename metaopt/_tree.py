@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._types import BoolScalar, FloatScalar, PyTree, Vector
+from ._types import BoolScalar, FloatScalar, IntScalar, PyTree, Vector
 
 
 def tree_dot(x: Vector, y: Vector) -> FloatScalar:
@@ -77,6 +77,18 @@ def tree_zeros_like(x: PyTree) -> PyTree:
         return made if a.sharding is None else jax.sharding.reshard(made, a.sharding)
 
     return jax.tree.map(zeros, tree_structs(x))
+
+
+def tree_rooms(x: PyTree, count: int) -> PyTree:
+    """Room for `count` of `x`: zeros stacked on a leading axis, sharded as `x` is."""
+    room = lambda a: jnp.broadcast_to(a, (count, *a.shape))
+    return jax.tree.map(room, tree_zeros_like(x))
+
+
+def tree_put(rooms: PyTree, slot: IntScalar, x: PyTree) -> PyTree:
+    """`rooms` with `x` in the place of one entry."""
+    put = lambda room, a: jax.lax.dynamic_update_index_in_dim(room, a, slot, 0)
+    return jax.tree.map(put, rooms, x)
 
 
 def tree_where(condition: BoolScalar, x: PyTree, y: PyTree) -> PyTree:

@@ -37,11 +37,33 @@ with jax.set_mesh(mesh):
     for over, solver, error in (
         (P(), mo.GMRES(), judged), (P("d"), mo.CG(), judged), (P("d"), mo.Dense(), None),
         (P("d"), mo.Neumann(300), None),
+        (P("d"), mo.CG(preconditioner=mo.DiagonalEstimate(4)), None),
+        (P("d"), mo.CG(preconditioner=mo.LowRank(2)), None),
+        (P("d"), mo.LinearFixedPoint(mo.Anderson(rtol=1e-8)), None),
     ):
         got = slope(over, sgd, mo.ImplicitAdjoint(solver, error=error))
         np.testing.assert_allclose(got, exact, rtol=1e-3, err_msg=str((over, solver)))
     got = slope(P("d"), adam, mo.UnrolledAdjoint())
     np.testing.assert_allclose(got, unrolled, rtol=1e-9)
+    for memory in "1GiB", mo.OnlineCheckpoints():
+        try:
+            slope(P("d"), adam, mo.UnrolledAdjoint(memory))
+        except ValueError as error:
+            assert "Blocks()" in str(error) and "AxisType.Auto" in str(error)
+        else:
+            raise AssertionError(memory)
+
+W = jax.random.normal(jax.random.key(2), (3, 3)) * 0.2
+def layer_loss(W, x, solver):
+    step = lambda z, x: jnp.tanh(z @ W + x)
+    layer = mo.nn.Equilibrium(step, jnp.zeros_like, solver=solver)
+    return jnp.mean(layer(x)[0] ** 2)
+
+with jax.set_mesh(mesh):
+    for solver in mo.Anderson(rtol=1e-9), mo.Broyden(rtol=1e-9):
+        rows = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+        a, b = (jax.grad(layer_loss)(W, x, solver) for x in (rows, put(rows, P("d"))))
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 def tuned(train, valid, key):
     solver = mo.NestedSolver(adam, mo.UnrolledAdjoint(), outer=optax.sgd(0.1))

@@ -8,7 +8,7 @@ import jax
 
 from .._model_state import FrozenState
 from .._solver import AbstractIterativeSolver, AbstractSolver, LoopState, ReversibleSGD
-from .._tree import tree_num_bytes
+from .._tree import explicit_mesh, tree_num_bytes
 from ._base import AbstractAdjoint
 from ._memory import (
     Blocks,
@@ -106,6 +106,13 @@ def chosen(
     if not isinstance(adjoint.memory, MemoryBudget):
         return adjoint
     assert isinstance(solver, AbstractIterativeSolver)  # checked by the adjoint
+    if explicit_mesh(eqx.filter(args, eqx.is_array)) is not None:
+        raise ValueError(
+            "A budget of memory is kept to by compiling each plan beforehand, which cannot "
+            "be done for arrays that are sharded over explicit axes of a mesh. Choose a "
+            "plan by hand: `UnrolledAdjoint(metaopt.Blocks())`; or make the mesh with "
+            "`axis_types=(AxisType.Auto,)`."
+        )
     budget = adjoint.memory.num_bytes
     state = tree_num_bytes(jax.eval_shape(start).params)
     needs: dict[str, int] = {}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax import lax
@@ -18,6 +17,8 @@ from .._tree import (
     tree_dtype,
     tree_norm,
     tree_num_bytes,
+    tree_put,
+    tree_rooms,
     tree_scale,
     tree_structs,
     tree_sub,
@@ -262,9 +263,7 @@ class _Method:
         count = self.solver.num_kept
         if count == 0:
             return None
-        # Sharded as the leaf is.
-        room = lambda a: jnp.broadcast_to(jnp.zeros_like(a), (count, *a.shape))
-        rooms = jax.tree.map(room, self.system.b)
+        rooms = tree_rooms(self.system.b, count)
         return Subspace(rooms, rooms, jnp.zeros(count, self.system.dtype))
 
     def keep(self, s: _Series, taken, p: Vector, product: Vector, curvature):
@@ -272,11 +271,9 @@ class _Method:
         if s.kept is None:
             return None
         slot = s.num_steps % self.solver.num_kept
-        put_leaf = lambda room, a: lax.dynamic_update_index_in_dim(room, a, slot, 0)
-        put = lambda rooms, tree: jax.tree.map(put_leaf, rooms, tree)
         return Subspace(
-            put(s.kept.directions, p),
-            put(s.kept.products, product),
+            tree_put(s.kept.directions, slot, p),
+            tree_put(s.kept.products, slot, product),
             s.kept.curvatures.at[slot].set(jnp.where(taken, curvature, 0)),
         )
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._model_state import AbstractStatePolicy
-from .._tree import tree_dtype, tree_sub
+from .._tree import tree_dtype, tree_put, tree_rooms, tree_sub
 from .._types import IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._examples import Examples
@@ -77,13 +77,13 @@ class Anderson(AbstractAcceleratedSolver):
 
     def begin(self, params: Vector, examples: Examples) -> "_History":
         size = self.history_size
-        empty = lambda a: jnp.zeros((size, *a.shape), a.dtype)
+        empty = tree_rooms(params, size)
         zeros = jax.tree.map(jnp.zeros_like, params)
         return _History(
             value=zeros,
             residual=zeros,
-            of_values=jax.tree.map(empty, params),
-            of_residuals=jax.tree.map(empty, params),
+            of_values=empty,
+            of_residuals=empty,
             products=jnp.zeros((*examples.shape, size, size), tree_dtype(params)),
             right=jnp.zeros((*examples.shape, size), tree_dtype(params)),
         )
@@ -127,10 +127,9 @@ class _History(eqx.Module):
         """With the differences to the last step in the place of the oldest ones."""
         slot = (step - 1) % self.right.shape[-1]
         difference = lambda new, old: jnp.where(step == 0, 0, new - old).astype(old.dtype)
-        put = lambda history, new: history.at[slot].set(new, mode="promise_in_bounds")
         of_value = jax.tree.map(difference, at.value, self.value)
         of_residual = jax.tree.map(difference, at.residual, self.residual)
-        history = jax.tree.map(put, self.of_residuals, of_residual)
+        history = tree_put(self.of_residuals, slot, of_residual)
         right = at.examples.products(history, at.residual)
         # The histories are the largest arrays here, and each is read once: the products
         # of a difference with the others are differences of their products.
@@ -139,7 +138,7 @@ class _History(eqx.Module):
         return _History(
             value=at.value,
             residual=at.residual,
-            of_values=jax.tree.map(put, self.of_values, of_value),
+            of_values=tree_put(self.of_values, slot, of_value),
             of_residuals=history,
             products=self.products.at[..., slot, :].set(row).at[..., :, slot].set(row),
             right=right,

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from .._linear import AbstractInverse
 from .._model_state import AbstractStatePolicy
-from .._tree import tree_add, tree_dtype, tree_sub
+from .._tree import tree_add, tree_dtype, tree_put, tree_rooms, tree_sub
 from .._types import IntScalar, Vector
 from .._validate import check_count
 from ._examples import Examples
@@ -135,7 +135,7 @@ class BroydenInverse(AbstractInverse):
     def identity(cls, params: Vector, examples: Examples, size: int) -> "BroydenInverse":
         """The identity, with room for terms."""
         zero = jax.tree.map(jnp.zeros_like, params)
-        zeros = jax.tree.map(lambda a: jnp.zeros((size, *a.shape), a.dtype), params)
+        zeros = tree_rooms(params, size)
         count = jnp.zeros(examples.shape, jnp.int32)
         return cls(zeros, zeros, zero, zero, count, examples)
 
@@ -167,14 +167,18 @@ class BroydenInverse(AbstractInverse):
     def written(self) -> "BroydenInverse":
         """With the last term among the others."""
         slot = jnp.maximum(self.count - 1, 0)
-        place = (slot,)
-        if self.examples.shape:
-            place = (slot, jnp.arange(self.examples.shape[0]))
-        put = lambda history, new: history.at[place].set(new, mode="promise_in_bounds")
+
+        def put(rooms, last):
+            if not self.examples.shape:
+                return tree_put(rooms, slot, last)
+            place = slot, jnp.arange(self.examples.shape[0])
+            write = lambda room, a: room.at[place].set(a, mode="promise_in_bounds")
+            return jax.tree.map(write, rooms, last)
+
         return dataclasses.replace(
             self,
-            left=jax.tree.map(put, self.left, self.last_left),
-            right=jax.tree.map(put, self.right, self.last_right),
+            left=put(self.left, self.last_left),
+            right=put(self.right, self.last_right),
         )
 
     def with_term(self, left: Vector, right: Vector) -> "BroydenInverse":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._tree import tree_dtype
+from .._tree import tree_dtype, with_auto_axes
 from .._types import Vector
 
 
@@ -88,7 +88,10 @@ class Examples(eqx.Module):
             rows = jax.lax.dot_general(h, a, dims, preferred_element_type=dtype)
             return jnp.sum(rows, tuple(range(given, batched)))
 
-        return ft.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, history, x)))
+        def products(history, x):
+            return ft.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, history, x)))
+
+        return with_auto_axes(products, history, x)
 
     def combined(self, weights: Array, history: Vector) -> Vector:
         """The sum over a history, of leaves `(m, *shape)`, by weights of shape

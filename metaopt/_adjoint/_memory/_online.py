@@ -7,7 +7,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 
-from ..._tree import padding
+from ..._tree import explicit_mesh, padding
 from ..._validate import check_count
 from ._base import AbstractMemoryPlan, with_mixed_mode
 
@@ -42,6 +42,13 @@ class OnlineCheckpoints(AbstractMemoryPlan):
         return with_mixed_mode(loop)
 
     def scan(self, body, state, draws, length):
+        if explicit_mesh(eqx.filter(state, eqx.is_array)) is not None:
+            raise ValueError(
+                "`OnlineCheckpoints` keeps its states in loops of Equinox, which take no "
+                "arrays that are sharded over explicit axes of a mesh. Use "
+                "`metaopt.Blocks()`, or make the mesh with `axis_types=(AxisType.Auto,)`."
+            )
+
         def goes_on(carry):
             state, _, _ = carry
             return jnp.logical_not(state.done)

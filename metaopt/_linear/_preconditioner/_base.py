@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from ..._tree import tree_all_finite, tree_where
+from ..._tree import (
+    tree_all_finite,
+    tree_rooms,
+    tree_sharded_like,
+    tree_structs,
+    tree_where,
+)
 from ..._types import IntScalar, Key, Vector
 
 
@@ -126,4 +132,5 @@ def drawn(draw: Callable[..., jax.Array], key: Key, structure: Any, count: int) 
     leaves, tree = jax.tree.flatten(structure)
     keys = jax.random.split(key, max(len(leaves), 1))
     leaves = [draw(k, (count, *a.shape), a.dtype) for k, a in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, leaves)
+    vectors = jax.tree.unflatten(tree, leaves)
+    return tree_sharded_like(vectors, tree_structs(tree_rooms(structure, count)))

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._tree import tree_dtype, tree_size
+from ..._tree import tree_dtype, tree_size, tree_zeros_like
 from ..._validate import check_count
 from ._base import AbstractPreconditioner, drawn, products, Refreshed
 
@@ -40,8 +40,9 @@ class DiagonalEstimate(AbstractPreconditioner):
         check_count(self.refresh_every, "refresh_every")
 
     def init(self, vector):
-        zeros = lambda a: jnp.zeros(a.shape, tree_dtype(a))
-        return Refreshed(jax.tree.map(zeros, vector), jnp.zeros((), jnp.int32))
+        wide = lambda a: a.astype(tree_dtype(a))
+        zeros = jax.tree.map(wide, tree_zeros_like(vector))
+        return Refreshed(zeros, jnp.zeros((), jnp.int32))
 
     def update(self, operator, state, key, solver_state):
         del solver_state

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._tree import tree_dtype, tree_size, tree_where
+from ..._tree import tree_dtype, tree_rooms, tree_size, tree_where, with_auto_axes
 from ..._validate import check_count
 from .._base import coarsest_eps
 from ._base import AbstractPreconditioner, drawn, products, Refreshed
@@ -47,8 +47,7 @@ class LowRank(AbstractPreconditioner):
 
     def init(self, vector):
         rank = min(self.rank, tree_size(vector))
-        zeros = lambda a: jnp.zeros((rank, *a.shape), tree_dtype(a))
-        basis = jax.tree.map(zeros, vector)
+        basis = _wide(tree_rooms(vector, rank))
         weights = jnp.zeros(rank, tree_dtype(vector))
         return Refreshed((basis, weights), jnp.zeros((), jnp.int32))
 
@@ -61,11 +60,16 @@ class LowRank(AbstractPreconditioner):
 
     def apply(self, state, vector):
         basis, weights = state.known
-        along = sum(
-            jnp.tensordot(rows, leaf.astype(rows.dtype), leaf.ndim).astype(weights.dtype)
-            for rows, leaf in zip(jax.tree.leaves(basis), jax.tree.leaves(vector))
-        )
-        change = weights * along
+
+        def products(basis, vector):
+            return sum(
+                jnp.tensordot(rows, leaf.astype(rows.dtype), leaf.ndim).astype(
+                    weights.dtype
+                )
+                for rows, leaf in zip(jax.tree.leaves(basis), jax.tree.leaves(vector))
+            )
+
+        change = weights * with_auto_axes(products, basis, vector)
 
         def add(leaf, rows):
             out = leaf.astype(rows.dtype) + jnp.tensordot(
@@ -123,7 +127,10 @@ def _gram(x, y):
         out = jnp.tensordot(a, b, (axes, axes), precision="highest")
         return out.astype(tree_dtype((x, y)))
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, x, y)), np.float32(0))
+    def gram(x, y):
+        return sum(jax.tree.leaves(jax.tree.map(leaf, x, y)), np.float32(0))
+
+    return with_auto_axes(gram, x, y)
 
 
 def _combined(matrix, vectors):
