@@ -234,7 +234,9 @@ def as_data(data: Any, name: str = "data") -> AbstractData:
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"{_listed(counts)}: arrays that differ in their number of rows. If that is "
-            "meant, say so with `metaopt.FullBatch(data)`."
+            "meant, say so with `metaopt.FullBatch(data)`. If it is a list of batches, "
+            "they must be of the same shapes: leave out the last one, and hand over "
+            "`iter(batches)` to `metaopt.solve_bilevel`."
         )
     return FullBatch(data)
 

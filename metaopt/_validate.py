@@ -196,13 +196,16 @@ def _check_no_loader(leaf: Any, name: str) -> None:
 
 
 def _check_lists(tree: Any, name: str) -> None:
-    """Raises a `TypeError` for lists of numbers: to JAX each number is an array."""
+    """Raises a `TypeError` for an empty list, and for lists of numbers: to JAX each number
+    is an array."""
 
     def numbers(node: Any) -> bool:
         if isinstance(node, list):
             return bool(node) and all(map(numbers, node))
         return isinstance(node, int | float | complex)
 
+    if isinstance(tree, list) and not tree:
+        raise TypeError(f"`{name}` is an empty list. Hand over arrays, or leave it out.")
     is_list = lambda node: isinstance(node, list) and numbers(node)
     paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)[0]
     for path, node in paths:

@@ -207,3 +207,34 @@ def test_run_refuses_what_it_cannot_do_before_compiling():
                 ).outer_loss
             )
         )(jnp.array(0.0))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_list_of_batches_is_named(kind):
+    loss = lambda params, hyper, batch: jnp.mean((batch[0] @ params - batch[1]) ** 2)
+    batches = kind((np.ones((3, 2)), np.ones(3)) for _ in range(4))
+    problem, data = mo.BilevelProblem(loss, loss), (np.ones((3, 2)), np.ones(3))
+    with pytest.raises(TypeError) as caught:
+        mo.hypergradient(
+            problem,
+            jnp.ones(2),
+            jnp.ones(2),
+            batches,
+            data,
+            inner=mo.Descent(optax.sgd(0.1), 2),
+            adjoint=mo.UnrolledAdjoint(),
+        )
+    notes = " ".join(caught.value.__notes__)
+    assert f"a {kind.__name__} of length 4" in notes
+    assert "`iter(batches)`" in notes and "`metaopt.BatchSequence`" in notes
+
+
+def test_batches_of_differing_rows_and_none_are_named():
+    loss = lambda params, hyper, batch: jnp.mean((batch[0] @ params - batch[1]) ** 2)
+    problem = mo.InnerProblem(loss)
+    options = {"solver": mo.Descent(optax.sgd(0.1), 2), "adjoint": mo.UnrolledAdjoint()}
+    batches = [(np.ones((n, 2)), np.ones(n)) for n in (3, 2)]
+    with pytest.raises(ValueError, match="3 rows.*2 rows.*list of batches.*iter"):
+        mo.solve_inner(problem, 1.0, jnp.ones(2), batches, **options)
+    with pytest.raises(TypeError, match="`data` is an empty list"):
+        mo.solve_inner(problem, 1.0, jnp.ones(2), [], **options)

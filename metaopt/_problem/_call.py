@@ -86,7 +86,21 @@ def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> A
                 f"metaopt called `{name}` with `None` as its batch, because no data was "
                 "handed over for it."
             )
+        elif _is_list_of_batches(batch):
+            error.add_note(
+                f"metaopt called `{name}` with {describe(batch)} as its batch, whose items "
+                "are alike. If each is a batch, hand over `iter(batches)`, from which "
+                "`metaopt.solve_bilevel` takes one for each outer step, or stack them in a "
+                "`metaopt.BatchSequence`, one for each inner step."
+            )
         raise
+
+
+def _is_list_of_batches(batch: Batch) -> bool:
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        return False
+    structures = {jax.tree.structure(item) for item in batch}
+    return len(structures) == 1 and not jax.tree_util.all_leaves(batch)
 
 
 def check_signature(

@@ -53,7 +53,7 @@ class NewtonKrylov(AbstractAcceleratedSolver):
     """
 
     num_steps: int = eqx.field(default=50, static=True)
-    rtol: float | None = eqx.field(default=1e-6, kw_only=True, static=True)
+    rtol: float | None = eqx.field(default=1e-5, kw_only=True, static=True)
     atol: float = eqx.field(default=0.0, kw_only=True, static=True)
     linear_solver: AbstractLinearSolver = eqx.field(
         default=GMRES(rtol=1e-3, restart=10), kw_only=True
