@@ -333,7 +333,7 @@ def _outer_gradient(
 
 
 def _learned_along(state: SelfTuningState, direction: _Numbers) -> Vector:
-    """How the params of the learned response move along a direction in `hyper`."""
+    """The derivative of the learned response along a direction in `hyper`."""
     learned = lambda change: split_trainable(ordinary(state.params, change))[0]
     return jax.jvp(learned, (jnp.zeros_like(direction),), (direction,))[1]
 
@@ -350,7 +350,7 @@ def _measure(
     directions: jax.Array,
     keys: Key,
 ) -> dict[str, jax.Array]:
-    """What a check is made of, each an array over the directions."""
+    """The parts of a check, each an array over the directions."""
     inner = problem.inner
     assert isinstance(inner, AbstractInnerProblem)
     unmoved = jnp.zeros_like(Coordinates.vector(state.hyper))

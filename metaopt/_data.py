@@ -1,4 +1,4 @@
-"""Where batches come from."""
+"""Sources of batches."""
 
 import abc
 import itertools
@@ -35,7 +35,7 @@ class AbstractData(eqx.Module):
 
     @abc.abstractmethod
     def plan(self, key: Key, num_steps: int) -> PyTree[Any]:
-        """What `batch` needs at each of `num_steps` steps, stacked on a leading axis."""
+        """The draws for `batch` at each of `num_steps` steps, stacked on a leading axis."""
 
     @abc.abstractmethod
     def batch(self, draw: PyTree[Any]) -> Batch:

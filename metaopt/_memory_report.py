@@ -1,4 +1,4 @@
-"""What hypergradients take in memory, before they run."""
+"""The memory that hypergradients take, before they run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ def memory_report(
     key: Key | None = None,
     model_state: ModelState = None,
 ) -> MemoryReport:
-    """What a hypergradient takes in memory under each of several adjoints.
+    """Report the memory that a hypergradient takes under each of several adjoints.
 
     Each is compiled and none is run, so it costs some seconds for each adjoint and none
     of the memory. The figures are those by which

@@ -1,4 +1,4 @@
-"""What becomes of a model's state (running statistics) in the inner loop."""
+"""Policies for a model's state (running statistics) in the inner loop."""
 
 import abc
 
@@ -11,7 +11,7 @@ from ._validate import check_count
 
 
 class AbstractStatePolicy(eqx.Module):
-    """How model state passes through the steps of an inner solver.
+    """A policy for model state in the steps of an inner solver.
 
     A choice that changes results and that must be made by name: an inner problem with
     `has_state = True` is refused by a solver that was not given one.

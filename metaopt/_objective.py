@@ -165,7 +165,7 @@ class Objective(eqx.Module):
     ) -> tuple[
         str, HypergradientOutput, tuple[Vector, Vector], tuple[str, ...], tuple[str, ...]
     ]:
-        """What the adjoint returned, with all that can be said before any number is known.
+        """Trace the adjoint, and report all that is known before any number is.
 
         **Returns:**
 
@@ -330,7 +330,7 @@ def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
 
 
 def _solution_of(outcome: Outcome) -> Any:
-    """What the outer loss sees of an inner solve."""
+    """The part of an inner solve that the outer loss sees."""
     return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
 
 

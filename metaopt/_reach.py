@@ -159,7 +159,7 @@ def _with_unknown_derivatives(
 
 
 def _unsolved(outcome: Outcome) -> tuple[Any, Any, Any, Any]:
-    """What comes with a solution and does not satisfy any condition."""
+    """The parts of an outcome that satisfy no condition."""
     return outcome.model_state, outcome.aux, outcome.losses, outcome.solver_state
 
 

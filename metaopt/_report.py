@@ -1,4 +1,4 @@
-"""What a person reads: solutions, reports and histories, with their tables."""
+"""Solutions, reports and histories, with their printed tables."""
 
 import csv
 import os
@@ -53,7 +53,7 @@ class Solution(eqx.Module):
 
 
 class Report(eqx.Module):
-    """How far one hypergradient can be trusted. `print` it.
+    """A report on how far one hypergradient can be trusted. `print` it.
 
     **Attributes:**
 

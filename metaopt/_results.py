@@ -1,4 +1,4 @@
-"""What comes back: result codes with their texts. Data only."""
+"""Result codes with their texts. Data only."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import optimistix as optx
 
 
 class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """How a solve ended.
+    """The result codes of solves.
 
     Extends `optimistix.RESULTS`, so that the codes of every solver underneath pass
     through unchanged. `RESULTS[result]` is the text of a code, which names the cause

@@ -29,7 +29,7 @@ from ._validate import (
 
 
 class SmoothnessCheck(eqx.Module):
-    """How smooth a training is along one direction of `hyper`. `print` it.
+    """A score of how smooth a training is along one direction of `hyper`. `print` it.
 
     **Attributes:**
 

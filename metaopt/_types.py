@@ -13,7 +13,7 @@ Hyper: TypeAlias = PyTree[Any]
 """The outer variables: any pytree whose floating-point arrays are tuned."""
 
 Batch: TypeAlias = PyTree[Any]
-"""What a loss is evaluated on: any pytree of arrays."""
+"""The data that a loss is evaluated on: any pytree of arrays."""
 
 Aux: TypeAlias = PyTree[Any]
 """Whatever a loss returns beside its value."""

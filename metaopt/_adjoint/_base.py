@@ -1,4 +1,4 @@
-"""What an adjoint is: how the derivative passes through an inner solve."""
+"""The interface of adjoints, which differentiate an inner solve."""
 
 import abc
 import dataclasses
@@ -49,7 +49,7 @@ Start = Callable[[Hyper], tuple[Params, ModelState]]
 
 
 class AdjointInfo(eqx.Module):
-    """What a person reads about one hypergradient; `None` where it does not apply.
+    """Diagnostics of one hypergradient; `None` where one does not apply.
 
     **Attributes:**
 
@@ -128,7 +128,7 @@ class HypergradientOutput(eqx.Module):
 
 
 class AbstractAdjoint(eqx.Module):
-    """How the derivative passes through an inner solve.
+    """A way to differentiate an inner solve.
 
     An adjoint receives the solve as a value, [`metaopt.InnerSolve`][], and never
     imports a function that solves.
@@ -230,7 +230,7 @@ class AbstractPathAdjoint(AbstractAdjoint):
     @property
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
-        """What the derivative leaves out by construction, in words."""
+        """A description of the bias that the derivative has by construction."""
 
     @abc.abstractmethod
     def error_bound(

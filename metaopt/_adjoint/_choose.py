@@ -50,7 +50,7 @@ def exact_adjoints(solver: AbstractSolver) -> list[AbstractAdjoint]:
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
-    """What XLA plans for, beside arguments and results, to run `fn(*args)`.
+    """The memory that XLA plans, beside arguments and results, to run `fn(*args)`.
 
     The function is compiled, for one device, and not run.
 

@@ -28,7 +28,7 @@ class AbstractCurvature(eqx.Module):
     @property
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
-        """What the operator leaves out, in words."""
+        """A description of the terms that the operator leaves out."""
 
     @abc.abstractmethod
     def linearise(

@@ -1,4 +1,4 @@
-"""How wrong an implicit hypergradient is: bounds and estimates."""
+"""Bounds and estimates of the error of an implicit hypergradient."""
 
 import abc
 from collections.abc import Callable
@@ -91,7 +91,7 @@ class Linearisation:
         return tree_add(self.through_solution(linear_solution), self.direct)
 
     def linear_residual(self, linear_solution: Vector) -> Vector:
-        """What is left of the right-hand side of the exact linear system.
+        """The residual of the exact linear system.
 
         The error of a hypergradient is that of its linear solution in the system with
         the exact Jacobian, whatever operator it came from. In a system that leaves
@@ -152,7 +152,7 @@ class ErrorEstimate(eqx.Module):
     result: RESULTS
 
     def judged(self, allowed: FloatScalar | None) -> Any:
-        """How the estimate ended, and whether the error is as small as is allowed."""
+        """The result of the estimate, a failure where the error is larger than allowed."""
         if allowed is None:
             return self.result
         cause = where_result(
@@ -504,7 +504,7 @@ class StrongConvexity(AbstractErrorEstimate):
     def _factors(
         self, at: Linearisation, w: Vector, hyper: Hyper
     ) -> tuple[FloatScalar, FloatScalar]:
-        """What the norms of the two residuals are multiplied by in the bound."""
+        """The factors of the norms of the two residuals in the bound."""
         number = lambda value: constant(value, hyper)
         curvature, solution = number(self.curvature), tree_norm(w)
         distance = tree_scaled_norm(at.residual) / curvature

@@ -20,7 +20,7 @@ _EFFECT_OF_SIZE = 1e-4
 
 
 class PathJudgement(NamedTuple):
-    """How a derivative grew along a path: see [`metaopt.AdjointInfo`][]."""
+    """The growth of a derivative along a path: see [`metaopt.AdjointInfo`][]."""
 
     result: RESULTS
     growth: FloatScalar

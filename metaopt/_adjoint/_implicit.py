@@ -533,7 +533,7 @@ def _condition(
 
 
 class _Carry(eqx.Module):
-    """What one hypergradient leaves for the next."""
+    """The state that one hypergradient leaves for the next."""
 
     solution: Vector | None
     preconditioner: Any  # what it knows; `None` where there is none
@@ -541,7 +541,7 @@ class _Carry(eqx.Module):
 
 
 class _Point(eqx.Module):
-    """Where an implicit derivative is taken, and how far that may be from a solution."""
+    """The point of an implicit derivative, and its distance from a solution."""
 
     residual: Vector
     distance: FloatScalar  # to the solution, by one product

@@ -1,4 +1,4 @@
-"""How one array of a layer responds to a perturbation."""
+"""The response of one array of a layer to a perturbation."""
 
 import abc
 from typing import Any
@@ -14,7 +14,7 @@ from ._perturbation import Perturbation
 
 
 class AbstractArrayResponse(eqx.Module):
-    """How one array of a layer responds to a perturbation: linearly."""
+    """The linear response of one array of a layer to a perturbation."""
 
     @property
     @abc.abstractmethod

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """How layers of some types are converted.
+    """The conversion of layers of some types.
 
     - `make`: the best-response class.
     - `scaled`: the arrays that are scaled by rows, each with the axis of its rows.

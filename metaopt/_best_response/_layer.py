@@ -1,4 +1,4 @@
-"""What a best-response layer is, and binding it to outer variables."""
+"""Best-response layers, and binding them to outer variables."""
 
 import dataclasses
 from typing import Any, TypeVar

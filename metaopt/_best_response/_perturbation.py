@@ -1,4 +1,4 @@
-"""What a best-response layer answers to."""
+"""The perturbations that a best-response layer responds to."""
 
 import functools as ft
 

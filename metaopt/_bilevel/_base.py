@@ -1,4 +1,4 @@
-"""What a bilevel solver is: how the outer problem is driven."""
+"""The interface of a bilevel solver, which drives the outer problem."""
 
 import abc
 from typing import Any
@@ -13,7 +13,7 @@ from .._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 
 
 class BilevelStep(eqx.Module):
-    """What one outer step reports.
+    """The report of one outer step.
 
     **Attributes:**
 
@@ -27,7 +27,7 @@ class BilevelStep(eqx.Module):
 
 
 class AbstractBilevelSolver(eqx.Module):
-    """How the outer problem is driven: a state, and a step that is compiled once.
+    """A driver of the outer problem: a state, and a step that is compiled once.
 
     [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand.
     """

@@ -1,4 +1,4 @@
-"""How a best-response network is trained, and what it says of the outer loss."""
+"""Training a best-response network, and the outer gradient that it gives."""
 
 import abc
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from ._perturbed import mean_state, Numbers, PerturbedBatch
 
 
 class TrainingLoss(NamedTuple):
-    """What one training step of a best-response network differentiates.
+    """The loss that one training step of a best-response network differentiates.
 
     - `total`: what is differentiated in the params.
     - `loss`: the inner loss, for the report.
@@ -30,7 +30,7 @@ class TrainingLoss(NamedTuple):
 
 
 class OuterGradient(NamedTuple):
-    """What one validation step comes to.
+    """The results of one validation step.
 
     - `value`, `aux`: the outer loss and its auxiliary output.
     - `hyper`: its derivative in the numbers of `hyper`.
@@ -44,7 +44,7 @@ class OuterGradient(NamedTuple):
 
 
 class AbstractBestResponseMethod(eqx.Module):
-    """How a best-response network is trained, and how it is used.
+    """A method of training a best-response network and of using it.
 
     Everything is a function of the numbers in `hyper` as one vector. The params hold
     best-response layers.
@@ -277,7 +277,7 @@ class DeltaSTN(AbstractBestResponseMethod):
 
 
 def _check_criterion(problem, params, batch, state) -> None:
-    """What acts in the criterion must do so through its derivative."""
+    """Check that everything in the criterion acts through its derivative."""
     coordinates, hyper = batch.coordinates, batch.hyper
 
     def criterion(trainable):

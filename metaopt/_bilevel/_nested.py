@@ -21,7 +21,7 @@ from ._tolerance import AbstractTolerance
 
 
 class NestedState(eqx.Module):
-    """What one outer step hands to the next.
+    """The state that one outer step hands to the next.
 
     **Attributes:**
 

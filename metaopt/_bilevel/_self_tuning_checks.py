@@ -1,4 +1,4 @@
-"""What must hold of two losses for a best-response network to be trained on them."""
+"""Conditions on two losses for a best-response network to be trained on them."""
 
 import equinox as eqx
 import jax

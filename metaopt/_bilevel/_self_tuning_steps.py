@@ -34,7 +34,7 @@ from ._perturbed import Coordinates, cut, perturb, PerturbedBatch
 
 
 class SelfTuningState(eqx.Module):
-    """What one outer step of a self-tuning run hands to the next.
+    """The state that one outer step of a self-tuning run hands to the next.
 
     **Attributes:**
 
@@ -63,7 +63,7 @@ class SelfTuningState(eqx.Module):
 
 
 class SelfTuningSteps(eqx.Module):
-    """How weights, response, `hyper` and scales take their steps.
+    """The steps of weights, response, `hyper` and scales.
 
     The arguments are those of [`metaopt.SelfTuningSolver`][].
     """
@@ -215,7 +215,7 @@ class SelfTuningSteps(eqx.Module):
 
 
 class Trained(eqx.Module):
-    """What a training step reports."""
+    """The report of a training step."""
 
     loss: FloatScalar
     norm: FloatScalar
@@ -223,7 +223,7 @@ class Trained(eqx.Module):
 
 
 class Validated(eqx.Module):
-    """What a validation step reports."""
+    """The report of a validation step."""
 
     value: FloatScalar
     aux: Any

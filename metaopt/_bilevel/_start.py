@@ -1,4 +1,4 @@
-"""Where the inner solve of each outer step starts."""
+"""The start of the inner solve of each outer step."""
 
 import abc
 from typing import ClassVar, TYPE_CHECKING
@@ -16,7 +16,7 @@ else:
 
 
 class AbstractStart(eqx.Module):
-    """Where the inner solve of each outer step starts."""
+    """The start of the inner solve of each outer step."""
 
     goes_on: AbstractClassVar[bool]
     """Whether the path to the inner solution began in outer steps before this one."""
@@ -52,7 +52,7 @@ class AbstractStart(eqx.Module):
     @property
     @abc.abstractmethod
     def carried(self) -> str:
-        """What an outer step takes over from the one before, in words."""
+        """A description of the values that an outer step takes over from the one before."""
 
 
 class ColdStart(AbstractStart):

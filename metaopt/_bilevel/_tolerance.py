@@ -1,4 +1,4 @@
-"""What relative accuracy will do at each outer step."""
+"""The relative accuracy that suffices at each outer step."""
 
 import abc
 

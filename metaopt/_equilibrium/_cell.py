@@ -23,7 +23,7 @@ class AbstractCell(eqx.Module):
 
     @abc.abstractmethod
     def initial(self, x: PyTree) -> PyTree:
-        """Where a solver starts.
+        """The initial state of the solver.
 
         **Arguments:**
 

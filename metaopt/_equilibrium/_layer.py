@@ -35,7 +35,7 @@ from ._cell_problem import cell_problem, CellProblem
 
 
 class EquilibriumInfo(eqx.Module):
-    """How an equilibrium was found.
+    """The result of the solve for an equilibrium.
 
     Under `jax.vmap` every field has an axis of examples. A solver with `per_example=True`
     runs one loop for all of them: then `residual` alone has that axis.

@@ -1,4 +1,4 @@
-"""What a linear solver is, what it returns, and what all of them check."""
+"""The interface of linear solvers, their results, and the checks that they share."""
 
 import abc
 from typing import Any, TYPE_CHECKING
@@ -62,7 +62,7 @@ class Subspace(eqx.Module):
 
 
 class LinearSolution(eqx.Module):
-    r"""What a linear solve $A x = b$ came to.
+    r"""The result of a linear solve $A x = b$.
 
     **Attributes:**
 
@@ -104,7 +104,7 @@ class AbstractLinearSolver(eqx.Module):
     @property
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
-        """What a solve leaves out because it was asked to, in words."""
+        """A description of the bias that a solve was asked for."""
 
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
@@ -190,7 +190,7 @@ class AbstractPreconditionedSolver(AbstractLinearSolver):
 
     @abc.abstractmethod
     def damped(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
-        """What is solved with for an operator: what a preconditioner is to approximate.
+        """The operator that is solved with: the one that a preconditioner approximates.
 
         **Arguments:**
 
@@ -213,7 +213,7 @@ def check_tolerances(rtol: float | None, atol: float) -> None:
 
 
 def steps_left_out(rtol: float | None, max_steps: int) -> tuple[str, ...]:
-    """What a fixed number of steps leaves out."""
+    """A description of the bias of a fixed number of steps."""
     if rtol is not None:
         return ()
     return (f"what more than {max_steps} steps of the linear solver would add",)

@@ -127,7 +127,7 @@ class _Series(eqx.Module):
 
 
 class _State(eqx.Module):
-    """What the checks between the series know."""
+    """The state of the checks between the series."""
 
     series: _Series
     best: Vector  # the iterate of least residual

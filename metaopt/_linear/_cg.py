@@ -206,7 +206,7 @@ class _Series(eqx.Module):
 
 
 class _State(eqx.Module):
-    """What the checks between the series know."""
+    """The state of the checks between the series."""
 
     series: _Series
     residual: FloatScalar  # the norm of b - A x

@@ -1,4 +1,4 @@
-"""What approximates an inverse, both ways."""
+"""Approximate inverses, which can be transposed."""
 
 import abc
 

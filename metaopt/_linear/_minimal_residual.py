@@ -87,7 +87,7 @@ class AbstractMinimalResidual(AbstractToleranceSolver):
 
     @abc.abstractmethod
     def _begin(self, system: System, r: Vector, size: FloatScalar) -> Any:
-        """What the first step from an iterate needs.
+        """The arrays that the first step from an iterate needs.
 
         **Arguments:**
 
@@ -153,7 +153,7 @@ class _Series(eqx.Module):
 
 
 class _State(eqx.Module):
-    """What the checks between the series know."""
+    """The state of the checks between the series."""
 
     series: _Series
     residual: FloatScalar  # the norm of b - A x

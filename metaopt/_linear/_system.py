@@ -23,7 +23,7 @@ from ._base import floored_rtol
 
 
 class System:
-    """What stays the same while a system is solved.
+    """The constants of one linear solve.
 
     **Attributes:**
 
@@ -68,7 +68,7 @@ class System:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), self.operator.T.mv(x), x)
 
     def first_guess(self) -> tuple[Vector, BoolScalar, BoolScalar]:
-        """Where to begin, whether that is the solution, and whether `b` is finite."""
+        """The initial iterate, whether that is the solution, and whether `b` is finite."""
         finite = jnp.isfinite(self.size)
         zeros = tree_zeros_like(self.b)
         if self.start is None:

@@ -1,4 +1,4 @@
-"""What is solved: an inner problem, and the outer loss at its solution."""
+"""Inner problems, and outer losses at their solutions."""
 
 from ._base import AbstractProblem as AbstractProblem, Evaluation as Evaluation
 from ._bilevel_problem import BilevelProblem as BilevelProblem

@@ -1,4 +1,4 @@
-"""What all kinds of inner problem share."""
+"""The base of all kinds of inner problem."""
 
 import abc
 from typing import Any
@@ -24,7 +24,7 @@ class Evaluation(eqx.Module):
 
 
 class AbstractProblem(eqx.Module):
-    """What all kinds of inner problem share; subclass one of the kinds instead:
+    """The base of all kinds of inner problem; subclass one of the kinds instead:
     [`metaopt.AbstractInnerProblem`][] (a loss to minimise; or, where it is that of a
     model's output, [`metaopt.AbstractPredictionProblem`][]),
     [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][].

@@ -53,7 +53,7 @@ def call(
 
 
 def returned(problem: AbstractProblem, out: Evaluation) -> Any:
-    """What a loss returns to say `out`: the inverse of what `call` takes apart."""
+    """The return value of a loss for `out`: the inverse of `call`."""
     parts = (out.value,)
     if problem.has_state:
         parts += (out.state,)
@@ -193,7 +193,7 @@ def unpack(out: Any, whose: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def describe(x: Any) -> str:
-    """What a user handed over or returned, in the words of an error message."""
+    """Describe an argument or a return value for an error message."""
     if isinstance(x, (tuple, list)):
         return f"a {type(x).__name__} of length {len(x)}"
     if eqx.is_array(x):

@@ -53,7 +53,7 @@ class AbstractPredictionProblem(AbstractInnerProblem):
 
     @abc.abstractmethod
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model predicts, `predict(params, hyper, batch)`: a pytree."""
+        """The predictions of the model, `predict(params, hyper, batch)`: a pytree."""
 
     @abc.abstractmethod
     def criterion(self, *args: Any, **kwargs: Any) -> Any:

@@ -77,7 +77,7 @@ def _equation(eqn, marks: list[bool], transfer: Transfer) -> list[bool]:
 
 
 def _scan_counts(eqn, body: Jaxpr) -> tuple[int, int]:
-    """How many constants and carries a `scan` has.
+    """The numbers of constants and carries of a `scan`.
 
     Told by shapes, because the names of its parameters differ between versions of JAX:
     what is scanned over has one axis more outside than inside.

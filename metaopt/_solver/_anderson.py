@@ -145,7 +145,7 @@ class _History(eqx.Module):
         )
 
     def weights(self, regularization: float) -> Array:
-        """What each difference counts for: the least squares solution."""
+        """The weight of each difference: the least squares solution."""
         squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
         # Differences of length one, so that old and new ones are regularised alike. What
         # is not there yet is zero, and gets the weight zero.

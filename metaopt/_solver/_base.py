@@ -1,4 +1,4 @@
-"""What an inner solver is: by steps, or as a whole."""
+"""The interface of inner solvers: by steps, or as a whole."""
 
 import abc
 from typing import Any
@@ -81,7 +81,7 @@ class Optimality(eqx.Module):
 
 
 class Outcome(eqx.Module):
-    """What an inner solve came to.
+    """The result of an inner solve.
 
     **Attributes:**
 
@@ -114,7 +114,7 @@ class Outcome(eqx.Module):
 
 
 class StepOutput(eqx.Module):
-    """What one step of an iterative solver reports.
+    """The report of one step of an iterative solver.
 
     **Attributes:**
 
@@ -144,7 +144,7 @@ class StepOutput(eqx.Module):
 
 
 class AbstractSolver(eqx.Module):
-    """How an inner problem is solved."""
+    """A solver of inner problems."""
 
     @abc.abstractmethod
     def check(self, problem: AbstractProblem, data: AbstractData) -> None:
@@ -237,7 +237,7 @@ class AbstractBestIterateSolver(AbstractIterativeSolver):
     def conclude(
         self, params: Vector, solver_state: Any, converged: BoolScalar
     ) -> tuple[Vector, Any]:
-        """What the solver answers once the loop has ended.
+        """The answer of the solver once the loop has ended.
 
         **Arguments:**
 

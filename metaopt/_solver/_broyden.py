@@ -188,7 +188,7 @@ class BroydenInverse(AbstractInverse):
         )
 
     def where(self, condition: Array, old: "BroydenInverse") -> "BroydenInverse":
-        """What it was before its last term where the condition of an example holds."""
+        """The inverse without its last term where the condition of an example holds."""
         where = self.examples.where
         return dataclasses.replace(
             self,
@@ -203,7 +203,7 @@ class BroydenInverse(AbstractInverse):
 
 
 class _Memory(eqx.Module):
-    """What one step leaves for the next.
+    """The state that one step leaves for the next.
 
     **Attributes:**
 

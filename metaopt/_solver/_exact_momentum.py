@@ -40,7 +40,7 @@ def _promoting(fn: _Fn) -> _Fn:
 
 
 class Exact(eqx.Module):
-    """Where the solver is, to the last bit: a list of integer arrays for each.
+    """The exact state of the solver: a list of integer arrays for each.
 
     **Attributes:**
 
@@ -57,7 +57,7 @@ class Exact(eqx.Module):
 
 
 class ReversibleState(eqx.Module):
-    """What one step hands to the next, beside the params.
+    """The state that one step hands to the next, beside the params.
 
     **Attributes:**
 
@@ -93,7 +93,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
 
     @_promoting
     def begin(self, params: Vector) -> tuple[Exact, BoolScalar]:
-        """Where the first step starts, to the last bit, and whether that is in range.
+        """The exact state before the first step, and whether it is in range.
 
         **Arguments:**
 
@@ -125,7 +125,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
 
     @_promoting
     def factors(self, momenta: jax.Array) -> tuple[jax.Array, jax.Array, FloatScalar]:
-        """What multiplies the velocities, and what the digits are below before that.
+        """The multipliers of the velocities, and the bounds on the digits before that.
 
         **Arguments:**
 
@@ -306,7 +306,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
 
 
 def _change(velocity: jax.Array, rate: FloatScalar) -> tuple[jax.Array, BoolScalar]:
-    """How far the position moves."""
+    """The change of the position."""
     real = velocity.astype(jnp.float64 if velocity.dtype == jnp.int64 else jnp.float32)
     return to_integer(rate.astype(real.dtype) * real)
 

@@ -1,4 +1,4 @@
-"""What solvers of fixed-point problems share: the map is applied, the residual judged."""
+"""The base of fixed-point solvers: applying the map and judging the residual."""
 
 import abc
 import dataclasses
@@ -52,7 +52,7 @@ class Applied(eqx.Module):
 
 
 class Begun(eqx.Module):
-    """Where the steps began, and how many there have been.
+    """The start of the steps, and their number so far.
 
     **Attributes:**
 
@@ -165,7 +165,7 @@ class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSol
 
     @abc.abstractmethod
     def begin(self, params: Vector, examples: Examples) -> Any:
-        """What the method remembers before its first step.
+        """The memory of the method before its first step.
 
         **Arguments:**
 
@@ -175,7 +175,7 @@ class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSol
 
     @abc.abstractmethod
     def advance(self, at: Applied, memory: Any, progress: "Progress") -> tuple[Vector, Any]:
-        """Where to go next.
+        """The next iterate.
 
         **Arguments:**
 
@@ -215,7 +215,7 @@ class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSol
 
 
 class Progress(eqx.Module):
-    """What came of the steps so far.
+    """The progress of the steps so far.
 
     **Attributes:**
 

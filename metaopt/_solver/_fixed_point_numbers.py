@@ -15,7 +15,7 @@ def encode(x: jax.Array, fraction_bits: int | None) -> tuple[jax.Array, BoolScal
 
 
 def decode(number: jax.Array, dtype: Any, fraction_bits: int | None) -> jax.Array:
-    """What a fixed-point number for values of `dtype` stands for."""
+    """The value of a fixed-point number, in `dtype`."""
     return number.astype(wide(dtype)) / _unit(dtype, fraction_bits)
 
 
@@ -64,5 +64,5 @@ def _unit(dtype: Any, fraction_bits: int | None) -> float:
 
 
 def _largest(dtype: Any) -> int:
-    """What fixed-point numbers are below: the sum of two is an integer."""
+    """The bound on fixed-point numbers: the sum of two is an integer."""
     return 2**62 if dtype == jnp.int64 else 2**30

@@ -35,7 +35,7 @@ Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
 
 
 class LoopState(eqx.Module):
-    """What one step of the loop hands to the next: arrays only."""
+    """The state that one step of the loop hands to the next: arrays only."""
 
     params: Vector
     solver_state: Any

@@ -120,7 +120,7 @@ def shortened(by: Factor, limit: int) -> tuple[Any, IntScalar]:
 
 @ft.lru_cache
 def num_words(num_steps: int, least: int) -> int:
-    """How often digits are shortened in so many products by `least / 2**16`."""
+    """The number of times that products by `least / 2**16` shorten digits."""
     bound, words = 1, 0
     for _ in range(num_steps):
         bound = -(-bound * ONE // least)

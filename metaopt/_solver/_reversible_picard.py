@@ -113,7 +113,7 @@ class ReversiblePicard(AbstractFixedPointSolver):
         )
 
     def unmixed(self, new: Vector, value: Vector) -> Vector:
-        """What `mixed` made `new` of; the arguments are likewise."""
+        """The inverse of `mixed`, with arguments alike."""
         beta = self.relaxation
         return jax.tree.map(
             lambda a, f: ((a - beta * f) / (1 - beta)).astype(a.dtype), new, value
@@ -125,7 +125,7 @@ class ReversiblePicard(AbstractFixedPointSolver):
         ends: tuple[Vector, Vector],
         found: tuple[Vector, Vector],
     ) -> FloatScalar:
-        """How far from the start the way back has led.
+        """The distance from the start after undoing the steps.
 
         **Arguments:**
 

@@ -53,7 +53,7 @@ def pillow(module: str) -> Any:
 
 
 def data_folder(root: str | os.PathLike | None) -> Path:
-    """Where data sets are looked for and kept.
+    """The folder in which data sets are kept.
 
     **Arguments:**
 

@@ -29,7 +29,7 @@ _MAX_UNPACKED = 64 * 1024**2
 
 
 class Published(NamedTuple):
-    """Where a data set is found, and what it must be.
+    """The address of a data set, and its checksums.
 
     **Attributes:**
 

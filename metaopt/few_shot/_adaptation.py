@@ -53,7 +53,7 @@ class ModelLoss(AbstractInnerProblem):
 
 
 class Adaptation(AbstractInnerProblem):
-    """What a model minimises as it adapts to a task.
+    """The inner problem of adapting a model to a task.
 
     The outer variables are what is learned over tasks: the model, or a
     [`metaopt.few_shot.Learned`][]. The params are those leaves of the model that adapt,
@@ -122,7 +122,7 @@ class Adaptation(AbstractInnerProblem):
     def query_loss(
         self, params: Params, hyper: Any, batch: Batch, *, key: Key, state: ModelState
     ) -> tuple[FloatScalar, "Judged"]:
-        """What the adapted model is judged by, for a [`metaopt.BilevelProblem`][]."""
+        """The outer loss of the adapted model, for a [`metaopt.BilevelProblem`][]."""
         model = eqx.combine(params, self.split(model_of(hyper))[1])
         judged = judge(self.model_loss, model, batch, key, _model_state(state))
         value = judged.loss
@@ -133,7 +133,7 @@ class Adaptation(AbstractInnerProblem):
 
 
 class Judged(eqx.Module):
-    """What evaluating an adapted model came to.
+    """The results of evaluating an adapted model.
 
     **Attributes:**
 
@@ -231,7 +231,7 @@ def _model_state(state: Any) -> ModelState:
 
 
 class WithTotalPolicy(AbstractStatePolicy):
-    """What becomes of a model state to which a total of query losses is added.
+    """A policy for a model state to which a total of query losses is added.
 
     **Attributes:**
 

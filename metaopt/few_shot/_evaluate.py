@@ -1,4 +1,4 @@
-"""How good a learner is on new tasks."""
+"""Evaluation of a learner on new tasks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ from ._task import Task
 
 
 class Scores(eqx.Module):
-    """What adapted models scored on tasks. Printing it gives the mean and its interval.
+    """The scores of adapted models on tasks. Printing gives the mean and its interval.
 
     **Attributes:**
 

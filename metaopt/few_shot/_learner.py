@@ -1,4 +1,4 @@
-"""What all few-shot learners share: batches of tasks, and adapting to one."""
+"""The base of few-shot learners: batches of tasks, and adapting to one."""
 
 import abc
 import dataclasses
@@ -52,7 +52,7 @@ from ._task import Learned, model_of, Task
 
 
 class TaskGradient(eqx.Module):
-    """What one task says.
+    """The contribution of one task.
 
     **Attributes:**
 
@@ -75,7 +75,7 @@ class TaskGradient(eqx.Module):
 
 
 class TaskStats(eqx.Module):
-    """What a batch of tasks came to, task by task.
+    """The results of a batch of tasks, task by task.
 
     **Attributes:**
 
@@ -137,7 +137,7 @@ class AbstractLearner(eqx.Module):
     def task_gradient(
         self, meta: Any, task: Task, key: Key, model_state: ModelState
     ) -> TaskGradient:
-        """What one task says; the tasks of a batch are mapped over it.
+        """The contribution of one task; a batch of tasks is mapped over.
 
         **Arguments:**
 
@@ -293,7 +293,7 @@ def with_num_steps(solver: AbstractSolver, num_steps: int) -> AbstractSolver:
 
 
 def canonical_meta(meta: Any) -> Any:
-    """What is learned, with NumPy arrays moved to JAX, checked for something to train."""
+    """The learned variables, moved to JAX and checked for something to train."""
     if isinstance(meta, Learned):
         settings = canonical_hyper(meta.settings, "settings")
         return Learned(canonical_params(meta.model), settings)

@@ -1,4 +1,4 @@
-"""What learning over tasks came to, and what to go on from."""
+"""Results of learning over tasks, and states to go on from."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .._types import IntScalar, Key, ModelState
 
 
 class TrainState(eqx.Module):
-    """What one meta-step hands to the next, and what a checkpoint holds.
+    """The state that one meta-step hands to the next, and that a checkpoint holds.
 
     **Attributes:**
 
@@ -30,7 +30,7 @@ class TrainState(eqx.Module):
 
 
 class TrainHistory(eqx.Module):
-    """What every meta-step reported, one entry for each, as NumPy arrays.
+    """The reports of all meta-steps, one entry for each, as NumPy arrays.
 
     **Attributes:**
 
@@ -47,7 +47,7 @@ class TrainHistory(eqx.Module):
 
 
 class TrainSolution(eqx.Module):
-    """What learning over tasks came to.
+    """The result of learning over tasks.
 
     **Attributes:**
 

@@ -1,4 +1,4 @@
-"""What a few-shot learner is given, and what it learns."""
+"""Tasks of few-shot learners, and the variables that they learn."""
 
 from typing import Any
 

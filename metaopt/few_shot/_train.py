@@ -166,7 +166,7 @@ def _started(
 
 
 def _taken_up(path: Path, begun: TrainState, num_steps: int) -> TrainState:
-    """What is in a checkpoint of this run.
+    """Load a checkpoint of this run.
 
     **Raises:**
 
@@ -282,7 +282,7 @@ class _Run:
 
     @property
     def num_steps(self) -> int:
-        """How many steps were taken, those before this run included."""
+        """The number of steps taken, those before this run included."""
         return int(self.state.num_steps)
 
     def go(
@@ -322,7 +322,7 @@ class _Run:
             self.result = RESULTS.all_tasks_failed
 
     def solution(self, seconds: float) -> TrainSolution:
-        """What it has come to, after so long."""
+        """The result of the run after so many seconds."""
         return TrainSolution(
             meta=self.state.meta,
             model_state=self.state.model_state,

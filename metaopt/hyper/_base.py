@@ -1,4 +1,4 @@
-"""What a hyperparameter with a range is."""
+"""The interface of hyperparameters with a range."""
 
 import abc
 
@@ -26,11 +26,11 @@ class AbstractHyper(eqx.Module):
     @property
     @abc.abstractmethod
     def value(self) -> Float[Array, "..."]:
-        """What a loss reads, of the shape and dtype of `raw`."""
+        """The value that a loss reads, of the shape and dtype of `raw`."""
 
 
 def values(tree: PyTree) -> PyTree:
-    """What hyperparameters stand for, to be printed, drawn or written to a file.
+    """Return the values of hyperparameters, to be printed, drawn or written to a file.
 
     !!! example
 

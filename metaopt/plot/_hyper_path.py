@@ -1,4 +1,4 @@
-"""How each outer variable moved."""
+"""Plots of the path of each outer variable."""
 
 import math
 from typing import Any

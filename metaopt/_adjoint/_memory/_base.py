@@ -1,4 +1,4 @@
-"""What an unrolled adjoint keeps from the forward pass, and what it makes again."""
+"""Memory plans: the arrays that an unrolled adjoint stores, and those it recomputes."""
 
 import abc
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class AbstractMemoryPlan(eqx.Module):
 
     @abc.abstractmethod
     def num_stored(self, length: int) -> int:
-        """How many states are kept at the same time, at least.
+        """The least number of states that are stored at the same time.
 
         **Arguments:**
 

@@ -72,7 +72,7 @@ class Blocks(AbstractMemoryPlan):
 
 
 def _split(length: int, num_levels: int) -> tuple[int, int]:
-    """How many blocks, and how many steps in each, at the top of several levels.
+    """The number of blocks, and of steps in each, at the top of several levels.
 
     A number of blocks that leaves no rest is preferred where there is one nearby: a rest
     is one more program to compile.

@@ -16,7 +16,7 @@ Outputs = tuple[Reached, LoopState]
 
 
 def once(*arguments: Any) -> Any:
-    """What a run is made of, of which no second derivative can be taken."""
+    """The arrays of a run, of which no second derivative can be taken."""
     floats, rest = split_trainable(arguments)
     return eqx.combine(forbid_derivative(floats, _ONCE), rest)
 
@@ -24,7 +24,7 @@ def once(*arguments: Any) -> Any:
 def pushed_forward(
     run: AbstractRun, inputs: Inputs, tangents: tuple[Any, Any], throw: bool
 ) -> tuple[Outputs, Any]:
-    """What a run comes to, and its tangent, which can be transposed alone.
+    """The result of a run, and its tangent, which can be transposed alone.
 
     **Arguments:**
 
@@ -71,7 +71,7 @@ def pushed_forward(
 
 @eqx.filter_custom_jvp
 def with_reverse_derivative(run: AbstractRun, inputs: Inputs, *, throw: bool) -> Outputs:
-    """What a run comes to, differentiable in reverse mode, once.
+    """The result of a run, differentiable once, in reverse mode.
 
     **Arguments:**
 

@@ -13,7 +13,7 @@ from ..._types import BoolScalar, FloatScalar, ModelState, Vector
 
 
 class Inputs(eqx.Module):
-    """What a run starts from: floating-point arrays only.
+    """The inputs of a run: floating-point arrays only.
 
     **Attributes:**
 
@@ -28,7 +28,7 @@ class Inputs(eqx.Module):
 
 
 class Reached(eqx.Module):
-    """What a run comes to that can be differentiated."""
+    """The differentiable results of a run."""
 
     params: Vector
     losses: Any
@@ -42,7 +42,7 @@ class Record(eqx.Module):
     losses: jax.Array
 
     def split(self) -> tuple[Reached, LoopState]:
-        """What can be differentiated, and all the rest of what an outcome holds."""
+        """The differentiable part, and all the rest of an outcome."""
         aux, rest = split_trainable(self.state.aux)
         state = eqx.tree_at(
             lambda s: (s.params, s.solver_state, s.model_state, s.aux),
@@ -87,7 +87,7 @@ class AbstractRun(eqx.Module):
     @property
     @abc.abstractmethod
     def failure(self) -> Any:
-        """What has happened where the way back did not end where it should."""
+        """The result code for steps that were not undone to their start."""
 
     @abc.abstractmethod
     def record(self, inputs: Inputs) -> Record:

@@ -23,7 +23,7 @@ from ._run import Inputs
 
 
 def with_shared_derivative(run: CoupledRun, inputs: Inputs, throw: bool) -> Outputs:
-    """What a run comes to, differentiable in reverse mode, once.
+    """The result of a run, differentiable once, in reverse mode.
 
     **Arguments:**
 

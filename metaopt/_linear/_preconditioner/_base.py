@@ -1,4 +1,4 @@
-"""What a preconditioner is."""
+"""The interface of preconditioners."""
 
 import abc
 from collections.abc import Callable
@@ -80,7 +80,7 @@ class AbstractPreconditioner(eqx.Module):
 
 
 class Refreshed(eqx.Module):
-    """What is known of an operator, and for how many solves it has been.
+    """Knowledge of an operator, and the number of solves that it has served.
 
     **Attributes:**
 
@@ -94,7 +94,7 @@ class Refreshed(eqx.Module):
     def updated(
         self, make: Callable[[], Any], every: int, num_products: int
     ) -> tuple["Refreshed", IntScalar]:
-        """What is known now: `make()` if it is time, and what was known otherwise.
+        """The knowledge for this solve: `make()` if it is time, and the old one otherwise.
 
         What is not finite is not kept: it is nothing, and is made anew the next time.
 
