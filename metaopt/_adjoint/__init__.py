@@ -16,11 +16,8 @@ from ._curvature import (
     ExactCurvature as ExactCurvature,
     GaussNewton as GaussNewton,
 )
-from ._error import (
-    AbstractErrorEstimate as AbstractErrorEstimate,
-    DualWeighted as DualWeighted,
-    StrongConvexity as StrongConvexity,
-)
+from ._dual_weighted import DualWeighted as DualWeighted
+from ._error import AbstractErrorEstimate as AbstractErrorEstimate
 from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint
@@ -41,6 +38,7 @@ from ._memory import (
 )
 from ._one_step import OneStepAdjoint as OneStepAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
+from ._strong_convexity import StrongConvexity as StrongConvexity
 from ._truncated import (
     TruncatedAdjoint as TruncatedAdjoint,
     TruncationBound as TruncationBound,

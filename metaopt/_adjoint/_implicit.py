@@ -45,13 +45,10 @@ from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from .._warn import warn
 from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
+from ._correction import random_signs
 from ._curvature import AbstractCurvature, ExactCurvature
-from ._error import (
-    AbstractErrorEstimate,
-    DualWeighted,
-    Linearisation,
-    random_signs,
-)
+from ._dual_weighted import DualWeighted
+from ._error import AbstractErrorEstimate, Linearisation
 
 
 _OF_THE_WAY = 1e-3

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._tree import split_trainable
 from .._types import Hyper
-from ._error import StrongConvexity
+from ._strong_convexity import StrongConvexity
 
 
 Penalty = Callable[[Hyper], Any]

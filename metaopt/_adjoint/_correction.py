@@ -1,0 +1,161 @@
+"""One correction of an inner solution and of its linear system."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from .._linear import LinearSolution, Subspace
+from .._tree import (
+    divided,
+    scale_and_norm,
+    tree_add,
+    tree_dot,
+    tree_norm,
+    tree_scale,
+    tree_scaled_norm,
+    tree_sub,
+)
+from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from ._error import Linearisation, Solve
+
+
+def lengths_beside(vector: Vector) -> Callable[[Vector], FloatScalar]:
+    """A function that returns the norms of vectors no longer than this one by much."""
+    size = tree_scaled_norm(vector)
+    safe = jnp.where(size > 0, size, 1)
+    return lambda other: safe * tree_norm(divided(other, safe))
+
+
+class Corrected(NamedTuple):
+    """A hypergradient after one correction of both systems.
+
+    **Attributes:**
+
+    - `there`: the linearisation at the corrected params.
+    - `linear`: the corrected solution of the linear system.
+    - `residual`: the norm of the optimality at the params before.
+    - `left`: the norm of the right-hand side that the solution before left there.
+    - `gradient`: the hypergradient from the two.
+    - `with_old_solution`: the same with the solution of the linear system before.
+    - `num_products`: the products that the correction took.
+    """
+
+    there: Linearisation
+    linear: Vector
+    residual: FloatScalar
+    left: FloatScalar
+    gradient: Vector
+    with_old_solution: Vector
+    num_products: IntScalar
+
+    def distance(self, gradient: Vector) -> FloatScalar:
+        """The Euclidean distance from another hypergradient."""
+        return lengths_beside(gradient)(tree_sub(self.gradient, gradient))
+
+
+def corrected_once(
+    here: Linearisation,
+    base: Linearisation,
+    w: Vector,
+    knows: Subspace | None,
+    at: Callable[[Vector], Linearisation],
+    solve: Solve,
+    rtol: float,
+    allowed: tuple[FloatScalar | None, FloatScalar | None] = (None, None),
+) -> Corrected:
+    """Correct both systems once, with the operator of `here`.
+
+    **Arguments:**
+
+    - `base`, `w`: what is corrected: the linearisation at some params, and the solution
+        of the linear system.
+    - `rtol`: the relative residual of each correction.
+    - `allowed`: a residual that suffices as well, of each of the two, as a norm.
+    """
+    correct = lambda vector, transposed, allowed: _solved_roughly(
+        here, vector, knows, solve, transposed, rtol, allowed
+    )
+    step, residual, first = correct(base.residual, False, allowed[0])
+    # A residual of exactly zero says that the params are as good as any.
+    rounding = _one_rounding(base.params, residual > 0)
+    there = at(tree_sub(base.params, tree_add(step, rounding)))
+    left = there.linear_residual(w)
+    change, size, second = correct(left, True, allowed[1])
+    through_old, through_change = there.through_solution_both(w, change)
+    old = tree_add(through_old, there.direct)
+    new, count = tree_add(old, through_change), first + second + 1
+    return Corrected(there, tree_add(w, change), residual, size, new, old, count)
+
+
+def known_subspace(
+    here: Linearisation, linear: LinearSolution
+) -> tuple[Subspace | None, int]:
+    """The directions whose products are known, those that were kept or the solution, and
+    how many products were asked for."""
+    if lx.symmetric_tag not in here.condition.tags:
+        return None, 0
+    if linear.subspace is not None:
+        return linear.subspace, 0
+    stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
+    product = here.operator.mv(linear.value)
+    curvature = tree_dot(linear.value, product)
+    return Subspace(stacked(linear.value), stacked(product), curvature[None]), 1
+
+
+def _solved_roughly(
+    here: Linearisation,
+    vector: Vector,
+    knows: Subspace | None,
+    solve: Solve,
+    transposed: bool,
+    rtol: float,
+    allowed: FloatScalar | None,
+) -> tuple[Vector, FloatScalar, IntScalar]:
+    """A rough solution, the norm of the right-hand side, and the products.
+
+    It begins in the directions whose products are known, and goes on for what those
+    leave.
+    """
+    scale, size = scale_and_norm(vector)
+    first, left = None, divided(vector, scale)
+    if knows is not None:
+        first, left = knows.solve(left)
+    remaining, within = tree_norm(left), rtol * size
+    if allowed is not None:
+        within = jnp.maximum(within, allowed.astype(within.dtype) / scale)
+    # What is left may be larger than what it is left of.
+    tolerance = within / jnp.where(remaining > 0, remaining, 1)
+    solution = solve(here, left, transposed=transposed, rtol=rtol, tolerance=tolerance)
+    value = solution.value if first is None else tree_add(first, solution.value)
+    return tree_scale(scale, value), scale * size, solution.num_products
+
+
+def _one_rounding(params: Vector, uncertain: BoolScalar) -> Vector:
+    """A change of the params by one unit of rounding, with signs as if random, or none."""
+
+    def change(a, sign):
+        eps = jnp.where(uncertain, float(jnp.finfo(a.dtype).eps), 0.0).astype(a.dtype)
+        return eps * a * sign
+
+    return jax.tree.map(change, params, random_signs(params))
+
+
+def random_signs(like: Vector) -> Vector:
+    """Numbers that are 1 or -1 without a pattern, the same at every call.
+
+    A bit of a multiplicative hash of the indices (Knuth), which compiles to next to
+    nothing.
+    """
+
+    def signs(a):
+        number = jnp.full(a.shape, 2654435769, jnp.uint32)
+        for axis in range(a.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+            number = (number ^ index) * jnp.uint32(2654435769)
+        bit = (number >> 16) & jnp.uint32(1)
+        return 1 - 2 * bit.astype(a.dtype)
+
+    return jax.tree.map(signs, like)
