@@ -65,7 +65,7 @@ def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
             f"`{name}` holds no floating-point array, so there is nothing to tune"
             + (f": it is {hyper!r}." if len(repr(hyper)) < 80 else ".")
         )
-    _check_not_empty([leaf for leaf in out if eqx.is_inexact_array(leaf)], names)
+    _check_not_empty(*_inexact(out, names))
     check_finite(out, names)
     return tree_strong(jax.tree.unflatten(structure, out))
 
@@ -99,6 +99,12 @@ def _check_not_empty(leaves: list[Any], names: list[str]) -> None:
     if arrays and all(leaf.size == 0 for _, leaf in arrays):
         name, leaf = arrays[0]
         raise ValueError(f"`{name}` is an empty array, of shape {leaf.shape}.")
+
+
+def _inexact(leaves: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
+    """The floating-point arrays among some leaves, with their names."""
+    pairs = [(leaf, n) for leaf, n in zip(leaves, names) if eqx.is_inexact_array(leaf)]
+    return [leaf for leaf, _ in pairs], [name for _, name in pairs]
 
 
 def canonical_arrays(tree: Any, name: str, *, only_arrays: bool = True) -> Any:
@@ -305,7 +311,7 @@ def check_params(params: Any) -> None:
         raise ValueError(
             "`params` holds no floating-point array, so there is nothing to train."
         )
-    _check_not_empty([leaf for leaf in leaves if eqx.is_inexact_array(leaf)], names)
+    _check_not_empty(*_inexact(leaves, names))
     for name, leaf in zip(names, leaves):
         check_real(leaf, name)
 

@@ -92,17 +92,31 @@ def corrected_once(
 
 def known_subspace(
     here: Linearisation, linear: LinearSolution
-) -> tuple[Subspace | None, int]:
-    """The directions whose products are known, those that were kept or the solution, and
-    how many products were asked for."""
+) -> tuple[Subspace | None, IntScalar | int]:
+    """The directions whose products are known, and how many products that took.
+
+    The solution is one of them or in their span: a correction that has no part of what
+    is left along it changes the outer loss by nothing, to first order.
+    """
+    kept = linear.subspace
     if lx.symmetric_tag not in here.condition.tags:
         return None, 0
-    if linear.subspace is not None:
-        return linear.subspace, 0
+    if kept is not None and kept.holds_solution:
+        return kept, 0
     stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
     product = here.operator.mv(linear.value)
     curvature = tree_dot(linear.value, product)
-    return Subspace(stacked(linear.value), stacked(product), curvature[None]), 1
+    own = Subspace(stacked(linear.value), stacked(product), curvature[None])
+    if kept is None:
+        return own, 1
+    join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)])
+    both = lambda a, b: jax.tree.map(join, a, b)
+    # Last: a line search along it leaves nothing along it.
+    return Subspace(
+        both(kept.directions, own.directions),
+        both(kept.products, own.products),
+        join(kept.curvatures, own.curvatures),
+    ), 1
 
 
 def _solved_roughly(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._results import first_failure
 from .._tree import (
     divided,
-    tree_norm,
+    tree_scaled_norm,
     tree_sub,
 )
 from .._validate import check_tolerance
@@ -58,11 +58,11 @@ class DualWeighted(AbstractErrorEstimate):
         # The residual that the Newton step leaves tells how large these are.
         parts = length(tree_sub(old, gradient)) + length(tree_sub(new, old))
         before = jnp.where(better.residual > 0, better.residual, 1)
-        after = tree_norm(divided(better.there.residual, before))
+        after = tree_scaled_norm(divided(better.there.residual, before))
         error = length(tree_sub(new, gradient))
         error = error + _OF_PARTS * jnp.minimum(after, 1) * parts
         floor = jnp.finfo(error.dtype).eps * length(new)
-        unsolved = linear.residual * tree_norm(here.in_params)
+        unsolved = linear.residual * tree_scaled_norm(here.in_params)
         share = unsolved / jnp.where(better.left > 0, better.left, 1)
         num_products = asked + better.num_products
         return ErrorEstimate(error + floor, share, num_products, first_failure())

@@ -17,7 +17,7 @@ from .._tree import (
     divided,
     tree_add,
     tree_dot,
-    tree_norm,
+    tree_scaled_norm,
     tree_sub,
 )
 from .._types import Aux, FloatScalar, Hyper, IntScalar, Vector
@@ -104,10 +104,11 @@ class Linearisation:
         - `left`: what it leaves of the right-hand side $b$, so that $w . A w$ is
             $w . (b - left)$.
         """
-        size = tree_norm(linear.value)
-        unit = divided(linear.value, jnp.where(size > 0, size, 1))
-        along = tree_dot(unit, tree_sub(self.in_params, left))
-        quotient = jnp.where(size > 0, along / jnp.where(size > 0, size, 1), jnp.inf)
+        size = tree_scaled_norm(linear.value)
+        safe = jnp.where(size > 0, size, 1)
+        unit = divided(linear.value, safe)
+        product = divided(tree_sub(self.in_params, left), safe)
+        quotient = jnp.where(size > 0, tree_dot(unit, product), jnp.inf)
         if not self.curvature.is_exact:
             return quotient
         return jnp.minimum(quotient, linear.min_curvature)

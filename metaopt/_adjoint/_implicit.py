@@ -29,6 +29,7 @@ from .._tree import (
     divided,
     nan_where,
     same_structs,
+    scale_and_norm,
     split_trainable,
     tree_cast_like,
     tree_dot,
@@ -216,8 +217,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         if self.error is not None:
             estimate = self.error(here, linear, gradient, at, ready._solve_anew, hyper)
         largest = tree_scaled_norm(gradient)
-        if carry.largest is not None:
-            largest = jnp.maximum(largest, carry.largest.astype(largest.dtype))
+        before = largest if carry.largest is None else carry.largest.astype(largest.dtype)
+        largest = jnp.maximum(largest, before)
         allowed = self._allowed_error(largest, inner.tolerance)
         decides = self._judges_error and inner.tolerance is None
         inner_rtol = jnp.inf if decides else self._own_inner_rtol
@@ -255,7 +256,12 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.through_solution(linear.value),
             outcome,
             info,
-            _Carry(tree_widened(linear.value), known, largest),
+            # What was refused is no measure of what comes next.
+            _Carry(
+                tree_widened(linear.value),
+                known,
+                jnp.where(result == RESULTS.successful, largest, before),
+            ),
         )
 
     @property
@@ -437,8 +443,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         solution = solver.solve(operator, vector, start, tolerance)
         if not lx.is_positive_semidefinite(operator):
             return solution
-        x, b = tree_norm(solution.value), tree_norm(vector)
-        along = tree_dot(solution.value, vector)  # x.A x, but for the residual
+        # Curvature has no scale of the right-hand side, whose square may be no number.
+        scale, b = scale_and_norm(vector)
+        scaled = divided(solution.value, scale)
+        x, unit = tree_norm(scaled), divided(vector, scale)
+        along = tree_dot(scaled, unit)  # x.A x, but for the residual
         negative = along < -solution.residual * x * b
         safe = jnp.where(x > 0, x, 1)
         smallest = jnp.minimum(
@@ -449,7 +458,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             negative = jnp.asarray(False)
         elif not (solver.checks_curvature or solver.left_out):
             # Conjugate gradients meet each sign of curvature that acts on the solution.
-            probe = CG(rtol=self._probe_rtol).solve(operator, vector, None, tolerance)
+            probe = CG(rtol=self._probe_rtol).solve(operator, unit, None, tolerance)
             smallest = jnp.minimum(smallest, probe.min_curvature)
             num_products = num_products + probe.num_products
             rounding = 100 * coarsest_eps(vector) * b / safe

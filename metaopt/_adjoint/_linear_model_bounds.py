@@ -39,13 +39,14 @@ def ridge_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexity
     `ValueError` where `rows` and `valid_rows` are not matrices of as many columns.
     """
     rows, valid_rows = _matrices(rows, valid_rows)
-    gram = rows.T @ rows / len(rows)
+    gram = jnp.matmul(rows.T, rows, precision="highest") / len(rows)
 
     def curvature(hyper):
         weights = jnp.broadcast_to(penalty(hyper), (gram.shape[0],))
-        least = jnp.linalg.eigvalsh(gram + jnp.diag(weights))[0]
+        matrix = gram + jnp.diag(weights)
+        least = jnp.linalg.eigvalsh(matrix)[0]
         # The least eigenvalue is known to rounding of the largest.
-        rounding = len(weights) * jnp.finfo(gram.dtype).eps * jnp.linalg.norm(gram)
+        rounding = len(weights) * jnp.finfo(gram.dtype).eps * jnp.linalg.norm(matrix)
         return jnp.maximum(least - rounding, jnp.min(weights))
 
     return _bound(curvature, 0.0, _stretch(valid_rows), penalty)

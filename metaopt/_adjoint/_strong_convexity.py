@@ -12,7 +12,6 @@ from jax.flatten_util import ravel_pytree
 
 from .._results import mask_result, RESULTS
 from .._tree import (
-    tree_norm,
     tree_scaled_norm,
     tree_size,
 )
@@ -126,16 +125,18 @@ class StrongConvexity(AbstractErrorEstimate):
             + of_linear * tree_scaled_norm(left)
         )
         # What rounding adds; the bound itself is for exact arithmetic.
-        solution = tree_norm(linear.value)
+        solution = tree_scaled_norm(linear.value)
         eps = jnp.finfo(solution.dtype).eps
-        size = tree_norm(here.direct) + self._cross_norm(here, hyper) * solution
+        size = tree_scaled_norm(here.direct) + self._cross_norm(here, hyper) * solution
         # Products are rounded too, and a Rayleigh quotient with them.
         smallest = here.smallest_curvature(linear, first)
-        contradicted = smallest < curvature * (1 - 100 * eps**0.5)
+        contradicted = jnp.asarray(curvature <= 0) | (
+            smallest < curvature * (1 - 100 * eps**0.5)
+        )
         bound = jnp.where(contradicted, jnp.inf, bound + 10 * eps * size)
         num_products = asked + rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)
-        share = tree_norm(first) / jnp.where(rough.left > 0, rough.left, 1)
+        share = tree_scaled_norm(first) / jnp.where(rough.left > 0, rough.left, 1)
         return ErrorEstimate(bound, share, num_products, doubt)
 
     def _factors(
@@ -143,7 +144,7 @@ class StrongConvexity(AbstractErrorEstimate):
     ) -> tuple[FloatScalar, FloatScalar]:
         """The factors of the norms of the two residuals in the bound."""
         number = lambda value: constant(value, hyper)
-        curvature, solution = number(self.curvature), tree_norm(w)
+        curvature, solution = number(self.curvature), tree_scaled_norm(w)
         distance = tree_scaled_norm(at.residual) / curvature
         moved = number(self.cross_lipschitz) * distance
         of_linear = (self._cross_norm(at, hyper) + moved) / curvature
@@ -186,6 +187,6 @@ def _cross_norm(here: Linearisation) -> FloatScalar:
     columns = jax.vmap(column)(jnp.eye(count, dtype=flat.dtype))
     dtype = jnp.promote_types(columns.dtype, np.float32)
     columns = columns.astype(dtype)
-    largest = jnp.linalg.eigvalsh(columns @ columns.T)[-1]
+    largest = jnp.linalg.eigvalsh(jnp.matmul(columns, columns.T, precision="highest"))[-1]
     slack = 1 + count * jnp.finfo(dtype).eps
     return jnp.sqrt(jnp.maximum(largest, 0)) * slack

@@ -35,11 +35,14 @@ class Subspace(eqx.Module):
 
     - `directions`, `products`: $p_i$ and $A p_i$, stacked on a leading axis.
     - `curvatures`: $p_i^T A p_i$; 0 for a slot that is not in use.
+    - `holds_solution`: whether the solution that they led to lies in their span. Not
+        where the solve began at a guess.
     """
 
     directions: Vector
     products: Vector
     curvatures: Array
+    holds_solution: bool = eqx.field(default=True, static=True)
 
     def solve(self, vector: Vector) -> tuple[Vector, Vector]:
         """Solve in the span of the directions.

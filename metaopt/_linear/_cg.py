@@ -264,7 +264,8 @@ class _Method:
         if count == 0:
             return None
         rooms = tree_rooms(self.system.b, count)
-        return Subspace(rooms, rooms, jnp.zeros(count, self.system.dtype))
+        from_zero = self.system.start is None
+        return Subspace(rooms, rooms, jnp.zeros(count, self.system.dtype), from_zero)
 
     def keep(self, s: _Series, taken, p: Vector, product: Vector, curvature):
         """The last directions, one more of which was found."""
@@ -275,6 +276,7 @@ class _Method:
             tree_put(s.kept.directions, slot, p),
             tree_put(s.kept.products, slot, product),
             s.kept.curvatures.at[slot].set(jnp.where(taken, curvature, 0)),
+            s.kept.holds_solution,
         )
 
     def init(self) -> _State:

@@ -42,10 +42,13 @@ def measured(
     - `variances`: for each, $\epsilon^2$ times the mean of $p_i^2$.
     """
     leaves = [leaf.astype(gauge.dtype) for leaf in of_params]
-    squares = jnp.stack([jnp.sum(leaf * leaf) for leaf in leaves])
+    # Relative to the largest entry: the squares of a loss of any scale are numbers.
+    size = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
+    safe = jnp.where(size > 0, size, 1)
+    squares = jnp.stack([jnp.sum((leaf / safe) ** 2) for leaf in leaves])
     rounding, last_rounding, largest, last = gauge
-    norm = jnp.sqrt(jnp.sum(squares))
-    effect = jnp.sqrt(jnp.sum(variances * squares))
+    norm = safe * jnp.sqrt(jnp.sum(squares))
+    effect = safe * jnp.sqrt(jnp.sum(variances * squares))
     first = last == 0
     return jnp.stack(
         [
