@@ -444,9 +444,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         if not lx.is_positive_semidefinite(operator):
             return solution
         # Curvature has no scale of the right-hand side, whose square may be no number.
-        scale, b = scale_and_norm(vector)
+        # Without the barrier XLA takes a constant factor out of the vector again.
+        scale, b = scale_and_norm(jax.lax.optimization_barrier(vector))
+        unit = jax.lax.optimization_barrier(divided(vector, scale))
         scaled = divided(solution.value, scale)
-        x, unit = tree_norm(scaled), divided(vector, scale)
+        x = tree_norm(scaled)
         along = tree_dot(scaled, unit)  # x.A x, but for the residual
         negative = along < -solution.residual * x * b
         safe = jnp.where(x > 0, x, 1)
