@@ -1,4 +1,4 @@
-"""Which outputs of a traced function can depend on which of its inputs.
+"""The outputs of a traced function that can depend on each of its inputs.
 
 A derivative that is zero *by construction* (a leaf of `hyper` that an adjoint cannot
 see) is a property of the traced program, not of the numbers in it, so it is found by

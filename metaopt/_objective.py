@@ -107,7 +107,7 @@ class Objective(eqx.Module):
         self.continued = continued
 
     def start(self, hyper: Hyper) -> tuple[Params, ModelState]:
-        """Where the inner solve starts: what a run has reached, or given, or the problem's
+        """The start of the inner solve: that of the run, the given one, or the problem's
         own `init`."""
         anew = self._anew(hyper)
         run = self.continued

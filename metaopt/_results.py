@@ -82,9 +82,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "larger drift by name with `ReversibleAdjoint(max_drift=...)`."
     )
     curvature_contradicted = (
-        "The linear solver met a curvature smaller than the `curvature` that "
-        "`StrongConvexity` was given, so its bound does not hold. Give a smaller "
-        "`curvature`, or use `DualWeighted()`, which estimates the error without it."
+        "The `curvature` that `StrongConvexity` was given is not positive, or the linear "
+        "solver met a smaller one, so its bound does not hold. Give a smaller `curvature` "
+        "above zero (to `metaopt.logistic_bound` and its like the penalty itself, and not "
+        "its logarithm), or use `metaopt.DualWeighted()`, which needs none."
     )
     # -- the linear system of implicit differentiation
     linear_max_steps = (

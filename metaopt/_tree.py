@@ -284,7 +284,7 @@ def tree_entangled(x: Vector) -> Vector:
 
 
 def leaf_names(x: PyTree, root: str) -> list[str]:
-    """How a user would write each leaf of `x`, e.g. `hyper.log_lr` or `hyper['l2']`."""
+    """Name each leaf of `x` as a user writes it: `hyper.log_lr` or `hyper['l2']`."""
     paths = jax.tree_util.tree_flatten_with_path(x)[0]
     return [root + jax.tree_util.keystr(path) for path, _ in paths]
 

@@ -63,11 +63,12 @@ def test_refused_hypergradient_is_no_measure_of_the_next():
     np.testing.assert_allclose(small.allowed_error, alone.allowed_error, rtol=1e-3)
 
 
-def test_saddle_is_named():
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e22])
+def test_saddle_is_named_at_any_scale(scale):
     curvatures = jnp.array([2.0, 1.0, -1.0], jnp.float32)
     problem = mo.BilevelProblem(
         lambda p, h, _: jnp.sum(curvatures * p**2) / 2 - jnp.sum(h * p),
-        lambda p, h, _: jnp.sum(p * jnp.array([3.0, 3.0, 1.0])),
+        lambda p, h, _: scale * jnp.sum(p * jnp.array([3.0, 3.0, 1.0])),
     )
     adjoint = mo.ImplicitAdjoint(mo.GMRES(), error=None, inner_rtol=jnp.inf)
     gradient, report = mo.hypergradient(

@@ -93,10 +93,10 @@ def corrected_once(
 def known_subspace(
     here: Linearisation, linear: LinearSolution
 ) -> tuple[Subspace | None, IntScalar | int]:
-    """The directions whose products are known, and how many products that took.
+    """The directions whose products are known, and the number of products for that.
 
-    The solution is one of them or in their span: a correction that has no part of what
-    is left along it changes the outer loss by nothing, to first order.
+    They span the solution of the linear system. To first order, the outer loss changes by
+    nothing along a correction that leaves no residual along this solution.
     """
     kept = linear.subspace
     if lx.symmetric_tag not in here.condition.tags:

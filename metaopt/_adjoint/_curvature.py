@@ -1,4 +1,4 @@
-"""Which operator stands for the Jacobian of the optimality in a linear solve."""
+"""Operators for the Jacobian of the optimality in a linear solve."""
 
 import abc
 from typing import ClassVar, TYPE_CHECKING
@@ -20,7 +20,7 @@ else:
 
 
 class AbstractCurvature(eqx.Module):
-    """Which operator stands for the Jacobian of the optimality in a linear solve."""
+    """An operator for the Jacobian of the optimality in a linear solve."""
 
     is_exact: AbstractClassVar[bool]
     """Whether it is that Jacobian."""

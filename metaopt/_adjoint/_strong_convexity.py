@@ -104,10 +104,8 @@ class StrongConvexity(AbstractErrorEstimate):
                 "For fixed points and roots use `metaopt.DualWeighted()`."
             )
         curvature = constant(self.curvature, hyper)
-        (knows, asked), first = (
-            known_subspace(here, linear),
-            here.linear_residual(linear.value),
-        )
+        knows, asked = known_subspace(here, linear)
+        first = here.linear_residual(linear.value)
         rough = corrected_once(here, here, linear.value, knows, at, solve, _ROUGH)
         # The residuals of the second correction need be no smaller than this: then what
         # they leave is no more than a part of the error itself.
@@ -130,9 +128,8 @@ class StrongConvexity(AbstractErrorEstimate):
         size = tree_scaled_norm(here.direct) + self._cross_norm(here, hyper) * solution
         # Products are rounded too, and a Rayleigh quotient with them.
         smallest = here.smallest_curvature(linear, first)
-        contradicted = jnp.asarray(curvature <= 0) | (
-            smallest < curvature * (1 - 100 * eps**0.5)
-        )
+        contradicted = smallest < curvature * (1 - 100 * eps**0.5)
+        contradicted |= jnp.asarray(curvature <= 0)
         bound = jnp.where(contradicted, jnp.inf, bound + 10 * eps * size)
         num_products = asked + rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)

@@ -151,7 +151,7 @@ def self_tuning(model: _T, num_hyper: int, *, tied: bool = True, key: Key) -> _T
 
 
 class Conversion(eqx.Module):
-    """Which layers of a model respond to outer variables. `print` it.
+    """The layers of a model that respond to outer variables. `print` it.
 
     **Attributes:**
 
@@ -178,7 +178,7 @@ class Conversion(eqx.Module):
 
 
 def conversion(model: PyTree) -> Conversion:
-    """Which layers of a model [`metaopt.nn.self_tuning`][] converted, and which not.
+    """List the layers that [`metaopt.nn.self_tuning`][] converted, and the others.
 
     **Arguments:**
 

@@ -40,8 +40,8 @@ class Coordinates(eqx.Module):
         )
 
     def seen(self, vector: Float[Array, "... num_hyper"]) -> Float[Array, "... num_hyper"]:
-        """What a network is to answer to: zero where the inner solution does not depend on
-        a number, whose response would be noise otherwise."""
+        """The input of a best-response network: zero for a number that the inner solution
+        does not depend on, whose response would be noise."""
         return jnp.where(self.mask, vector, 0)
 
     @staticmethod

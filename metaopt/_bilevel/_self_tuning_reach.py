@@ -1,4 +1,4 @@
-"""Which leaves of `hyper` a self-tuning run can see."""
+"""The leaves of `hyper` that a self-tuning run can see."""
 
 import equinox as eqx
 import jax

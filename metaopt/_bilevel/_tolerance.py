@@ -10,7 +10,7 @@ from .._validate import check_tolerance
 
 
 class AbstractTolerance(eqx.Module):
-    """What relative accuracy will do at each outer step.
+    """The relative accuracy that suffices at each outer step.
 
     An early one need not be exact: `hyper` is far from where it will end, and a rough one
     leads there as well. The linear system of an implicit derivative is solved to the

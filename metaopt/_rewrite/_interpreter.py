@@ -19,8 +19,8 @@ _Evaluation = Callable[[list[Any]], list[Any]]
 
 
 class Rewriting(NamedTuple):
-    """Which operations are replaced, by what, and where they are looked for; and what is
-    done to the evaluation of the whole."""
+    """The operations to replace, their replacements, the primitives to look inside, and a
+    wrapper around the evaluation of the whole."""
 
     applies: Callable[[jex.core.JaxprEqn], bool]
     replace: Callable[[jex.core.JaxprEqn, list[Any], "Rewriting"], Sequence[Any]]

@@ -114,8 +114,8 @@ class NewtonKrylov(AbstractAcceleratedSolver):
 
 
 class _Memory(eqx.Module):
-    """What one step leaves for the next: the direction taken, how much of it, and the
-    norm of the residual where it began."""
+    """The memory of one step: its direction, the part of it that was taken, and the norm
+    of the residual before."""
 
     direction: Vector
     length: FloatScalar

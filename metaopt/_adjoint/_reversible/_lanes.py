@@ -105,8 +105,8 @@ def nan_unless(
 
 
 def beside_arrays(tree: PyTree, whole: PyTree) -> list[Any]:
-    """What a pytree has, `None` included, in the places of the arrays of another that is
-    like it."""
+    """Pick the entries of one pytree, `None` included, at the array positions of another
+    of the same structure."""
     leaves = [jax.tree.leaves(t, is_leaf=lambda x: x is None) for t in (tree, whole)]
     return [leaf for leaf, array in zip(*leaves, strict=True) if eqx.is_array(array)]
 
@@ -117,7 +117,7 @@ def expanded(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _shared(levels: Levels, axes: list[Axes], index: int) -> tuple[int, ...]:
-    """At which places among the axes of examples an array has none."""
+    """The levels at which an array has no axis of examples."""
     outermost_first = [of_level[index] for of_level in reversed(axes)]
     assert len(outermost_first) == len(levels)
     return tuple(i for i, axis in enumerate(outermost_first) if axis is None)

@@ -61,15 +61,12 @@ class LowRank(AbstractPreconditioner):
     def apply(self, state, vector):
         basis, weights = state.known
 
-        def products(basis, vector):
-            return sum(
-                jnp.tensordot(rows, leaf.astype(rows.dtype), leaf.ndim).astype(
-                    weights.dtype
-                )
-                for rows, leaf in zip(jax.tree.leaves(basis), jax.tree.leaves(vector))
-            )
+        def along(basis, vector):
+            pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector))
+            terms = [jnp.tensordot(u, a.astype(u.dtype), a.ndim) for u, a in pairs]
+            return sum(term.astype(weights.dtype) for term in terms)
 
-        change = weights * with_auto_axes(products, basis, vector)
+        change = weights * with_auto_axes(along, basis, vector)
 
         def add(leaf, rows):
             out = leaf.astype(rows.dtype) + jnp.tensordot(
