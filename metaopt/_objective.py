@@ -119,7 +119,9 @@ class Objective(eqx.Module):
     def _anew(self, hyper: Hyper) -> tuple[Params, ModelState]:
         if self.params is not None:
             return self.params, self.model_state
-        params, model_state = initialise(self.problem.inner, hyper, self.init_key)
+        params, model_state = initialise(
+            self.problem.inner, hyper, self.init_key, self.model_state
+        )
         check_params(params)
         return params, model_state
 

@@ -174,7 +174,7 @@ def _train(
     solver.check(problem, data)
     init_key, solve_key = jax.random.split(key)
     if params is None:
-        params, model_state = initialise(problem, hyper, init_key)
+        params, model_state = initialise(problem, hyper, init_key, model_state)
         check_params(params)
     solve = InnerSolve(problem, solver, data, solve_key)
     outcome = solve.primal(params, hyper, model_state)

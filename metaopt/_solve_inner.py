@@ -164,7 +164,7 @@ def _solve(
     def start(hyper):
         if params is not None:
             return params, model_state
-        initial, state = initialise(problem, hyper, init_key)
+        initial, state = initialise(problem, hyper, init_key, model_state)
         check_params(initial)
         return initial, state
 

@@ -516,3 +516,43 @@ def test_params_and_hyper_in_each_others_place():
     mistaken = mo.BilevelProblem(lambda p, h, b: p["typo"], _fits)
     with pytest.raises(KeyError, match="typo"):
         mo.hypergradient(mistaken, _HYPER, _PARAMS, **_STEPS)
+
+
+def test_model_state_without_params_is_named():
+    # It was replaced by that of `init` without a word.
+    class Counted(mo.AbstractInnerProblem):
+        has_state = True
+
+        def init(self, hyper, key):
+            return jnp.zeros(()), jnp.zeros(())
+
+        def loss(self, params, hyper, batch, state):
+            return params**2, state
+
+    problem = Counted()
+    inner = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.FrozenState())
+    adjoint = mo.UnrolledAdjoint()
+    outer = lambda params, hyper, batch, state: params**2
+    state = jnp.ones(())
+    for call in (
+        lambda: mo.solve_inner(
+            problem, 1.0, solver=inner, adjoint=adjoint, model_state=state
+        ),
+        lambda: mo.check_smoothness(problem, 1.0, solver=inner, model_state=state),
+        lambda: mo.hypergradient(
+            mo.BilevelProblem(problem, outer),
+            1.0,
+            inner=inner,
+            adjoint=adjoint,
+            model_state=state,
+        ),
+        lambda: mo.solve_bilevel(
+            mo.BilevelProblem(problem, outer),
+            1.0,
+            solver=mo.NestedSolver(inner, adjoint, optax.sgd(0.1)),
+            num_steps=1,
+            model_state=state,
+        ),
+    ):
+        with pytest.raises(ValueError, match="`model_state` was given without `params`"):
+            call()

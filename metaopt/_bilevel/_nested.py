@@ -107,7 +107,7 @@ class NestedSolver(AbstractBilevelSolver):
         init_key, key = jax.random.split(key)
         given, first_model_state = params, model_state
         if params is None:
-            params, model_state = initialise(problem.inner, hyper, init_key)
+            params, model_state = initialise(problem.inner, hyper, init_key, model_state)
         check_params(params)
         params, model_state = tree_strong(params), tree_strong(model_state)
         outer = optax.with_extra_args_support(self.outer)

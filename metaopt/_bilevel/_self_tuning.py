@@ -164,7 +164,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
         init_key, convert_key, check_key, key = jax.random.split(key, 4)
         drawn = params is None
         if drawn:
-            params, model_state = initialise(problem.inner, hyper, init_key)
+            params, model_state = initialise(problem.inner, hyper, init_key, model_state)
         check_params(params)
         numbers = Coordinates.vector(hyper)
         if not best_responses(params):

@@ -14,8 +14,20 @@ from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem, Evaluation
 
 
-def initialise(problem: AbstractProblem, hyper: Hyper, key: Key) -> tuple[Any, Any]:
-    """The initial params and model state (`None` for a problem without one)."""
+def initialise(
+    problem: AbstractProblem, hyper: Hyper, key: Key, given_state: ModelState = None
+) -> tuple[Any, Any]:
+    """The initial params and model state (`None` for a problem without one).
+
+    **Raises:**
+
+    `ValueError` for a model state that was given without params, and would go unused.
+    """
+    if given_state is not None:
+        raise ValueError(
+            "`model_state` was given without `params`, and `init` of the problem makes "
+            "both. Give the `params` that belong to it, or leave it out."
+        )
     out = problem.init(hyper, key)
     if problem.has_state:
         params, state = unpack(out, "`init`", ("params", "state"))
