@@ -86,7 +86,8 @@ def solve_bilevel(
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
         and what is in `hyper` and `params`. Hand over the same problem, solver and data;
-        of an iterator one that goes on where it was. The history is that of the new steps.
+        of an iterator one that goes on where it was; a loader is started anew. The history
+        is that of the new steps.
     - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
     - `progress`: whether to show a progress bar.
     - `callback`: called after every outer step as `callback(step, state, info)`, with a
@@ -249,10 +250,12 @@ class _Run:
                     gradient=f"{self.rows[-1]['hypergradient_norm']:.2g}",
                     refresh=False,
                 )
-                stopped = ends_run(callback, index, self.state, info)
-                if throw and _failed(info.report.result):
+                failed = throw and _failed(info.report.result)
+                if failed:
                     self.state = before  # without the update that is not to be trusted
                     self.path[-1:] = self._hyper_now()
+                stopped = ends_run(callback, index, self.state, info)
+                if failed:
                     return
                 norm = self.rows[-1]["hypergradient_norm"]
                 converged = atol is not None and norm <= atol

@@ -376,3 +376,24 @@ def test_interrupt_returns_what_was_reached():
     assert run.returncode == 0, error
     assert output.startswith("True True\n")
     assert "interrupted from the keyboard" in output
+
+
+def test_callback_of_a_failed_step_sees_what_is_returned():
+    # It saw the state after an update that is taken back.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch: jnp.sum(params**2),
+    )
+    inner = mo.Descent(optax.sgd(1e-3), 2)
+    seen = []
+    with pytest.raises(mo.SolveError) as caught:
+        mo.solve_bilevel(
+            problem,
+            jnp.ones(2),
+            params=jnp.zeros(2),
+            solver=mo.NestedSolver(inner, mo.ImplicitAdjoint(), optax.sgd(0.1)),
+            num_steps=3,
+            callback=lambda index, state, info: seen.append(state.hyper),
+        )
+    np.testing.assert_array_equal(seen, [caught.value.value.state.hyper])
+    np.testing.assert_array_equal(seen, [jnp.ones(2)])
