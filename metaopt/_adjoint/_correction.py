@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._linear import LinearSolution, Subspace
+from .._linear import coarsest_eps, LinearSolution, Subspace
 from .._tree import (
     divided,
     scale_and_norm,
@@ -41,6 +41,8 @@ class Corrected(NamedTuple):
     - `gradient`: the hypergradient from the two.
     - `with_old_solution`: the same with the solution of the linear system before.
     - `num_products`: the products that the correction took.
+    - `indefinite`: whether a solve met negative curvature, beyond rounding, of an
+        operator that is to be positive semidefinite. What it corrects is then no minimum.
     """
 
     there: Linearisation
@@ -50,6 +52,7 @@ class Corrected(NamedTuple):
     gradient: Vector
     with_old_solution: Vector
     num_products: IntScalar
+    indefinite: BoolScalar
 
     def distance(self, gradient: Vector) -> FloatScalar:
         """The Euclidean distance from another hypergradient."""
@@ -78,16 +81,36 @@ def corrected_once(
     correct = lambda vector, transposed, allowed: _solved_roughly(
         here, vector, knows, solve, transposed, rtol, allowed
     )
-    step, residual, first = correct(base.residual, False, allowed[0])
+    step, residual, of_step = correct(base.residual, False, allowed[0])
     # A residual of exactly zero says that the params are as good as any.
     rounding = _one_rounding(base.params, residual > 0)
     there = at(tree_sub(base.params, tree_add(step, rounding)))
     left = there.linear_residual(w)
-    change, size, second = correct(left, True, allowed[1])
+    change, size, of_change = correct(left, True, allowed[1])
     through_old, through_change = there.through_solution_both(w, change)
     old = tree_add(through_old, there.direct)
-    new, count = tree_add(old, through_change), first + second + 1
-    return Corrected(there, tree_add(w, change), residual, size, new, old, count)
+    count = of_step.num_products + of_change.num_products + 1
+    smallest = jnp.minimum(of_step.min_curvature, of_change.min_curvature)
+    return Corrected(
+        there=there,
+        linear=tree_add(w, change),
+        residual=residual,
+        left=size,
+        gradient=tree_add(old, through_change),
+        with_old_solution=old,
+        num_products=count,
+        indefinite=_is_negative(smallest, here, knows),
+    )
+
+
+def _is_negative(
+    curvature: FloatScalar, here: Linearisation, knows: Subspace | None
+) -> BoolScalar:
+    """Whether a curvature is negative, and not by rounding of the largest known one."""
+    if knows is None or lx.positive_semidefinite_tag not in here.condition.tags:
+        return jnp.asarray(False)
+    rounding = 100 * coarsest_eps(here.params) * knows.max_curvature
+    return curvature < -rounding
 
 
 def known_subspace(
@@ -127,8 +150,8 @@ def _solved_roughly(
     transposed: bool,
     rtol: float,
     allowed: FloatScalar | None,
-) -> tuple[Vector, FloatScalar, IntScalar]:
-    """A rough solution, the norm of the right-hand side, and the products.
+) -> tuple[Vector, FloatScalar, LinearSolution]:
+    """A rough solution, the norm of the right-hand side, and the solve itself.
 
     It begins in the directions whose products are known, and goes on for what those
     leave.
@@ -144,7 +167,7 @@ def _solved_roughly(
     tolerance = within / jnp.where(remaining > 0, remaining, 1)
     solution = solve(here, left, transposed=transposed, rtol=rtol, tolerance=tolerance)
     value = solution.value if first is None else tree_add(first, solution.value)
-    return tree_scale(scale, value), scale * size, solution.num_products
+    return tree_scale(scale, value), scale * size, solution
 
 
 def _one_rounding(params: Vector, uncertain: BoolScalar) -> Vector:

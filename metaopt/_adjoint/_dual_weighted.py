@@ -5,7 +5,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._results import first_failure
+from .._results import mask_result, RESULTS
 from .._tree import (
     divided,
     tree_scaled_norm,
@@ -65,7 +65,8 @@ class DualWeighted(AbstractErrorEstimate):
         unsolved = linear.residual * tree_scaled_norm(here.in_params)
         share = unsolved / jnp.where(better.left > 0, better.left, 1)
         num_products = asked + better.num_products
-        return ErrorEstimate(error + floor, share, num_products, first_failure())
+        indefinite = mask_result(better.indefinite, RESULTS.linear_indefinite)
+        return ErrorEstimate(error + floor, share, num_products, indefinite)
 
 
 _OF_PARTS = 0.5  # of the two parts of the correction, taken for their own error

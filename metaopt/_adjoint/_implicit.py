@@ -403,7 +403,12 @@ class ImplicitAdjoint(AbstractAdjoint):
             solver, operator = self._transposed().linear_solver, operator.transpose()
         if isinstance(solver, AbstractToleranceSolver):
             solver = solver.rough(rtol) if rtol >= _ROUGH else solver.with_rtol(rtol)
-        return solver.solve(operator, vector, None, tolerance)
+        solution = solver.solve(operator, vector, None, tolerance)
+        if not self._is_biased:
+            return solution
+        # Where something is left out by request, negative curvature is no failure.
+        infinite = jnp.full_like(solution.min_curvature, jnp.inf)
+        return dataclasses.replace(solution, min_curvature=infinite)
 
     def _transposed(self) -> "ImplicitAdjoint":
         """The same, ready for the transposed operator."""

@@ -129,7 +129,7 @@ class StrongConvexity(AbstractErrorEstimate):
         # Products are rounded too, and a Rayleigh quotient with them.
         smallest = here.smallest_curvature(linear, first)
         contradicted = smallest < curvature * (1 - 100 * eps**0.5)
-        contradicted |= jnp.asarray(curvature <= 0)
+        contradicted |= jnp.asarray(curvature <= 0) | rough.indefinite | better.indefinite
         bound = jnp.where(contradicted, jnp.inf, bound + 10 * eps * size)
         num_products = asked + rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)

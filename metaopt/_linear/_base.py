@@ -63,6 +63,12 @@ class Subspace(eqx.Module):
         known = self.directions, self.products, self.curvatures
         return jax.lax.scan(search, (tree_zeros_like(vector), vector), known)[0]
 
+    @property
+    def max_curvature(self) -> FloatScalar:
+        r"""The largest $p_i^T A p_i / p_i^T p_i$."""
+        squares = jax.vmap(lambda p: tree_dot(p, p))(self.directions)
+        return jnp.max(self.curvatures / jnp.where(squares > 0, squares, 1))
+
 
 class LinearSolution(eqx.Module):
     r"""The result of a linear solve $A x = b$.

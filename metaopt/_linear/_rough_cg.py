@@ -16,7 +16,8 @@ class RoughCG(AbstractLinearSolver):
     """Textbook conjugate gradients, without any check but that of the curvature.
 
     A rough solution needs no true residual and no best iterate, so that it compiles to
-    little and takes one product in each step. A step along negative curvature ends it.
+    little and takes one product in each step. A step along negative curvature ends it;
+    the caller looks at `min_curvature`.
     The right-hand side must be of a size whose square is a number.
     """
 
@@ -53,6 +54,7 @@ class RoughCG(AbstractLinearSolver):
                 r=r,
                 p=tree_axpy(new / s.square, s.p, r),
                 square=jnp.where(taken, new, s.square),
+                min_curvature=jnp.minimum(s.min_curvature, curvature / tree_dot(s.p, s.p)),
                 num_steps=s.num_steps + 1,
                 goes_on=taken & ~(new <= enough),
             )
@@ -60,14 +62,17 @@ class RoughCG(AbstractLinearSolver):
         # NaN and zero compare as false.
         goes_on = (square > enough) & jnp.isfinite(square)
         none = jnp.zeros((), jnp.int32)
+        infinite = jnp.full_like(square, jnp.inf)
+        zeros = tree_zeros_like(vector)
         state = lax.while_loop(
             lambda s: s.goes_on & (s.num_steps < self.max_steps),
             step,
-            _State(tree_zeros_like(vector), vector, vector, square, none, goes_on),
+            _State(zeros, vector, vector, square, infinite, none, goes_on),
         )
         residual = relative(jnp.sqrt(state.square), jnp.sqrt(square))
         steps = state.num_steps
-        return reported(state.x, first_failure(), residual, steps, steps)
+        smallest = state.min_curvature
+        return reported(state.x, first_failure(), residual, steps, steps, smallest)
 
 
 class _State(eqx.Module):
@@ -75,5 +80,6 @@ class _State(eqx.Module):
     r: Vector
     p: Vector
     square: FloatScalar  # r.r
+    min_curvature: FloatScalar
     num_steps: IntScalar
     goes_on: BoolScalar
