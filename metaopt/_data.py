@@ -3,7 +3,7 @@
 import abc
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -187,7 +187,8 @@ class InnerBatches:
 
     **Raises:**
 
-    `ValueError` unless `num_steps` is a positive int.
+    `ValueError` unless `num_steps` is a positive int, and where batches differ in their
+    shapes.
     """
 
     def __init__(self, batches: Iterable[Any], num_steps: int):
@@ -200,7 +201,21 @@ class InnerBatches:
         while rows := list(itertools.islice(source, self.num_steps)):
             if len(rows) < self.num_steps:
                 return
+            _check_alike(rows)
             yield BatchSequence(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def _check_alike(batches: Sequence[PyTree[Any]]) -> None:
+    """Raises a `ValueError` where batches differ in structure or shapes."""
+    kinds = [jax.tree.map(np.shape, batch) for batch in batches]
+    for index, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(
+                "`InnerBatches` needs batches of equal shapes, because one compiled "
+                f"program takes them all: the first has the shapes {kinds[0]}, and number "
+                f"{index + 1} of the same outer step {kind}. Leave the short last batch "
+                "out (`drop_last=True` for a PyTorch `DataLoader`)."
+            )
 
 
 def restarted(batches: Iterable[Any]) -> Iterator[Any]:

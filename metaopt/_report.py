@@ -315,6 +315,9 @@ class BilevelSolution(eqx.Module):
                 rows.append(("linear steps", _number(history.num_linear_steps.sum())))
             if self.report is not None and self.report.error is not None:
                 rows.append(("error of the last", _error_text(self.report)))
+            if self.report is not None and self.report.inner_error is not None:
+                text = f"{_number(self.report.inner_error)} (est.)"
+                rows.append(("inner relative error of the last", text))
             if self.report is not None and self.report.left_out:
                 rows.append(("left out", "; ".join(self.report.left_out)))
             if self.report is not None and self.report.unreached:

@@ -25,9 +25,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "step). At step 0 look for NaN in the data, the params or the outer variables, "
         "for a layer in its input and its weights (a step of an optimizer that is too long "
         "can overflow them), and for integer labels beyond the number of outputs, which "
-        "give NaN; later, lower the learning rate, or look for an operation whose gradient "
-        "is infinite there (`sqrt` at 0, `log` at 0): guard its argument with "
-        "`jnp.where` on the inside as well."
+        "give NaN; later, look for the same in the batch of that step, lower the learning "
+        "rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
+        "`log` at 0): guard its argument with `jnp.where` on the inside as well."
     )
     inner_diverged = (
         "The inner solver diverged: its iterates grew until they were no longer finite. "
@@ -96,9 +96,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     linear_inaccurate = (
         "The linear system was solved to a small residual, and the estimated error of the "
         "hypergradient is still larger than the adjoint's `rtol` allows: the system is "
-        "ill-conditioned. Lower the `rtol` of the linear solver, give it a "
-        "`preconditioner` or more steps, use float64, add regularisation to the inner "
-        "problem, or accept a larger error by name with `ImplicitAdjoint(rtol=...)`."
+        "ill-conditioned, or, for a bound in float32, what rounding can do at worst is "
+        "larger. Lower the `rtol` of the linear solver, give it a `preconditioner` or more "
+        "steps, use float64, estimate the error with `metaopt.DualWeighted()` in place of "
+        "a bound, add regularisation to the inner problem, or accept a larger error by "
+        "name with `ImplicitAdjoint(rtol=...)`."
     )
     linear_indefinite = (
         "The linear solver met a direction of zero or negative curvature: the inner "

@@ -109,6 +109,12 @@ def test_inner_batches_give_a_batch_for_each_inner_step():
     assert len(list(mo.InnerBatches(iter(Loader()), 2))) == 1
 
 
+def test_inner_batches_of_differing_shapes_are_named():
+    batches = [{"x": np.ones((4, 2))}, {"x": np.ones((3, 2))}]
+    with pytest.raises(ValueError, match=r"number 2 of the same outer step .*drop_last"):
+        next(iter(mo.InnerBatches(batches, 2)))
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [

@@ -261,6 +261,54 @@ def test_minres_accepts_a_saddle():
     assert report.min_curvature < 0
 
 
+def off_a_saddle(adjoint, aside, inner_solver):
+    """A saddle whose downward direction the outer loss does not see, and a start aside."""
+    inner = lambda p, h, b: (p[0] - h) ** 2 - p[1] ** 2 / 2 + p[1] ** 4 / 4
+    return mo.hypergradient(
+        mo.BilevelProblem(inner, lambda p, h, b: (p[0] - 2) ** 2),
+        1.0, jnp.array([0.0, aside]), inner=inner_solver, adjoint=adjoint, throw=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [mo.DualWeighted(), mo.StrongConvexity(
+    1e-3, hessian_lipschitz=0.0, cross_lipschitz=0.0, outer_lipschitz=2.0,
+)])  # fmt: skip
+def test_negative_curvature_that_only_the_estimate_meets(error):
+    descent = mo.Descent(optax.sgd(0.1), 80)
+    adjoint = mo.ImplicitAdjoint(rtol=1e-2, error=error)
+    # The residual leads down from the saddle, where the right-hand side does not point.
+    _, report = off_a_saddle(adjoint, 1e-6, descent)
+    assert report.result in (
+        mo.RESULTS.linear_indefinite, mo.RESULTS.curvature_contradicted
+    )  # fmt: skip
+    assert report.min_curvature == near(-1, rel=1e-3)
+    # The same in the minimum beside it.
+    gradient, report = off_a_saddle(adjoint, 0.9, descent)
+    assert report.result == mo.RESULTS.successful
+    assert report.min_curvature == near(2, rel=1e-5)
+    assert gradient == near(-2, rel=1e-2)
+
+
+def test_negative_curvature_is_no_failure_where_damping_is_asked_for():
+    adjoint = mo.ImplicitAdjoint(mo.CG(damping=2.0), inner_rtol=jnp.inf)
+    _, report = off_a_saddle(adjoint, 1e-6, mo.Descent(optax.sgd(0.1), 80))
+    assert report.result == mo.RESULTS.successful
+
+
+@pytest.mark.parametrize("penalty", [0.1, lambda h: jnp.exp(h)])
+def test_bounds_take_integer_rows_and_a_fixed_penalty(penalty):
+    rows = np.array([[1, 0], [1, 2], [0, 1], [3, 1]])
+    weight = penalty(jnp.log(0.1)) if callable(penalty) else penalty
+    inner = lambda p, h, b: jnp.mean((rows @ p - h) ** 2) / 2 + weight * p @ p / 2
+    _, report = mo.hypergradient(
+        mo.BilevelProblem(inner, lambda p, h, b: jnp.mean((rows @ p - 1) ** 2) / 2),
+        jnp.log(0.1), jnp.zeros(2), inner=mo.Descent(optax.sgd(0.3), 200),
+        adjoint=mo.ImplicitAdjoint(error=mo.ridge_bound(rows, rows, penalty)),
+    )  # fmt: skip
+    assert report.error_is_bound
+    assert report.error is not None and report.error < 1e-3
+
+
 def penalised(p, h, b):
     return jnp.sum(jnp.cosh(p)) + jnp.exp(h) * jnp.sum((p - 1) ** 2)
 

@@ -41,6 +41,7 @@ class Corrected(NamedTuple):
     - `gradient`: the hypergradient from the two.
     - `with_old_solution`: the same with the solution of the linear system before.
     - `num_products`: the products that the correction took.
+    - `min_curvature`: the smallest curvature that its solves met.
     - `indefinite`: whether a solve met negative curvature, beyond rounding, of an
         operator that is to be positive semidefinite. What it corrects is then no minimum.
     """
@@ -52,6 +53,7 @@ class Corrected(NamedTuple):
     gradient: Vector
     with_old_solution: Vector
     num_products: IntScalar
+    min_curvature: FloatScalar
     indefinite: BoolScalar
 
     def distance(self, gradient: Vector) -> FloatScalar:
@@ -99,6 +101,7 @@ def corrected_once(
         gradient=tree_add(old, through_change),
         with_old_solution=old,
         num_products=count,
+        min_curvature=smallest,
         indefinite=_is_negative(smallest, here, knows),
     )
 

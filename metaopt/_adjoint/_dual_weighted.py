@@ -66,7 +66,9 @@ class DualWeighted(AbstractErrorEstimate):
         share = unsolved / jnp.where(better.left > 0, better.left, 1)
         num_products = asked + better.num_products
         indefinite = mask_result(better.indefinite, RESULTS.linear_indefinite)
-        return ErrorEstimate(error + floor, share, num_products, indefinite)
+        return ErrorEstimate(
+            error + floor, share, num_products, better.min_curvature, indefinite
+        )
 
 
 _OF_PARTS = 0.5  # of the two parts of the correction, taken for their own error

@@ -137,12 +137,15 @@ class ErrorEstimate(eqx.Module):
     - `linear_share`: the part of the remaining right-hand side of the linear system that
         its own solution left, from 0 to 1. The inexact inner solution left the rest.
     - `num_products`: the products with the Jacobian that the estimate took.
+    - `min_curvature`: the smallest curvature that was met on the way, infinite where the
+        linear solver does not look.
     - `result`: whether an assumption of the estimate is contradicted.
     """
 
     error: FloatScalar
     linear_share: FloatScalar
     num_products: IntScalar
+    min_curvature: FloatScalar
     result: RESULTS
 
     def judged(self, allowed: FloatScalar | None) -> Any:

@@ -225,8 +225,10 @@ class ImplicitAdjoint(AbstractAdjoint):
         result = first_failure(
             self._judge(inner_error, inner_rtol, inner.tolerance), linear.result
         )
+        min_curvature = linear.min_curvature
         if estimate is not None:
             result = first_failure(result, estimate.judged(allowed))
+            min_curvature = jnp.minimum(min_curvature, estimate.min_curvature)
         info = AdjointInfo(
             result=result,
             inner_residual=tree_scaled_norm(here.residual),
@@ -234,7 +236,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
             num_products=linear.num_products + num_products,
-            min_curvature=linear.min_curvature,
+            min_curvature=min_curvature,
             tolerance=inner.tolerance,
             error=None if estimate is None else estimate.error,
             num_error_products=None if estimate is None else estimate.num_products,
@@ -404,9 +406,9 @@ class ImplicitAdjoint(AbstractAdjoint):
         if isinstance(solver, AbstractToleranceSolver):
             solver = solver.rough(rtol) if rtol >= _ROUGH else solver.with_rtol(rtol)
         solution = solver.solve(operator, vector, None, tolerance)
-        if not self._is_biased:
+        if not (self._is_biased or self.linear_solver.accepts_indefinite):
             return solution
-        # Where something is left out by request, negative curvature is no failure.
+        # Whoever asked for that, or for something to be left out, is not refused for it.
         infinite = jnp.full_like(solution.min_curvature, jnp.inf)
         return dataclasses.replace(solution, min_curvature=infinite)
 

@@ -10,10 +10,11 @@ from jaxtyping import Array
 
 from .._tree import split_trainable
 from .._types import Hyper
-from ._strong_convexity import StrongConvexity
+from ._strong_convexity import constant, StrongConvexity
 
 
-Penalty = Callable[[Hyper], Any]
+Penalty = float | jax.Array | Callable[[Hyper], Any]
+"""The weights of a quadratic penalty: fixed ones, or a function of `hyper`."""
 
 
 def ridge_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexity:
@@ -27,8 +28,8 @@ def ridge_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexity
 
     - `rows`: $x_i$, the training inputs, of shape `(n, d)`.
     - `valid_rows`: the inputs of the outer loss, of shape `(m, d)`.
-    - `penalty`: a function of `hyper` that returns $\lambda$: a scalar, or an array of
-        shape `(d,)`. Not negative.
+    - `penalty`: $\lambda$, a scalar or an array of shape `(d,)`, not negative; or a
+        function of `hyper` that returns it.
 
     **Returns:**
 
@@ -42,7 +43,7 @@ def ridge_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexity
     gram = jnp.matmul(rows.T, rows, precision="highest") / len(rows)
 
     def curvature(hyper):
-        weights = jnp.broadcast_to(penalty(hyper), (gram.shape[0],))
+        weights = jnp.broadcast_to(constant(penalty, hyper), (gram.shape[0],))
         matrix = gram + jnp.diag(weights)
         least = jnp.linalg.eigvalsh(matrix)[0]
         # The least eigenvalue is known to rounding of the largest.
@@ -91,8 +92,8 @@ def softmax_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexi
     **Arguments:**
 
     - `rows`, `valid_rows`: as for [`metaopt.ridge_bound`][].
-    - `penalty`: a function of `hyper` that returns $\lambda$: a scalar, or an array that
-        broadcasts to `(d, classes)`. Positive.
+    - `penalty`: $\lambda$, a scalar or an array that broadcasts to `(d, classes)`,
+        positive; or a function of `hyper` that returns it.
 
     **Returns:**
 
@@ -119,7 +120,7 @@ def _bound(
 
 
 def _least(penalty: Penalty) -> Callable[[Hyper], Array]:
-    return lambda hyper: jnp.min(jnp.asarray(penalty(hyper)))
+    return lambda hyper: jnp.min(jnp.asarray(constant(penalty, hyper)))
 
 
 def _largest_slope(penalty: Penalty, hyper: Hyper) -> Array:
@@ -128,7 +129,7 @@ def _largest_slope(penalty: Penalty, hyper: Hyper) -> Array:
     It is the derivative of the penalties in `hyper`, each row times a parameter.
     """
     trainable, static = split_trainable(hyper)
-    of_floats = lambda floats: jnp.asarray(penalty(eqx.combine(floats, static)))
+    of_floats = lambda floats: jnp.asarray(constant(penalty, eqx.combine(floats, static)))
     columns = jax.tree.leaves(jax.jacobian(of_floats)(trainable))
     size = of_floats(trainable).size
     squares = [jnp.sum(a.reshape(size, -1) ** 2, axis=1) for a in columns]
@@ -146,10 +147,16 @@ def _longest(rows: Array) -> Array:
 
 
 def _matrices(rows: Any, valid_rows: Any) -> tuple[Array, Array]:
-    rows, valid_rows = jnp.asarray(rows), jnp.asarray(valid_rows)
+    rows, valid_rows = _floats(rows), _floats(valid_rows)
     if rows.ndim != 2 or valid_rows.ndim != 2 or rows.shape[1] != valid_rows.shape[1]:
         raise ValueError(
             "`rows` and `valid_rows` must be matrices of as many columns, a row for each "
             f"example; got the shapes {rows.shape} and {valid_rows.shape}."
         )
     return rows, valid_rows
+
+
+def _floats(rows: Any) -> Array:
+    rows = jnp.asarray(rows)
+    exact = jnp.issubdtype(rows.dtype, jnp.integer) or rows.dtype == bool
+    return rows.astype(jnp.result_type(float)) if exact else rows

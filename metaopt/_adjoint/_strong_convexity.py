@@ -134,7 +134,8 @@ class StrongConvexity(AbstractErrorEstimate):
         num_products = asked + rough.num_products + better.num_products + 2
         doubt = mask_result(contradicted, RESULTS.curvature_contradicted)
         share = tree_scaled_norm(first) / jnp.where(rough.left > 0, rough.left, 1)
-        return ErrorEstimate(bound, share, num_products, doubt)
+        met = jnp.minimum(rough.min_curvature, better.min_curvature)
+        return ErrorEstimate(bound, share, num_products, met, doubt)
 
     def _factors(
         self, at: Linearisation, w: Vector, hyper: Hyper
