@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ._shuffle import shuffled
 from ._tree import leaf_names
 from ._types import Batch, Key
 from ._validate import check_count
@@ -77,8 +78,9 @@ class Minibatches(AbstractData):
     """Random minibatches, drawn inside the compiled loop.
 
     The rows are shuffled anew in every epoch and each epoch is cut into batches of equal
-    size; rows left over at the end of an epoch are not used in that epoch. Under an
-    implicit adjoint the loop draws minibatches while the optimality is taken on all the
+    size; rows left over at the end of an epoch are not used in that epoch. Each outer step
+    begins an epoch. Of more than 65,536 rows only those that are drawn are shuffled. Under
+    an implicit adjoint the loop draws minibatches while the optimality is taken on all the
     rows.
 
     **Arguments:**
@@ -113,9 +115,8 @@ class Minibatches(AbstractData):
         rows = _num_rows(self.arrays, "Minibatches")
         per_epoch = rows // self.batch_size
         epochs = -(-num_steps // per_epoch)
-        shuffle = jax.vmap(lambda k: jax.random.permutation(k, rows))
-        order = shuffle(jax.random.split(key, epochs))
-        order = order[:, : per_epoch * self.batch_size]
+        count = min(num_steps, per_epoch) * self.batch_size
+        order = jax.vmap(lambda k: shuffled(k, rows, count))(jax.random.split(key, epochs))
         return order.reshape(-1, self.batch_size)[:num_steps]
 
     def batch(self, draw):

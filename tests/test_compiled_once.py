@@ -71,6 +71,18 @@ def test_outer_steps_trace_once(inner, adjoint, start):
     assert len({hyper.tobytes() for hyper in hypers}) == 20
 
 
+@pytest.mark.parametrize("adjoint", [mo.ImplicitAdjoint(), mo.UnrolledAdjoint()], ids=repr)
+def test_a_loss_is_traced_few_times(adjoint):
+    case = CASES["ridge"](jnp.float64)
+    problem, inner_loss, outer_loss = counted_problem()
+    mo.hypergradient(
+        problem, case.hyper, case.params, *case.data, inner=DESCENT, adjoint=adjoint,
+        throw=False,
+    )  # fmt: skip
+    assert 0 < inner_loss.count <= 5
+    assert 0 < outer_loss.count <= 3
+
+
 def test_minibatches_from_an_iterator_trace_once():
     case = CASES["ridge"](jnp.float64)
     problem, inner_loss, _ = counted_problem()

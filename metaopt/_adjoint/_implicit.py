@@ -31,6 +31,7 @@ from .._tree import (
     same_structs,
     scale_and_norm,
     split_trainable,
+    tree_add,
     tree_cast_like,
     tree_dot,
     tree_dtype,
@@ -145,9 +146,14 @@ class ImplicitAdjoint(AbstractAdjoint):
         return _Carry(zeros, initial_state(self.linear_solver, trainable), largest)
 
     def solve(self, inner, params, hyper, model_state, throw):
-        return self._solve(inner, params, hyper, model_state, throw)
+        outcome, _, _ = self._solve(inner, params, hyper, model_state, throw)
+        return outcome
 
-    def _solve(self, inner, params, hyper, model_state, throw) -> Outcome:
+    def _solve(
+        self, inner, params, hyper, model_state, throw
+    ) -> tuple[Outcome, Optimality, Vector]:
+        """The outcome with its implicit derivative, and its condition, which is traced
+        once, with the point to linearise it at."""
         outcome = inner.primal(params, hyper, model_state)
         outer_variables = split_trainable(hyper)[0]
         for _ in range(self.newton_steps):
@@ -169,21 +175,23 @@ class ImplicitAdjoint(AbstractAdjoint):
             hoisted = dataclasses.replace(hoisted, error=DualWeighted())
         adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
         solution = _with_implicit_derivative(
-            condition.converted(widened, outer_variables),
+            condition,
             trainable,
             outer_variables,
             stop_gradient((outcome.result, point, adjoint)),
             static_adjoint=static_adjoint,
             throw=throw,
         )
-        return eqx.tree_at(lambda o: o.params, outcome, eqx.combine(solution, static))
+        params = eqx.combine(solution, static)
+        outcome = eqx.tree_at(lambda o: o.params, outcome, params)
+        return outcome, condition, widened
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
         outer_variables, static_hyper = split_trainable(hyper)
         params, model_state = start(hyper)
-        outcome = self._solve(inner, params, hyper, model_state, False)
+        outcome, condition, widened = self._solve(inner, params, hyper, model_state, False)
         narrow, static = split_trainable(outcome.params)
-        condition, trainable = _condition(inner, outcome, hyper)
+        trainable = tree_cast_like(narrow, widened)
 
         def outer_loss(trainable, outer_variables):
             full_hyper = eqx.combine(outer_variables, static_hyper)
@@ -211,7 +219,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         linear = exact._solve_transposed(
             here.operator, condition.tags, here.in_params, first_guess, inner.tolerance
         )
-        gradient = here.gradient(linear.value)
+        through_solution = here.through_solution(linear.value)
+        gradient = tree_add(through_solution, here.direct)
         inner_error = point.error(linear.value, here.in_params)
         estimate = None
         if self.error is not None:
@@ -255,7 +264,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.value,
             here.aux,
             here.direct,
-            here.through_solution(linear.value),
+            through_solution,
             outcome,
             info,
             # What was refused is no measure of what comes next.
@@ -525,26 +534,29 @@ def _condition(
     inner: InnerSolve, outcome: Outcome, hyper: Hyper
 ) -> tuple[Optimality, Vector]:
     """The optimality and the point to linearise it at: in float32 for params of half
-    precision, unless the problem insists on the dtype that it is used to."""
-    narrow = split_trainable(outcome.params)[0]
+    precision, unless the problem insists on the dtype that it is used to.
+
+    It is traced here, once for all of its derivatives.
+    """
+    narrow, outer_variables = split_trainable(outcome.params)[0], split_trainable(hyper)[0]
     widened = tree_widened(narrow)
     plain = inner.optimality(outcome, hyper)
     if tree_structs(narrow) == tree_structs(widened):
-        return plain, narrow
+        return plain.converted(narrow, outer_variables), narrow
     condition = inner.optimality(outcome, hyper, widen=True)
     try:
-        found = jax.eval_shape(condition, widened, split_trainable(hyper)[0])
+        found = jax.eval_shape(condition, widened, outer_variables)
     except (TypeError, ValueError):
         found = None
     if found is not None and same_structs(found, widened):
-        return condition, widened
+        return condition.converted(widened, outer_variables), widened
     warn(
         "The inner problem cannot be evaluated in float32 at params of half precision: "
         "something in it has a dtype of its own. The linear system is solved in half "
         "precision. Write `x.astype(params.dtype)` for arrays that the loss makes or "
         "closes over.",
     )
-    return plain, narrow
+    return plain.converted(narrow, outer_variables), narrow
 
 
 class _Carry(eqx.Module):
