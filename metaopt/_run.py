@@ -18,7 +18,7 @@ from ._report import BilevelSolution, History, Report
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import Outcome
 from ._tree import same_structs, tree_size
-from ._types import FloatScalar, Hyper, Key, ModelState, Params
+from ._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 from ._validate import (
     canonical_arrays,
     canonical_hyper,
@@ -210,11 +210,11 @@ class _Run:
     ):
         self.problem = problem
         self.solver = solver
+        self.fixed = _Static.split((solver, problem))
         self.feeds = feeds
         self.state = state
         self.rows: list[dict[str, Any]] = []
-        self.path: list[Hyper] = []
-        self.keeps_path = tree_size(solver.hyper(state)) <= _MAX_RECORDED
+        self.path: list[Hyper] = []  # the floating-point arrays of each step
         self.report: Report | None = None
         self.result: Any = RESULTS.successful
         self.interrupted = False
@@ -237,23 +237,27 @@ class _Run:
                 for feed in self.feeds:
                     feed.advance()
                 before, begin = self.state, time.perf_counter()
-                info = self._step(self.solver)
-                norm = float(info.report.hypergradient_norm)
+                info, seen = self._step(self.fixed)
+                norm = seen.row["hypergradient_norm"]
                 if atol is not None and norm <= atol and info.report.tolerance is not None:
                     # A zero of a rough hypergradient is not one of the hypergradient.
                     self.state = before
-                    info = self._step(self.solver.exact)
-                self._record(info, time.perf_counter() - begin)
+                    info, seen = self._step(
+                        _Static.split((self.solver.exact, self.problem))
+                    )
+                self._record(info.report, seen, time.perf_counter() - begin)
                 bar.update()
                 bar.set_postfix(
                     loss=f"{self.rows[-1]['outer_loss']:.4g}",
                     gradient=f"{self.rows[-1]['hypergradient_norm']:.2g}",
                     refresh=False,
                 )
-                failed = throw and _failed(info.report.result)
+                failed = throw and bool(seen.failed)
                 if failed:
                     self.state = before  # without the update that is not to be trusted
-                    self.path[-1:] = self._hyper_now()
+                    if self.path:
+                        hyper = self.solver.hyper(before)
+                        self.path[-1] = jax.device_get(_floats(hyper))
                 stopped = ends_run(callback, index, self.state, info)
                 if failed:
                     return
@@ -297,52 +301,83 @@ class _Run:
             warm_started=self.solver.warm_starts,
         )
 
-    def _step(self, solver: AbstractBilevelSolver) -> BilevelStep:
+    def _step(self, fixed: tuple[Any, "_Static"]) -> tuple[BilevelStep, "_Seen"]:
         train, valid = (feed.now for feed in self.feeds)
-        state, info = _step(solver, self.problem, self.state, train, valid)
+        state, info, seen = _step(*fixed, self.state, train, valid)
         # Waits for the device here, so that an interrupt finds a finished step.
         self.state, info = jax.block_until_ready((state, info))
-        return info
+        return info, jax.device_get(seen)
 
-    def _record(self, info: BilevelStep, seconds: float) -> None:
-        self.report = info.report
-        fields = vars(info.report)
-        row = {name: _scalar(fields[name], name) for name in _COLUMNS}
+    def _record(self, report: Report, seen: "_Seen", seconds: float) -> None:
+        self.report = report
+        row = {name: _scalar(seen.row[name], name) for name in _COLUMNS}
         self.rows.append({**row, "seconds": seconds})
-        self.path += self._hyper_now()
-        failed = _failed(info.report.result)
-        self.num_skipped += int(failed and not bool(info.updated))
-        if failed and not _failed(self.result):
-            self.result = info.report.result
-
-    def _hyper_now(self) -> list[Hyper]:
-        if not self.keeps_path:
-            return []
-        return [jax.tree.map(_on_host, self.solver.hyper(self.state))]
+        if seen.hyper is not None:
+            self.path.append(seen.hyper)
+        self.num_skipped += int(seen.failed and not seen.updated)
+        if seen.failed and not _failed(self.result):
+            self.result = report.result
 
     def _hyper_path(self) -> Hyper | None:
         if not self.path:
             return None
+        floats = jax.tree.map(lambda *leaves: np.stack(leaves), *self.path)
+        return eqx.combine(floats, self.solver.hyper(self.state))
 
-        def stacked(first, *others):
-            if not (
-                isinstance(first, np.ndarray) and jnp.issubdtype(first.dtype, jnp.inexact)
-            ):
-                return first
-            return np.stack([first, *others])
 
-        return jax.tree.map(stacked, *self.path)
+class _Seen(eqx.Module):
+    """The part of an outer step that the host looks at, which travels at once."""
+
+    row: dict[str, Any]  # a scalar for each column of the history, or `None`
+    failed: BoolScalar
+    updated: BoolScalar
+    hyper: Hyper | None  # its floating-point arrays; `None` where they are many
+
+
+class _Static:
+    """A pytree without arrays, hashed once for all calls of a compiled function.
+
+    At every call such arguments are hashed and compared, which takes longer than a small
+    step. One object is equal to itself at once.
+    """
+
+    def __init__(self, tree: Any):
+        leaves, structure = jax.tree.flatten(tree)
+        self.key = tuple(leaves), structure
+        self.hash = hash(self.key)
+
+    @classmethod
+    def split(cls, tree: Any) -> tuple[Any, "_Static"]:
+        """The arrays of a pytree, and the rest of it."""
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        return arrays, cls(rest)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Static) and self.key == other.key)
+
+    def joined(self, arrays: Any) -> Any:
+        """The pytree that was split."""
+        leaves, structure = self.key
+        return eqx.combine(arrays, jax.tree.unflatten(structure, leaves))
 
 
 @eqx.filter_jit
 def _step(
-    solver: AbstractBilevelSolver,
-    problem: BilevelProblem,
-    state: Any,
-    train: AbstractData,
-    valid: AbstractData,
-) -> tuple[Any, BilevelStep]:
-    return solver.step(problem, state, train, valid)
+    arrays: Any, rest: _Static, state: Any, train: AbstractData, valid: AbstractData
+) -> tuple[Any, BilevelStep, _Seen]:
+    solver, problem = rest.joined(arrays)
+    state, info = solver.step(problem, state, train, valid)
+    hyper, fields = solver.hyper(state), vars(info.report)
+    seen = _Seen(
+        row={name: fields[name] for name in _COLUMNS},
+        failed=info.report.result != RESULTS.successful,
+        updated=info.updated,
+        hyper=_floats(hyper) if tree_size(hyper) <= _MAX_RECORDED else None,
+    )
+    return state, info, seen
 
 
 @eqx.filter_jit
@@ -356,8 +391,8 @@ def _evaluate(
     return solver.evaluate(problem, state, train, valid)
 
 
-def _on_host(leaf: Any) -> Any:
-    return np.asarray(leaf) if eqx.is_inexact_array(leaf) else leaf
+def _floats(hyper: Hyper) -> Hyper:
+    return eqx.filter(hyper, eqx.is_inexact_array)
 
 
 def _failed(result: RESULTS) -> bool:
