@@ -344,7 +344,14 @@ class _Static:
     def __init__(self, tree: Any):
         leaves, structure = jax.tree.flatten(tree)
         self.key = tuple(leaves), structure
-        self.hash = hash(self.key)
+        try:
+            self.hash = hash(self.key)
+        except TypeError as error:
+            raise TypeError(
+                f"`problem` or `solver` holds an object that cannot be hashed ({error}), "
+                "by which compiled programs are found again. Give its class a `__hash__`, "
+                "or make it an `equinox.Module`."
+            ) from error
 
     @classmethod
     def split(cls, tree: Any) -> tuple[Any, "_Static"]:

@@ -397,3 +397,23 @@ def test_callback_of_a_failed_step_sees_what_is_returned():
         )
     np.testing.assert_array_equal(seen, [caught.value.value.state.hyper])
     np.testing.assert_array_equal(seen, [jnp.ones(2)])
+
+
+class Unhashable:
+    __hash__ = None  # pyright: ignore
+
+    def __call__(self, params, hyper, batch):
+        return jnp.sum((params - 1) ** 2)
+
+
+def test_what_cannot_be_hashed_is_named():
+    with pytest.raises(TypeError, match="cannot be hashed .*Unhashable.*equinox.Module"):
+        mo.solve_bilevel(
+            mo.BilevelProblem(lambda p, h, b: jnp.sum((p - h) ** 2), Unhashable()),
+            jnp.zeros(2),
+            params=jnp.zeros(2),
+            solver=mo.NestedSolver(
+                mo.Descent(optax.sgd(0.1), 2), mo.UnrolledAdjoint(), optax.sgd(0.1)
+            ),
+            num_steps=1,
+        )
