@@ -15,7 +15,6 @@ from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import Optimality
 from .._tree import (
     divided,
-    tree_add,
     tree_dot,
     tree_scaled_norm,
     tree_sub,
@@ -78,10 +77,6 @@ class Linearisation:
         (both,) = jax.vmap(pullback)(stacked)
         pick = lambda index: jax.tree.map(lambda leaf: leaf[index], both)
         return pick(0), pick(1)
-
-    def gradient(self, linear_solution: Vector) -> Vector:
-        """The hypergradient, from the solution of the linear system."""
-        return tree_add(self.through_solution(linear_solution), self.direct)
 
     def linear_residual(self, linear_solution: Vector) -> Vector:
         """The residual of the exact linear system.
