@@ -169,7 +169,7 @@ def judge(family: Family, prepared: Prepared, adjoint, num_steps=NUM_STEPS):
         adjoint=mo.UnrolledAdjoint(),
         throw=False,
     )
-    return gradient, report, plain_report.num_products, solution.value
+    return gradient, report, plain_report.derivative.num_products, solution.value
 
 
 @eqx.filter_jit
@@ -209,7 +209,7 @@ def judged_against_truth(family, problems, outputs) -> Judged:
     gradient, report, plain_products, params = outputs
     truth, known, slope = truths(family, problems, params)
     got = jax.vmap(lambda g: ravel_pytree(g)[0].astype(jnp.float64))(gradient)
-    said, norm = report.error, jnp.linalg.norm(truth, axis=-1)
+    said, norm = report.derivative.error, jnp.linalg.norm(truth, axis=-1)
     eps = float(jnp.finfo(jax.tree.leaves(gradient)[0].dtype).eps)
     out = Judged(
         accepted=report.result == mo.RESULTS.successful,
@@ -218,7 +218,7 @@ def judged_against_truth(family, problems, outputs) -> Judged:
         rounding=eps * jnp.maximum(ROUNDINGS * norm, PARAM_ROUNDINGS * slope),
         true=jnp.linalg.norm(got - truth, axis=-1),
         said=jnp.full(known.shape, jnp.nan) if said is None else said,
-        products=report.num_products + report.num_error_products,
+        products=report.derivative.num_products + report.derivative.num_error_products,
         plain_products=plain_products,
     )
     return jax.tree.map(np.asarray, out)

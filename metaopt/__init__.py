@@ -1,6 +1,7 @@
 """Bilevel and meta-optimisation with hypergradients that can be trusted."""
 
 from . import (
+    callbacks as callbacks,
     datasets as datasets,
     few_shot as few_shot,
     hyper as hyper,
@@ -13,20 +14,23 @@ from ._adjoint import (
     AbstractErrorEstimate as AbstractErrorEstimate,
     AbstractMemoryPlan as AbstractMemoryPlan,
     AbstractPathAdjoint as AbstractPathAdjoint,
-    AdjointInfo as AdjointInfo,
     Blocks as Blocks,
     DualWeighted as DualWeighted,
     ExactCurvature as ExactCurvature,
     FirstOrderAdjoint as FirstOrderAdjoint,
     ForwardAdjoint as ForwardAdjoint,
     GaussNewton as GaussNewton,
+    Growth as Growth,
     HypergradientOutput as HypergradientOutput,
     ImplicitAdjoint as ImplicitAdjoint,
+    ImplicitInfo as ImplicitInfo,
     logistic_bound as logistic_bound,
     OneStepAdjoint as OneStepAdjoint,
     OnlineCheckpoints as OnlineCheckpoints,
+    PathInfo as PathInfo,
     RecomputeSteps as RecomputeSteps,
     ReversibleAdjoint as ReversibleAdjoint,
+    ReversibleInfo as ReversibleInfo,
     ridge_bound as ridge_bound,
     softmax_bound as softmax_bound,
     StoreAll as StoreAll,
@@ -48,6 +52,7 @@ from ._bilevel import (
     NestedSolver as NestedSolver,
     NestedState as NestedState,
     PolynomialTolerance as PolynomialTolerance,
+    ResponseInfo as ResponseInfo,
     SelfTuningSolver as SelfTuningSolver,
     SelfTuningState as SelfTuningState,
     STN as STN,
@@ -107,6 +112,7 @@ from ._model_state import (
     PerStepState as PerStepState,
     StepStates as StepStates,
 )
+from ._outer import Run as Run
 from ._problem import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,
     AbstractInnerProblem as AbstractInnerProblem,
@@ -123,19 +129,24 @@ from ._problem import (
     RootProblem as RootProblem,
 )
 from ._report import (
+    AbstractDerivativeInfo as AbstractDerivativeInfo,
+    AbstractInfo as AbstractInfo,
+    Best as Best,
     BilevelSolution as BilevelSolution,
     History as History,
+    InnerInfo as InnerInfo,
+    OuterInfo as OuterInfo,
     Report as Report,
     Solution as Solution,
 )
 from ._results import RESULTS as RESULTS, SolveError as SolveError
 from ._retrain import retrain as retrain
-from ._run import solve_bilevel as solve_bilevel
 from ._self_test import warn_if_known_bad as _warn_if_known_bad
 from ._smoothness import (
     check_smoothness as check_smoothness,
     SmoothnessCheck as SmoothnessCheck,
 )
+from ._solve_bilevel import solve_bilevel as solve_bilevel
 from ._solve_inner import solve_inner as solve_inner
 from ._solver import (
     AbstractBestIterateSolver as AbstractBestIterateSolver,

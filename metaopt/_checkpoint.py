@@ -73,7 +73,7 @@ def load(path: str | os.PathLike, like: T) -> T:
     """
     path = Path(path)
     wanted = _arrays(like)
-    _check_same(path, _described(path), wanted)
+    _check_same(path, described(path), wanted)
     templates = [_data(leaf) for _, leaf in wanted]
     keys = [str(index) for index in range(len(wanted))]
     entries = _read(path, keys, max((t.nbytes for t in templates), default=0) + 1024)
@@ -126,7 +126,7 @@ def _read(path: Path, keys: list[str], max_bytes: int) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is no sound checkpoint: {error}") from error
 
 
-def _described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+def described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
     """Name, kind and shape of the arrays in the file, in their order."""
     header = _read(path, [_HEADER], _MAX_HEADER)[_HEADER]
     try:

@@ -223,12 +223,12 @@ def _row(
         times.append(time.perf_counter() - begin)
     ours = np.asarray(ravel_pytree(gradient)[0], np.float64)
     size, own = np.linalg.norm(exact), np.linalg.norm(ours)
-    num_products = 0 if report.num_products is None else int(report.num_products)
+    num_products = int(report.scalars().get("num_products", 0))
     return ComparedAdjoint(
         cosine=float(ours @ exact / (size * own)) if size * own > 0 else nan,
         relative_error=float(np.linalg.norm(ours - exact) / size) if size > 0 else nan,
         is_number=ours.size == 1,
-        num_inner_steps=int(jnp.max(report.num_inner_steps)),
+        num_inner_steps=int(jnp.max(report.inner.num_steps)),
         num_products=num_products,
         seconds=statistics.median(times),
         temporary_bytes=memory,

@@ -20,8 +20,8 @@ from ._dependence import (
 from ._loop_error import loops_explained
 from ._problem import AbstractInnerProblem, BilevelProblem, initialise
 from ._reach import held_message, split_unreached, zero_message
-from ._report import Report
-from ._results import first_failure, mask_result, RESULTS
+from ._report import InnerInfo, OuterInfo, Report
+from ._results import first_failure, mask_result, RESULTS, voids_hypergradient
 from ._solver import AbstractSolver, Earlier, InnerSolve, LoopState, Outcome
 from ._tree import nan_where, split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
 from ._types import (
@@ -34,9 +34,7 @@ from ._types import (
     Params,
     Vector,
 )
-from ._validate import (
-    check_params,
-)
+from ._validate import check_params
 
 
 class Continued(eqx.Module):
@@ -158,7 +156,7 @@ class Objective(eqx.Module):
         result = _judge(output, norm)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
-        gradient = _nan_where(_is_void(result), gradient)
+        gradient = _nan_where(voids_hypergradient(result), gradient)
         report = _report(name, output, gradient, norm, result, idle, held)
         return output, gradient, report
 
@@ -308,25 +306,6 @@ class Objective(eqx.Module):
         return list(itertools.compress(read, inexact))
 
 
-def _is_void(result: Any) -> BoolScalar:
-    """Whether a result says that there is no hypergradient, not even a rough one."""
-    codes = (
-        RESULTS.inner_nonfinite,
-        RESULTS.inner_diverged,
-        RESULTS.inner_out_of_range,
-        RESULTS.inner_momentum,
-        RESULTS.inner_not_reversed,
-        RESULTS.inner_drifted,
-        RESULTS.outer_nonfinite,
-        RESULTS.linear_nonfinite,
-        RESULTS.linear_indefinite,
-        RESULTS.linear_preconditioner,
-        RESULTS.linear_diverged,
-        RESULTS.hypergradient_nonfinite,
-    )
-    return jnp.any(jnp.stack([result == code for code in codes]))
-
-
 def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
     return jax.tree.map(lambda leaf: nan_where(condition, leaf), tree)
 
@@ -343,7 +322,7 @@ def _judge(output: HypergradientOutput, norm: FloatScalar) -> Any:
     return first_failure(
         output.outcome.result,
         mask_result(outer_failed, RESULTS.outer_nonfinite),
-        output.info.result,
+        output.result,
         mask_result(gradient_failed, RESULTS.hypergradient_nonfinite),
     )
 
@@ -357,37 +336,25 @@ def _report(
     idle: tuple[str, ...],
     held: tuple[str, ...],
 ) -> Report:
-    outcome, info = output.outcome, output.info
+    outcome = output.outcome
     return Report(
         result=result,
-        outer_loss=output.value,
-        aux=output.aux,
-        hypergradient_norm=nan_where(_is_void(result), norm),
-        num_zeros=jnp.sum(
-            jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
+        outer=OuterInfo(
+            loss=output.value,
+            aux=output.aux,
+            hypergradient_norm=nan_where(voids_hypergradient(result), norm),
+            num_zeros=jnp.sum(
+                jnp.stack([jnp.sum(leaf == 0) for leaf in jax.tree.leaves(gradient)])
+            ),
+            unreached=idle,
+            held_constant=held,
         ),
-        inner_loss=outcome.loss,
-        inner_residual=info.inner_residual,
-        inner_error=info.inner_error,
-        num_inner_steps=outcome.num_steps,
-        failed_step=outcome.failed_step,
-        linear_residual=info.linear_residual,
-        num_linear_steps=info.num_linear_steps,
-        num_products=info.num_products,
-        tolerance=info.tolerance,
-        min_curvature=info.min_curvature,
-        returned_to_start=info.returned_to_start,
-        stored_bits=info.stored_bits,
-        drift=info.drift,
-        error=info.error,
-        allowed_error=info.allowed_error,
-        num_error_products=info.num_error_products,
-        error_is_bound=info.error_is_bound,
+        inner=InnerInfo(
+            loss=outcome.loss,
+            residual=output.inner_residual,
+            num_steps=outcome.num_steps,
+            failed_step=outcome.failed_step,
+        ),
+        derivative=output.info,
         adjoint=adjoint,
-        left_out=info.left_out,
-        unreached=idle,
-        held_constant=held,
-        num_flat=info.num_flat,
-        growth=info.growth,
-        rounding_effect=info.rounding_effect,
     )

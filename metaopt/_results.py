@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optimistix as optx
+
+
+class _Void(str):
+    """The text of a result that leaves no hypergradient, not even a rough one."""
 
 
 class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -19,7 +24,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "its number of steps, loosen its tolerance (for a fixed point near zero give an "
         "`atol`), or start it closer to the solution."
     )
-    inner_nonfinite = (
+    inner_nonfinite = _Void(
         "The inner loss or its gradient (for a fixed point or an equilibrium layer, the "
         "step or the cell) became infinite or NaN (`stats` and the report say at which "
         "step). At step 0 look for NaN in the data, the params or the outer variables, "
@@ -29,7 +34,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "rate, or look for an operation whose gradient is infinite there (`sqrt` at 0, "
         "`log` at 0): guard its argument with `jnp.where` on the inside as well."
     )
-    inner_diverged = (
+    inner_diverged = _Void(
         "The inner solver diverged: its iterates grew until they were no longer finite. "
         "Lower its learning rate, clip its gradients, or use a solver with a line search. "
         "The map of a fixed point may be no contraction: bound its norm, or use "
@@ -55,26 +60,26 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "is small, and its error is not: `solve_bilevel` compares it with the largest "
         "hypergradient of its run."
     )
-    inner_out_of_range = (
+    inner_out_of_range = _Void(
         "A parameter, a velocity or a gradient of `ReversibleSGD` left the range of its "
         "fixed-point numbers (256 in float32, by default; the report says at which "
         "step). Most often the run diverges: lower `learning_rate` or `momentum`. If the "
         "numbers are meant to be that large, scale the loss or the params down, or give "
         "`fraction_bits` below 22, each of which doubles the range."
     )
-    inner_momentum = (
+    inner_momentum = _Void(
         "A momentum of `ReversibleSGD` left `[min_momentum, 1)`, for which memory was set "
         "aside. Lower `min_momentum`, or keep the momentum in its range, for instance as "
         "`0.5 + 0.49 * jax.nn.sigmoid(hyper)`."
     )
-    inner_not_reversed = (
+    inner_not_reversed = _Void(
         "The steps of `ReversibleSGD` were undone and did not end where they began, so "
         "the hypergradient is wrong. The gradient of the inner loss was not the same to "
         "the last bit in both directions: remove what is random outside of `key` or "
         "depends on the order of operations, such as sums by atomic operations on a GPU "
         "(`XLA_FLAGS=--xla_gpu_deterministic_ops=true`), or use `UnrolledAdjoint`."
     )
-    inner_drifted = (
+    inner_drifted = _Void(
         "The steps of `ReversiblePicard` were undone and ended too far from where they "
         "began, so the derivative is not that of the steps taken. Each step that is undone "
         "magnifies rounding by `1 / (1 - relaxation)` or more. Use float64, fewer steps or "
@@ -102,7 +107,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "a bound, add regularisation to the inner problem, or accept a larger error by "
         "name with `ImplicitAdjoint(rtol=...)`."
     )
-    linear_indefinite = (
+    linear_indefinite = _Void(
         "The linear solver met a direction of zero or negative curvature: the inner "
         "Hessian is not positive definite where the inner solver stopped (a saddle, a "
         "flat direction, or a point short of the minimum). Solve the inner problem "
@@ -110,7 +115,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "derivative of a stationary point that is no minimum, ask by name: "
         "`ImplicitAdjoint(MINRES())`."
     )
-    linear_preconditioner = (
+    linear_preconditioner = _Void(
         "The `preconditioner` of the linear solver is not positive definite. Make it an "
         "approximation of the inverse Hessian with positive eigenvalues only (estimated "
         "diagonals can have negative entries: take absolute values), or leave it out."
@@ -121,21 +126,21 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "singular (the report's linear residual is then large). Loosen `rtol`, use "
         "float64, or add regularisation to the inner problem."
     )
-    linear_diverged = (
+    linear_diverged = _Void(
         "The linear solver's residual grew instead of shrinking. For `Neumann` lower "
         "`scale` below 2 over the largest eigenvalue, or use `CG` or `GMRES`."
     )
-    linear_nonfinite = (
+    linear_nonfinite = _Void(
         "The linear system of the implicit hypergradient is singular or holds infinite "
         "or NaN values. Add regularisation or `damping`, or use `UnrolledAdjoint`."
     )
     # -- the outer problem
-    outer_nonfinite = (
+    outer_nonfinite = _Void(
         "The outer loss is infinite or NaN although the inner solution is finite. Look "
         "for NaN in the outer data, for integer labels beyond the number of outputs, which "
         "give NaN, or for an overflow in the outer loss."
     )
-    hypergradient_nonfinite = (
+    hypergradient_nonfinite = _Void(
         "The hypergradient is infinite or NaN although the losses are finite. Long "
         "unrolled runs can explode (lower the inner learning rate, use fewer steps, or "
         "`TruncatedAdjoint`); otherwise look for an operation whose derivative is "
@@ -185,6 +190,12 @@ class SolveError(RuntimeError):
     def __init__(self, message: str, value: Any):
         RuntimeError.__init__(self, message)
         self.value = value
+
+
+def voids_hypergradient(result: Any) -> Any:
+    """Whether a result leaves no hypergradient, not even a rough one."""
+    void = [isinstance(text, _Void) for text in RESULTS._index_to_message]  # pyright: ignore
+    return jnp.asarray(void)[result._value]
 
 
 def where_result(condition: Any, x: Any, y: Any) -> Any:

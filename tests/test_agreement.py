@@ -76,7 +76,7 @@ def test_hypergradient_is_the_closed_form(adjoint, case, dtype, mode):
             inner=inner_solver(case),
             adjoint=member.make(case),
         )
-        return out, report.outer_loss
+        return out, report.outer.loss
 
     hypers = [case.hyper, case.moved]
     points = [eqx.filter(hyper, eqx.is_inexact_array) for hyper in hypers]
@@ -343,7 +343,7 @@ def test_mixed_leaves(adjoint, forgotten, rtol):
         inner=mo.Descent(optax.sgd(0.2), num_steps=40),
         adjoint=adjoint,
     )
-    assert report.unreached == ()
+    assert report.outer.unreached == ()
     assert gradient["integer"] is gradient["none"] is gradient["function"] is None
     assert gradient["target"].dtype == jnp.float32
     assert gradient["narrow"].dtype == jnp.bfloat16
@@ -376,7 +376,7 @@ def test_half_precision_where_the_loss_insists_on_it():
             adjoint=mo.ImplicitAdjoint(inner_rtol=0.02, error=mo.DualWeighted()),
         )
     np.testing.assert_allclose(gradient, 3.0, rtol=0.02)
-    assert not report.error_is_bound
+    assert not report.derivative.error_is_bound
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -404,8 +404,10 @@ def test_half_precision_is_solved_with_in_float32(dtype):
     half, report = mo.hypergradient(
         problem, hyper, jnp.zeros(4, dtype), data, data, inner=descent, adjoint=adjoint
     )
-    assert report.linear_residual is not None
-    assert report.linear_residual < 1e-5  # which half precision could not tell from 0.01
+    assert report.derivative.linear_residual is not None
+    assert (
+        report.derivative.linear_residual < 1e-5
+    )  # which half precision could not tell from 0.01
     solution = mo.solve_inner(
         problem.inner, hyper, jnp.zeros(4, dtype), data, solver=descent, adjoint=adjoint
     )
@@ -492,8 +494,8 @@ def test_auxiliary_output(optimistix):
         problem, hyper, params, inner=solver, adjoint=adjoint
     )
     np.testing.assert_allclose(gradient, 6.0, rtol=1e-12)
-    assert report.aux[0] == "seen"
-    np.testing.assert_allclose(report.aux[1], 4.0, rtol=1e-12)
+    assert report.outer.aux[0] == "seen"
+    np.testing.assert_allclose(report.outer.aux[1], 4.0, rtol=1e-12)
     solution = mo.solve_inner(inner, hyper, params, solver=solver, adjoint=adjoint)
     # The last evaluation of `Descent` is at the start of its last step, the solution.
     np.testing.assert_allclose(solution.aux["twice"], 6.0, rtol=1e-12)
@@ -558,7 +560,7 @@ def test_model_state(name, policy, adjoint):
         model_state=state,
     )
     difference = (value(-0.5 + 1e-5) - value(-0.5 - 1e-5)) / 2e-5
-    np.testing.assert_allclose(report.outer_loss, value(-0.5), rtol=1e-12)
+    np.testing.assert_allclose(report.outer.loss, value(-0.5), rtol=1e-12)
     np.testing.assert_allclose(gradient, difference, rtol=1e-8)
     solution = mo.solve_inner(
         problem.inner,
@@ -601,7 +603,7 @@ def test_batches_made_beforehand():
             inner=mo.Descent(optax.sgd(0.2), num_steps=6),
             adjoint=adjoint,
         )
-        np.testing.assert_allclose(report.outer_loss, value(-1.0), rtol=1e-12)
+        np.testing.assert_allclose(report.outer.loss, value(-1.0), rtol=1e-12)
         difference = (value(-1.0 + 1e-5) - value(-1.0 - 1e-5)) / 2e-5
         np.testing.assert_allclose(gradient, difference, rtol=1e-8)
 

@@ -41,7 +41,7 @@ def test_float32_through_relu_is_checked_in_float64():
     arguments = relu_network()
     check = mo.check_hypergradient(**arguments, adjoint=mo.UnrolledAdjoint())
     assert check.passed and check.dtype == "float64" and check.relative_error < 1e-6
-    assert check.report.outer_loss.dtype == jnp.float64
+    assert check.report.outer.loss.dtype == jnp.float64
     assert arguments["params"][0].dtype == jnp.float32
 
 

@@ -91,7 +91,7 @@ def test_reference_of_a_solver_that_runs_as_a_whole():
     # z = h^(1/3), so the derivative of its square is 2/3 h^(-1/3).
     row = comparison.rows["dense"]
     assert row.report is not None and row.relative_error < 1e-10
-    np.testing.assert_allclose(row.report.hypergradient_norm, 1 / 3, rtol=1e-9)
+    np.testing.assert_allclose(row.report.outer.hypergradient_norm, 1 / 3, rtol=1e-9)
     assert "newton_steps=1" in repr(comparison.reference)
 
 

@@ -112,7 +112,7 @@ def one_hypergradient(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]
     gradient, report = mo.hypergradient(
         problem, *arguments, inner=DESCENT, adjoint=mo.UnrolledAdjoint()
     )
-    return gradient, report.outer_loss
+    return gradient, report.outer.loss
 
 
 def test_numbers_of_any_type_are_one_trace():

@@ -130,7 +130,7 @@ def errors(family, make_adjoint, num_steps, count=80):
         # report says so.
         indefinite = report.result == mo.RESULTS.linear_indefinite
         solved = (reference.result == mo.RESULTS.successful) & ~indefinite
-        return jnp.linalg.norm(gradient - exact), report.error, solved
+        return jnp.linalg.norm(gradient - exact), report.derivative.error, solved
 
     keys = jax.random.split(jax.random.key(0), count)
     true, error, solved = jax.jit(jax.vmap(one))(keys)
@@ -226,7 +226,7 @@ def test_wrong_curvature_is_contradicted():
     problem = hyper, start, train, valid
     _, report = differentiate("ridge", problem, EXACT, adjoint)
     assert report.result == mo.RESULTS.curvature_contradicted
-    assert report.error == jnp.inf and "smaller `curvature`" in str(report)
+    assert report.derivative.error == jnp.inf and "smaller `curvature`" in str(report)
 
 
 #
@@ -251,8 +251,8 @@ def test_bias_of_truncation_is_bounded(num_steps):
     gradient, report = differentiate("ridge", problem, inner, adjoint)
     exact, _ = differentiate("ridge", problem, inner, mo.UnrolledAdjoint())
     bias = jnp.linalg.norm(gradient - exact)
-    assert report.error is not None and report.error_is_bound
-    assert bias <= report.error < 1e3 * bias
+    assert report.derivative.error is not None and report.derivative.error_is_bound
+    assert bias <= report.derivative.error < 1e3 * bias
     assert "at most" in str(report) and "(biased)" in str(report)
 
 
@@ -260,7 +260,7 @@ def test_steps_that_do_not_contract_have_no_bound():
     problem = draw("ridge", jax.random.key(4))
     adjoint = mo.TruncatedAdjoint(5, bound=mo.TruncationBound(lambda hyper: 1.5, 1.0))
     _, report = differentiate("ridge", problem, solver("ridge", 10), adjoint)
-    assert report.error == jnp.inf
+    assert report.derivative.error == jnp.inf
 
 
 #
@@ -294,7 +294,7 @@ def residuals_and_errors(family, newton_steps):
         truth, _ = one(0.0, DIRECT)
         _, plain = jax.vmap(lambda d: one(d, DIRECT))(distances)
         gradients, _ = jax.vmap(lambda d: one(d, adjoint))(distances)
-        return plain.inner_residual, jnp.linalg.norm(gradients - truth, axis=1)
+        return plain.inner.residual, jnp.linalg.norm(gradients - truth, axis=1)
 
     residual, error = rows(jnp.array([1e-2, 3e-3, 1e-3, 3e-4, 1e-4]))
     return np.log(residual), np.log(error)
@@ -345,7 +345,7 @@ def test_newton_step_in_a_plain_gradient():
 
     gradient, report = differentiate("logistic", problem, inner, adjoint)
     np.testing.assert_allclose(jax.jit(jax.grad(outer))(hyper), gradient, rtol=1e-8)
-    np.testing.assert_allclose(outer(hyper), report.outer_loss, rtol=1e-12)
+    np.testing.assert_allclose(outer(hyper), report.outer.loss, rtol=1e-12)
 
 
 #
@@ -374,9 +374,9 @@ def test_report_says_how_wrong(error, says):
     adjoint = mo.ImplicitAdjoint(error=error)
     gradient, report = differentiate("ridge", problem, EXACT, adjoint)
     exact, _ = differentiate("ridge", problem, EXACT, DIRECT)
-    assert report.error is not None
-    assert report.error >= 0.5 * jnp.linalg.norm(gradient - exact)
-    assert report.error < 1e-3 * report.hypergradient_norm
+    assert report.derivative.error is not None
+    assert report.derivative.error >= 0.5 * jnp.linalg.norm(gradient - exact)
+    assert report.derivative.error < 1e-3 * report.outer.hypergradient_norm
     row = next(line for line in str(report).splitlines() if "its error" in line)
     assert says in row
 
@@ -403,8 +403,8 @@ def test_estimate_for_a_fixed_point():
     gradient, report = run(10, rough)
     exact, _ = run(200, mo.ImplicitAdjoint(linear_solver))
     true = jnp.linalg.norm(gradient - exact)
-    assert true > 1e-5 and report.error is not None
-    np.testing.assert_allclose(report.error, true, rtol=0.1)
+    assert true > 1e-5 and report.derivative.error is not None
+    np.testing.assert_allclose(report.derivative.error, true, rtol=0.1)
 
 
 def _any(x: Any) -> Any:

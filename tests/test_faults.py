@@ -72,13 +72,13 @@ def test_diverging_inner_solver(name):
     gradient, report = info.value.value
     assert code(report) == "inner_diverged"
     assert jnp.all(jnp.isnan(gradient))
-    assert 0 < report.failed_step < 400
+    assert 0 < report.inner.failed_step < 400
     assert "failed at step" in str(report)
 
 
 def test_diverging_inner_solver_stops_early_where_it_can():
     _, report = call(inner=mo.Descent(optax.sgd(5.0), 400, atol=1e-3), throw=False)
-    assert report.num_inner_steps < 400
+    assert report.inner.num_steps < 400
 
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])
@@ -97,8 +97,8 @@ def test_nan_loss_of_a_finite_gradient(name):
     with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
         call(problem, adjoint=PATHS[name])
     report = info.value.value[1]
-    assert jnp.isnan(report.inner_loss)
-    assert report.failed_step == report.num_inner_steps
+    assert jnp.isnan(report.inner.loss)
+    assert report.inner.failed_step == report.inner.num_steps
     with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
         mo.solve_inner(
             problem.inner,
@@ -164,7 +164,7 @@ def test_unconverged_inner_problem():
         call(inner=short)
     report = info.value.value[1]
     assert code(report) == "inner_not_converged"
-    assert report.inner_residual > 1 and report.inner_error > 0.1
+    assert report.inner.residual > 1 and report.derivative.inner_error > 0.1
     # The same by name, and the exact derivative of the three steps.
     accepted, _ = call(inner=short, adjoint=mo.ImplicitAdjoint(inner_rtol=jnp.inf))
     exact, _ = call(inner=short, adjoint=mo.UnrolledAdjoint())
@@ -183,7 +183,7 @@ def test_slow_direction_is_not_taken_for_solved():
     gradient, report = call(problem, jnp.ones(2), jnp.zeros(2), inner=inner, throw=False)
     assert code(report) == "inner_not_converged"
     error = jnp.linalg.norm(gradient / 2 - 1) / jnp.sqrt(2)
-    assert 0.3 * error < report.inner_error < 2 * error
+    assert 0.3 * error < report.derivative.inner_error < 2 * error
 
     def plain(hyper):
         solution = mo.solve_inner(
@@ -222,7 +222,7 @@ def test_what_the_outer_loss_looks_at_must_be_solved(loss, hyper, params):
     inner = mo.Descent(optax.sgd(0.4), num_steps=150)
     _, report = call(problem, hyper, params, inner=inner, throw=False)
     assert code(report) == "inner_not_converged"
-    assert report.inner_error is not None and report.inner_error > 0.1
+    assert report.derivative.inner_error is not None and report.derivative.inner_error > 0.1
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_scale_of_the_loss_does_not_matter(scale):
         inner = mo.Descent(optax.sgd(0.1 / scale), num_steps=num_steps)
         gradient, report = call(problem, inner=inner, throw=False)
         assert code(report) == expected
-        assert jnp.isfinite(report.inner_residual)
-        assert (num_steps == 300) or report.inner_residual > 0
+        assert jnp.isfinite(report.inner.residual)
+        assert (num_steps == 300) or report.inner.residual > 0
         np.testing.assert_allclose(gradient, 2 * (1 - 0.8**num_steps), rtol=1e-9)
 
 
@@ -397,8 +397,8 @@ def test_flat_direction():
     damped = mo.ImplicitAdjoint(mo.CG(damping=1e-3))
     gradient, report = call(problem, 1.0, jnp.zeros(2), adjoint=damped)
     assert jnp.isfinite(gradient)
-    assert report.linear_residual is not None
-    assert report.linear_residual > 0.1  # of the system without the damping
+    assert report.derivative.linear_residual is not None
+    assert report.derivative.linear_residual > 0.1  # of the system without the damping
 
 
 def test_saddle():
@@ -410,7 +410,7 @@ def test_saddle():
     with pytest.raises(mo.SolveError, match="a saddle, a flat direction") as info:
         call(mo.BilevelProblem(loss, outer_loss), 1.0, jnp.zeros(2))
     report = info.value.value[1]
-    assert code(report) == "linear_indefinite" and report.min_curvature <= 0
+    assert code(report) == "linear_indefinite" and report.derivative.min_curvature <= 0
 
 
 def test_non_smooth_inner_loss_without_a_proximal_solver():
@@ -463,7 +463,7 @@ def test_linear_solver_that_does_not_get_there(linear_solver, expected, text):
         call(problem, jnp.ones(50), jnp.ones(50), adjoint=mo.ImplicitAdjoint(linear_solver))
     report = info.value.value[1]
     assert code(report) == expected
-    assert report.linear_residual > 1e-3
+    assert report.derivative.linear_residual > 1e-3
 
 
 def test_one_lane_of_many_fails_alone():
@@ -494,7 +494,9 @@ def test_one_lane_of_many_fails_alone():
 def test_zero_outer_gradient():
     gradient, report = call(hyper=jnp.full(3, 0.5), params=jnp.full(3, 0.5))
     assert jnp.array_equal(gradient, jnp.zeros(3))
-    assert report.num_linear_steps == 0 and report.linear_residual == 0
+    assert (
+        report.derivative.num_linear_steps == 0 and report.derivative.linear_residual == 0
+    )
 
 
 def test_outer_loss_nan():
@@ -577,14 +579,16 @@ def test_entries_that_are_exactly_zero_are_counted():
     problem = mo.BilevelProblem(lambda p, h, b: jnp.sum((p - h[1]) ** 2), outer_loss)
     inner = mo.Descent(lambda h: optax.sgd(h[0]), num_steps=200)
     gradient, report = call(problem, jnp.array([0.1, 1.0]), inner=inner)
-    assert gradient[0] == 0 and report.num_zeros == 1
+    assert gradient[0] == 0 and report.outer.num_zeros == 1
     assert "entries exactly zero" in str(report)
 
 
 def test_norm_of_a_huge_hypergradient_is_finite():
     problem = mo.BilevelProblem(inner_loss, lambda p, h, b: 1e200 * jnp.sum(p))
     _, report = call(problem)
-    np.testing.assert_allclose(report.hypergradient_norm, 1e200 * np.sqrt(3), rtol=1e-9)
+    np.testing.assert_allclose(
+        report.outer.hypergradient_norm, 1e200 * np.sqrt(3), rtol=1e-9
+    )
 
 
 # Zero by construction
@@ -644,7 +648,7 @@ def test_unused_leaf_has_derivative_zero_and_is_listed(name):
     gradient, report = call(problem, {"used": HYPER, "idle": 2.0}, adjoint=PATHS[name])
     assert gradient["idle"] == 0
     assert jnp.all(gradient["used"] > 0)
-    assert report.unreached == ("hyper['idle']",)
+    assert report.outer.unreached == ("hyper['idle']",)
     assert "hyper['idle']" in str(report)
 
 

@@ -50,7 +50,7 @@ def test_it_is_a_loop_whose_gradients_are_held_constant(momentum):
     assert report.left_out == ("how the inner gradients change",)
     # The loss and the solution are those of the whole loop.
     np.testing.assert_allclose(
-        report.outer_loss, by_hand(hyper, lambda g: g, momentum), rtol=1e-12
+        report.outer.loss, by_hand(hyper, lambda g: g, momentum), rtol=1e-12
     )
     # The control: the whole derivative is another one.
     exact = ours(mo.UnrolledAdjoint(), momentum)[0]

@@ -409,8 +409,8 @@ def test_a_shared_inverse_is_never_worse_than_one_step():
             inner=mo.Broyden(rtol=1e-9),
             adjoint=mo.ImplicitAdjoint(linear),
         )
-        assert report.linear_residual is not None and report.left_out
-        residuals.append(float(report.linear_residual))
+        assert report.derivative.linear_residual is not None and report.left_out
+        residuals.append(float(report.derivative.linear_residual))
     assert residuals[0] <= residuals[1]
 
 

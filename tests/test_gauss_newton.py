@@ -276,7 +276,7 @@ def test_plain_gradients_agree():
 def true_and_estimated_error(noise):
     exact, _ = differentiate(HYPER, solved(noise), EXACT)
     gradient, report = differentiate(HYPER, solved(noise), GAUSS_NEWTON)
-    return jnp.linalg.norm(gradient - exact), report.error
+    return jnp.linalg.norm(gradient - exact), report.derivative.error
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.3])
@@ -323,7 +323,7 @@ def test_bound_holds_for_what_was_left_out():
     )
     gradient, report = run(mo.GaussNewton(), bound(curvature))
     true = jnp.abs(gradient - exact)
-    assert true > 0.01 and true <= report.error < 3 * true
+    assert true > 0.01 and true <= report.derivative.error < 3 * true
     # The Hessian is less than the operator that was solved with, and contradicts.
     _, report = run(mo.GaussNewton(), bound(curvature + 0.02))
     assert report.result == mo.RESULTS.curvature_contradicted
@@ -350,7 +350,7 @@ def test_definite_where_the_hessian_is_not():
 
     assert run(mo.ExactCurvature()).result == mo.RESULTS.linear_indefinite
     report = run(mo.GaussNewton())
-    assert report.result == mo.RESULTS.successful and report.min_curvature > 0
+    assert report.result == mo.RESULTS.successful and report.derivative.min_curvature > 0
 
 
 def test_gauss_newton_steps_approach_the_solution():
@@ -374,7 +374,7 @@ def test_float32():
         inner=STAYS,
         adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-5), curvature=mo.GaussNewton()),
     )
-    assert gradient.dtype == jnp.float32 and report.linear_residual < 1e-5
+    assert gradient.dtype == jnp.float32 and report.derivative.linear_residual < 1e-5
     expected, _ = differentiate(HYPER, solved(0.3), GAUSS_NEWTON)
     assert relative_error(gradient, expected) < 1e-3
 

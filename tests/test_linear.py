@@ -1167,7 +1167,10 @@ def test_normal_cg_on_a_fixed_point_that_hardly_contracts():
     )
     response = np.linalg.solve(np.eye(40) - jacobian, inputs)
     np.testing.assert_allclose(gradient, response.T @ (response @ hyper - 1), rtol=1e-9)
-    assert report.linear_residual is not None and report.linear_residual <= 1e-12
+    assert (
+        report.derivative.linear_residual is not None
+        and report.derivative.linear_residual <= 1e-12
+    )
 
 
 # Saddles
@@ -1214,8 +1217,8 @@ def test_minres_gives_the_derivative_of_a_saddle_and_reports_it():
     gradient, report = at_saddle(problem, hyper, MINRES(rtol=1e-12))
     assert bool(report.result == RESULTS.successful), RESULTS[report.result]
     np.testing.assert_allclose(gradient, expected, rtol=1e-10)
-    assert report.min_curvature is not None
-    assert least - 1e-12 <= report.min_curvature < 0.5 * least
+    assert report.derivative.min_curvature is not None
+    assert least - 1e-12 <= report.derivative.min_curvature < 0.5 * least
     assert "smallest curvature" in str(report)
 
     def value(hyper):

@@ -443,7 +443,7 @@ def test_online_checkpoints_end_with_the_loop():
             adjoint=mo.UnrolledAdjoint(plan),
         )
         jax.effects_barrier()
-        return float(out), int(report.num_inner_steps), len(calls)
+        return float(out), int(report.inner.num_steps), len(calls)
 
     online, num_steps, count = gradient(mo.OnlineCheckpoints(4))
     assert num_steps < 40 and count < 20 * num_steps

@@ -219,11 +219,11 @@ def test_useless_slope_at_zero_gradient_is_left_out_and_counted(name):
     # The derivative of `start` was once 1e4 to 1e6 times the change of the loss.
     gradient, report = branch(STEEP[name])
     moved = jnp.array([0.03, 0.0])
-    ends = [branch(STEEP[name], start=s)[1].outer_loss for s in (moved, -moved)]
+    ends = [branch(STEEP[name], start=s)[1].outer.loss for s in (moved, -moved)]
     difference = float(ends[0] - ends[1]) / 0.06
     assert abs(gradient["start"][0] - difference) < abs(difference)
     # All six entries of `a`, at the first step.
-    assert report.num_flat == 6
+    assert report.derivative.num_flat == 6
     assert "slope of the update at 6 entries" in str(report)
 
 
@@ -232,10 +232,10 @@ def test_slope_that_says_something_is_kept():
     optimizer = optax.adam(0.01, eps=0.1)
     gradient, report = branch(optimizer)
     step = 1e-5 * jnp.array([1.0, 0.0])
-    ends = [branch(optimizer, start=s)[1].outer_loss for s in (step, -step)]
+    ends = [branch(optimizer, start=s)[1].outer.loss for s in (step, -step)]
     np.testing.assert_allclose(gradient["start"][0], (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
-    assert report.num_flat == 0 and "slope" not in str(report)
-    assert branch(optax.sgd(0.1))[1].num_flat is None
+    assert report.derivative.num_flat == 0 and "slope" not in str(report)
+    assert branch(optax.sgd(0.1))[1].derivative.num_flat is None
 
 
 def test_gradient_that_is_zero_but_for_rounding():
@@ -256,7 +256,7 @@ def test_gradient_that_is_zero_but_for_rounding():
         inner=mo.Descent(optax.adam(0.01), num_steps=1),
         adjoint=mo.UnrolledAdjoint(),
     )
-    assert report.num_flat is not None and report.num_flat > 0
+    assert report.derivative.num_flat is not None and report.derivative.num_flat > 0
 
 
 def test_weight_decay_keeps_its_derivative_where_a_slope_is_left_out():
@@ -270,7 +270,7 @@ def test_weight_decay_keeps_its_derivative_where_a_slope_is_left_out():
     )
     # The second entry is 2 (1 - 0.1 h)^3.
     np.testing.assert_allclose(gradient, -0.6 * 0.95**2, rtol=1e-12)
-    assert report.num_flat == 3
+    assert report.derivative.num_flat == 3
 
 
 def test_other_derivatives_are_the_same_to_the_last_bit():

@@ -242,7 +242,7 @@ def test_lasso():
     moved = np.linalg.solve(hessian, -np.exp(hyper) * np.sign(weights[support]))
     error = VALID[0] @ weights - VALID[1]
     want = error @ VALID[0][:, support] @ moved / 10
-    np.testing.assert_allclose(report.outer_loss, 0.5 * np.mean(error**2), rtol=1e-8)
+    np.testing.assert_allclose(report.outer.loss, 0.5 * np.mean(error**2), rtol=1e-8)
     np.testing.assert_allclose(gradient, want, rtol=1e-8)
     mo.check_hypergradient(**arguments, num_directions=1)
 
@@ -345,7 +345,7 @@ def test_quadratic_program(name):
     x = np.linalg.solve(system, np.append(-linear, total))[:2]
     assert np.all(x > 0.1)
     np.testing.assert_allclose(
-        result.report.outer_loss, np.sum((x - [0.5, 0.25]) ** 2), rtol=1e-6
+        result.report.outer.loss, np.sum((x - [0.5, 0.25]) ** 2), rtol=1e-6
     )
 
 

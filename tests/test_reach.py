@@ -251,7 +251,7 @@ def test_dropout_rate_has_influence_and_no_derivative():
 
     gradient, report = of_dropout(drop)
     assert gradient["rate"] == 0
-    assert report.unreached == () and report.held_constant == ("hyper['rate']",)
+    assert report.outer.unreached == () and report.outer.held_constant == ("hyper['rate']",)
     assert "without derivative" in str(report) and "SelfTuningSolver" in str(report)
 
     only_rate = mo.BilevelProblem(
@@ -283,6 +283,6 @@ def test_influence_through_steps_alone_is_named(name):
 def test_leaf_that_users_hold_constant_is_no_error():
     hold = lambda rate, x, key: x * jax.lax.stop_gradient(rate)
     gradient, report = of_dropout(hold)
-    assert gradient["rate"] == 0 and report.held_constant == ("hyper['rate']",)
+    assert gradient["rate"] == 0 and report.outer.held_constant == ("hyper['rate']",)
     _, report = of_dropout(hold, idle=jnp.zeros(2))
-    assert report.unreached == ("hyper['idle']",)
+    assert report.outer.unreached == ("hyper['idle']",)

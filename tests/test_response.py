@@ -329,7 +329,7 @@ FIXED_POINT = mo.FixedPointProblem(lambda params, hyper, batch: params)
         (FIXED_POINT, jnp.ones(2), DESCENT, "`problem` must be something like"),
         (
             Noisy(),
-            mo.History(*9 * [np.zeros(3)], hyper=None),
+            mo.History({"outer_loss": np.zeros(3)}),
             DESCENT,
             "got a `History`, which has it as `history.hyper`",
         ),
@@ -478,7 +478,7 @@ def _close_figures():
 
 def history_of(hyper: Any) -> mo.History:
     zeros = np.zeros(3)
-    return mo.History(*9 * [zeros], hyper=hyper)
+    return mo.History({"outer_loss": zeros}, hyper)
 
 
 def test_pictures_of_something_else_are_refused():

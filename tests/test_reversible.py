@@ -200,17 +200,17 @@ def test_steps_are_undone_to_the_last_bit(num_steps, kind):
     long = num_steps == 10_000 and kind != "constant"
     code = mo.RESULTS.path_exploded if long else mo.RESULTS.successful
     assert report.result == code
-    assert bool(report.returned_to_start)
+    assert bool(report.derivative.returned_to_start)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
     # Words of 16 bits, and the logarithm of what the digits left over are below: what is
     # above the entropy is two bits while the bound is small, whatever the length.
     entropy = np.mean(np.log2(1 / momenta))
-    assert report.stored_bits is not None
-    overhead = float(report.stored_bits) / entropy - 1
+    assert report.derivative.stored_bits is not None
+    overhead = float(report.derivative.stored_bits) / entropy - 1
     assert 0 < overhead < {1000: 0.05, 10_000: 0.01}[num_steps]
     rows = dict(re.split(r"  +", row.strip(), maxsplit=1) for row in rows_of(report))
     assert rows["returned to start"] == "yes, bit for bit"
-    assert rows["bits per step and parameter"] == f"{report.stored_bits:.4g}"
+    assert rows["bits per step and parameter"] == f"{report.derivative.stored_bits:.4g}"
 
 
 def rows_of(report: mo.Report) -> list[str]:
@@ -381,8 +381,8 @@ def test_hypergradient_is_that_of_sgd_with_momentum(dtype, rtol, on_grid):
     call = ft.partial(mo.hypergradient, PROBLEM, hyper, params, train, valid)
     got, report = call(inner=scheduled(num_steps), adjoint=ADJOINT)
     want, other = call(inner=float_sgd(num_steps), adjoint=UNROLLED)
-    assert bool(report.returned_to_start)
-    assert abs(report.outer_loss / other.outer_loss - 1) < rtol
+    assert bool(report.derivative.returned_to_start)
+    assert abs(report.outer.loss / other.outer.loss - 1) < rtol
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < rtol
 
@@ -423,7 +423,7 @@ def test_hypergradient_at_the_solution_is_the_closed_form(case, dtype, rtol):
     got, report = mo.hypergradient(
         case.problem, case.hyper, case.params, *case.data, inner=inner, adjoint=ADJOINT
     )
-    assert bool(report.returned_to_start)
+    assert bool(report.derivative.returned_to_start)
     assert relative_error(got, case.reference().gradient()) < rtol
 
 
@@ -504,10 +504,12 @@ def test_vmap_and_jit():
     together, report = jax.jit(jax.vmap(gradient))(both)
     slopes = jax.jit(jax.vmap(jax.grad(value)))(both)
     of_sum = jax.jit(jax.grad(lambda both: jnp.sum(jax.vmap(value)(both))))(both)
-    assert np.all(report.returned_to_start) and report.stored_bits.shape == (2,)
+    assert np.all(
+        report.derivative.returned_to_start
+    ) and report.derivative.stored_bits.shape == (2,)
     assert "2 of 2" in str(report)
     for i, (alone, one) in enumerate(apart):
-        assert report.stored_bits[i] == one.stored_bits
+        assert report.derivative.stored_bits[i] == one.derivative.stored_bits
         for batched in (together, slopes, of_sum):
             # Products of several matrices at once are rounded differently.
             got = jax.tree.map(lambda a, i=i: a[i], batched)
@@ -546,7 +548,7 @@ def test_params_of_any_kind():
     (got, report), (want, _) = (
         call(inner=inner, adjoint=adjoint) for adjoint in (ADJOINT, UNROLLED)
     )
-    assert bool(report.returned_to_start)
+    assert bool(report.derivative.returned_to_start)
     # Cotangents of half precision are summed in single here.
     assert relative_error(got, want) < 1e-2
     start = jax.tree.map(lambda a: a, net)
@@ -636,7 +638,7 @@ def test_what_depends_on_hyper_is_reached():
     got, report = mo.hypergradient(problem, hyper, inner=inner, adjoint=ADJOINT)
     want, _ = mo.hypergradient(problem, hyper, inner=inner, adjoint=UNROLLED)
     assert relative_error(got, want) < 1e-12
-    assert report.unreached == ("hyper['idle']",) and got["idle"] == 0
+    assert report.outer.unreached == ("hyper['idle']",) and got["idle"] == 0
     rounded = mo.ReversibleSGD(lambda hyper: jnp.round(hyper["rate"], 3), 0.5, 10)
     with pytest.raises(ValueError, match="`hyper\\['rate'\\]` is zero by construction"):
         mo.hypergradient(problem, hyper, inner=rounded, adjoint=ADJOINT)
@@ -686,7 +688,7 @@ def test_failures(name):
         call()
     gradient, report = error.value.value
     assert np.all(np.isnan(gradient))
-    assert report.failed_step >= 0
+    assert report.inner.failed_step >= 0
 
 
 def test_range_is_as_documented():
@@ -759,7 +761,7 @@ def test_a_way_back_that_misses_the_start_is_no_hypergradient(
         call(inner=inner, adjoint=ADJOINT)
     gradient, report = error.value.value
     assert report.result == mo.RESULTS.inner_not_reversed
-    assert not report.returned_to_start
+    assert not report.derivative.returned_to_start
     assert any(re.fullmatch(r"  returned to start +NO", row) for row in rows_of(report))
     assert np.all(np.isnan(gradient))
 

@@ -317,8 +317,8 @@ def tuned_hyper(norm=0.9, dtype=jnp.float64):
 
 
 def drift_of(report: mo.Report) -> Any:
-    assert report.drift is not None
-    return report.drift
+    assert report.derivative.drift is not None
+    return report.derivative.drift
 
 
 def rows_of(report: mo.Report) -> dict[str, str]:
@@ -333,14 +333,15 @@ def test_hypergradient_and_report():
         assert relative_error(got[name], want[name]) < RTOL
     assert 0 < drift_of(report) < 1e-11
     assert rows_of(report)["drift on the way back"] == f"{float(drift_of(report)):.4g}"
-    assert report.returned_to_start is report.stored_bits is other.drift is None
+    assert report.derivative.returned_to_start is report.derivative.stored_bits is None
+    assert not hasattr(other.derivative, "drift")
     assert "drift on the way back" not in rows_of(other)
     for inner in (mo.ReversiblePicard(12, rtol=0.02), mo.ReversiblePicard(12, budget=3)):
         # A budget that does not suffice is a failure of the solve, not of the derivative.
         (got, _), (want, report) = (
             tuned(hyper, adjoint, inner, throw=False) for adjoint in (ADJOINT, UNROLLED)
         )
-        assert report.num_inner_steps < 12
+        assert report.inner.num_steps < 12
         assert relative_error(got, want) < RTOL
 
 
@@ -351,7 +352,7 @@ def test_hypergradients_in_a_batch():
     call = ft.partial(tuned, adjoint=ADJOINT, inner=inner)
     got, report = jax.jit(jax.vmap(call))(stacked)
     assert drift_of(report).shape == (2,)
-    assert len(set(report.num_inner_steps.tolist())) == 2
+    assert len(set(report.inner.num_steps.tolist())) == 2
     assert "2 values" in rows_of(report)["drift on the way back"]
     for i, hyper in enumerate(hypers):
         alone = call(hyper)[0]
@@ -472,7 +473,7 @@ def test_too_much_drift_is_no_hypergradient():
         assert report.result == mo.RESULTS.inner_drifted
         assert drift_of(report) > 1e-2
         assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
-        assert np.isnan(report.hypergradient_norm)
+        assert np.isnan(report.outer.hypergradient_norm)
     text = mo.RESULTS[mo.RESULTS.inner_drifted]
     for remedy in ("float64", "fewer steps", "`relaxation`", "`UnrolledAdjoint`"):
         assert remedy in text

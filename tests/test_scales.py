@@ -71,8 +71,10 @@ def test_estimate_is_as_good_in_later_steps():
     slope = lambda params: -jnp.sum((params - target) / CURVATURES * 1e-3 * params)
     error = abs(slope(params) - slope(solution))
     for report in reports:
-        assert 0.5 * error < report.error < 3 * error
-    assert reports[1].num_products < reports[0].num_products  # its guess is good
+        assert 0.5 * error < report.derivative.error < 3 * error
+    assert (
+        reports[1].derivative.num_products < reports[0].derivative.num_products
+    )  # its guess is good
 
 
 def test_refused_hypergradient_is_no_measure_of_the_next():
@@ -156,7 +158,7 @@ def test_bound_from_a_negative_penalty_is_none():
         throw=False,
     )
     assert report.result == mo.RESULTS.curvature_contradicted
-    assert report.error == jnp.inf
+    assert report.derivative.error == jnp.inf
 
 
 def test_array_that_is_empty_is_the_one_named():

@@ -458,7 +458,7 @@ def test_hyper_stays_where_nothing_responds(method):
     solution = solve(solver=solver, num_steps=5)
     assert solution.hyper == -1.0
     assert np.all(solution.history.hypergradient_norm == 0)
-    assert solution.report.num_zeros == 1
+    assert solution.report.outer.num_zeros == 1
     # ... and moves where it does, in the same run but for that.
     assert solve(solver=SOLVERS[method], num_steps=5).hyper != -1.0
 
@@ -476,7 +476,7 @@ def test_runs_are_reproducible_and_can_be_continued(method):
     state, info = step(state)
     assert_same(whole.state, state)
     assert info.updated
-    assert info.report.outer_loss == whole.history.outer_loss[-1]
+    assert info.report.outer.loss == whole.history.outer_loss[-1]
 
 
 RESPONSIVE = mo.BilevelProblem(mo.PredictionProblem(predict, penalised), mean_squared_error)
@@ -533,8 +533,8 @@ def test_warmup_and_rounds():
     def callback(step, state, info):
         states.append(state)
         assert info.updated == (step >= 2)
-        assert info.report.hypergradient_norm > 0
-        assert info.report.num_inner_steps == 12
+        assert info.report.outer.hypergradient_norm > 0
+        assert info.report.inner.num_steps == 12
 
     solution = solve(solver=solver, num_steps=4, callback=callback)
     assert [state.hyper for state in states[:2]] == [-1.0, -1.0]
@@ -580,7 +580,7 @@ def four_steps():
 
 def test_a_leaf_without_influence_is_listed_and_left_alone():
     solution = four_steps()
-    assert solution.report.unreached == ("hyper['rate']",)
+    assert solution.report.outer.unreached == ("hyper['rate']",)
     assert "without influence" in str(solution.report)
     # A response to it is noise, which an optimizer such as Adam once followed.
     assert solution.hyper["rate"] == 0.1
@@ -620,7 +620,7 @@ def test_diverging_training_is_reported(method, dtype, rate):
     )
     solution = solve(problem, data=data, throw=False, **settings)
     assert solution.result == mo.RESULTS.inner_nonfinite
-    assert 0 <= solution.report.failed_step < 10
+    assert 0 <= solution.report.inner.failed_step < 10
     assert "failed at step" in str(solution.report)
     for leaf in jax.tree.leaves(eqx.filter(solution.state, eqx.is_inexact_array)):
         assert leaf.dtype == dtype and jnp.all(jnp.isfinite(leaf))
@@ -646,7 +646,7 @@ def test_an_outer_loss_without_value_leaves_hyper_alone(outer, result):
     solution = solve(problem, num_steps=2, throw=False, solver=SOLVERS[DELTA])
     assert solution.hyper == -1.0 and solution.num_skipped == 2
     assert solution.result == result
-    assert solution.report.failed_step == -1  # training went on
+    assert solution.report.inner.failed_step == -1  # training went on
     assert jnp.all(jnp.isfinite(solution.params.weight))
     assert solution.state.hyper_state[0].count == 0
 
@@ -947,7 +947,7 @@ def test_the_rate_of_a_dropout_layer_is_tuned(method):
     )
     solution = solve(problem, -1.0, solver=SOLVERS[method], num_steps=3)
     assert solution.hyper != -1.0
-    assert solution.report is not None and solution.report.unreached == ()
+    assert solution.report is not None and solution.report.outer.unreached == ()
 
 
 def test_delta_refuses_a_loss_in_one_part():

@@ -93,7 +93,7 @@ def test_warm_starts_save_products():
             if forgets:
                 state = dataclasses.replace(state, carry=begin.carry)
             state, info = step(state)
-            total += int(info.report.num_products)
+            total += int(info.report.derivative.num_products)
         totals.append(total)
     print(f"{totals[0] / totals[1]:.2f} times fewer products")
     assert totals[0] > 1.3 * totals[1]
@@ -179,7 +179,7 @@ def test_a_zero_of_a_rough_hypergradient_is_not_the_end():
     )
     np.testing.assert_allclose(solution.hyper, -pull, atol=2e-3)
     assert solution.report is not None
-    assert solution.report.tolerance is None  # the last step was taken without
+    assert solution.report.derivative.tolerance is None  # the last step was taken without
 
 
 def test_report_names_the_tolerance():
@@ -195,8 +195,8 @@ def test_report_names_the_tolerance():
     solution = mo.solve_bilevel(
         problem, jnp.ones(2), solver=solver, num_steps=3, params=jnp.zeros(2)
     )
-    assert solution.report is not None and solution.report.tolerance is not None
-    np.testing.assert_allclose(solution.report.tolerance, 0.05)
+    assert solution.report is not None and solution.report.derivative.tolerance is not None
+    np.testing.assert_allclose(solution.report.derivative.tolerance, 0.05)
     assert "tolerance of this step  0.05" in str(solution.report)
 
 

@@ -129,7 +129,7 @@ def test_a_large_bias_excuses_nothing(mean, num_steps):
         call(num_steps)
     report: Any = caught.value.value[1]
     assert report.result == mo.RESULTS.inner_not_converged
-    assert float(report.error) > 0.5 * abs(float(exact))
+    assert float(report.derivative.error) > 0.5 * abs(float(exact))
     # The text stands once, with what was measured and what is allowed.
     assert str(caught.value).count("not solved accurately enough") == 1
     assert "(allowed: " in str(caught.value)
@@ -182,7 +182,7 @@ def test_scale_does_not_change_the_verdict(scale, num_steps):
         unit = scales[0] ** 2 / scales[1]
         assert gradient == near(plain * unit, rel=1e-6)
         # An estimate from rough solves, which rounding of the scale moves a little.
-        assert scaled.error == near(report.error * unit, rel=1e-3)
+        assert scaled.error == near(report.derivative.error * unit, rel=1e-3)
 
 
 def test_a_loose_linear_solver_is_tightened():
@@ -210,7 +210,7 @@ def test_a_loose_linear_solver_is_tightened():
     exact, _ = call(mo.Dense())
     gradient, report = call(mo.CG(rtol=1e-2))
     assert jnp.linalg.norm(gradient - exact) <= 1e-3 * jnp.linalg.norm(exact)
-    assert report.linear_residual <= 1e-4
+    assert report.derivative.linear_residual <= 1e-4
 
 
 def test_an_inaccurate_linear_system_is_named():
@@ -248,7 +248,7 @@ def test_a_saddle_is_refused(linear_solver):
     # Three of these accepted it, because the curvature along the solution is positive.
     _, report = at_a_saddle(linear_solver)
     assert report.result == mo.RESULTS.linear_indefinite
-    assert report.min_curvature < 0
+    assert report.derivative.min_curvature < 0
     gradient, report = at_a_saddle(linear_solver, jnp.abs(SADDLE))
     assert report.result == mo.RESULTS.successful
     assert gradient == near(0.5 + 1 + 0.5)
@@ -258,7 +258,7 @@ def test_minres_accepts_a_saddle():
     gradient, report = at_a_saddle(mo.MINRES())
     assert report.result == mo.RESULTS.successful
     assert gradient == near(0.5 + 1 - 0.5)
-    assert report.min_curvature < 0
+    assert report.derivative.min_curvature < 0
 
 
 def off_a_saddle(adjoint, aside, inner_solver):
@@ -281,11 +281,11 @@ def test_negative_curvature_that_only_the_estimate_meets(error):
     assert report.result in (
         mo.RESULTS.linear_indefinite, mo.RESULTS.curvature_contradicted
     )  # fmt: skip
-    assert report.min_curvature == near(-1, rel=1e-3)
+    assert report.derivative.min_curvature == near(-1, rel=1e-3)
     # The same in the minimum beside it.
     gradient, report = off_a_saddle(adjoint, 0.9, descent)
     assert report.result == mo.RESULTS.successful
-    assert report.min_curvature == near(2, rel=1e-5)
+    assert report.derivative.min_curvature == near(2, rel=1e-5)
     assert gradient == near(-2, rel=1e-2)
 
 
@@ -305,8 +305,8 @@ def test_bounds_take_integer_rows_and_a_fixed_penalty(penalty):
         jnp.log(0.1), jnp.zeros(2), inner=mo.Descent(optax.sgd(0.3), 200),
         adjoint=mo.ImplicitAdjoint(error=mo.ridge_bound(rows, rows, penalty)),
     )  # fmt: skip
-    assert report.error_is_bound
-    assert report.error is not None and report.error < 1e-3
+    assert report.derivative.error_is_bound
+    assert report.derivative.error is not None and report.derivative.error < 1e-3
 
 
 def penalised(p, h, b):
@@ -407,5 +407,5 @@ def test_single_precision_estimates_are_not_zero():
             problem, jnp.float32(0.7), jnp.full(2, jnp.float32(0.7)),
             inner=mo.Descent(optax.sgd(0.5), 1), adjoint=mo.ImplicitAdjoint(),
         )  # fmt: skip
-    assert report.error is not None
-    assert 0 < float(report.error) < 1e-5
+    assert report.derivative.error is not None
+    assert 0 < float(report.derivative.error) < 1e-5

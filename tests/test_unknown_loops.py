@@ -89,7 +89,7 @@ def test_forward_adjoint_passes_a_loop_in_the_outer_loss():
         adjoint=mo.ForwardAdjoint(),
     )
     np.testing.assert_allclose(gradient["a"], 1 + 3 / 4, rtol=1e-7)
-    assert gradient["idle"] == 0 and report.unreached == ("hyper['idle']",)
+    assert gradient["idle"] == 0 and report.outer.unreached == ("hyper['idle']",)
 
 
 def test_forward_adjoint_sees_what_has_no_derivative_in_a_loop():

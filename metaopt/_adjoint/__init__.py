@@ -3,7 +3,6 @@
 from ._base import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractPathAdjoint as AbstractPathAdjoint,
-    AdjointInfo as AdjointInfo,
     HypergradientOutput as HypergradientOutput,
 )
 from ._choose import (
@@ -18,9 +17,15 @@ from ._curvature import (
 )
 from ._dual_weighted import DualWeighted as DualWeighted
 from ._error import AbstractErrorEstimate as AbstractErrorEstimate
+from ._explosion import Growth as Growth
 from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
 from ._implicit import ImplicitAdjoint as ImplicitAdjoint
+from ._info import (
+    ImplicitInfo as ImplicitInfo,
+    PathInfo as PathInfo,
+    ReversibleInfo as ReversibleInfo,
+)
 from ._linear_model_bounds import (
     logistic_bound as logistic_bound,
     ridge_bound as ridge_bound,

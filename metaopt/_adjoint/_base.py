@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._data import AbstractData
+from .._report import AbstractDerivativeInfo
 from .._results import first_failure, RESULTS
 from .._solver import (
     AbstractIterativeSolver,
@@ -23,15 +24,14 @@ from .._solver import (
 from .._tree import split_trainable, tree_norm
 from .._types import (
     Aux,
-    BoolScalar,
     FloatScalar,
     Hyper,
-    IntScalar,
     ModelState,
     Params,
     Vector,
 )
 from ._explosion import judge_path
+from ._info import PathInfo
 
 
 if TYPE_CHECKING:
@@ -48,61 +48,6 @@ Start = Callable[[Hyper], tuple[Params, ModelState]]
 """`start(hyper) -> (params, model_state)`: where the inner solve starts."""
 
 
-class AdjointInfo(eqx.Module):
-    """Diagnostics of one hypergradient; `None` where one does not apply.
-
-    **Attributes:**
-
-    - `result`: how the derivative went; the inner solve has a result of its own.
-    - `inner_residual`: the norm of the optimality at the inner solution.
-    - `inner_error`: an estimate of the relative error of the inner solution.
-    - `linear_residual`: the relative residual of the implicit linear system.
-    - `num_linear_steps`: the steps of the linear solver.
-    - `num_products`: the products with the operator that it took, those of its checks
-        and its preconditioner included.
-    - `min_curvature`: the smallest curvature that the linear solver met.
-    - `tolerance`: the relative accuracy that was said to do, or `None`.
-    - `returned_to_start`: whether steps that were undone ended where they had begun, bit
-        for bit.
-    - `stored_bits`: what undoing them took, in bits for each step and parameter.
-    - `drift`: how far from the start steps that were undone to rounding have led,
-        relative to the norm of the start or of the end, whichever is larger.
-    - `error`: a bound on the error of the hypergradient, or an estimate of it, as a
-        Euclidean norm.
-    - `error_is_bound`: which of the two.
-    - `num_error_products`: the products that the bound or the estimate took.
-    - `allowed_error`: the largest such error that is accepted, or `None` where it is not
-        judged.
-    - `left_out`: what the derivative leaves out by construction, in words.
-    - `num_flat`: the number of gradient entries, summed over the steps, at which the
-        derivative of the step was left out (see [`metaopt.StepOutput`][]).
-    - `growth`: the largest norm of the derivative of the outer loss in the params along
-        the path, relative to that at the end.
-    - `rounding_effect`: the change of the outer loss when the params are rounded once, at
-        the step where that changes it the most.
-    """
-
-    result: RESULTS
-    inner_residual: FloatScalar
-    inner_error: FloatScalar | None = None
-    linear_residual: FloatScalar | None = None
-    num_linear_steps: IntScalar | None = None
-    num_products: IntScalar | None = None
-    min_curvature: FloatScalar | None = None
-    tolerance: FloatScalar | None = None
-    returned_to_start: BoolScalar | None = None
-    stored_bits: FloatScalar | None = None
-    drift: FloatScalar | None = None
-    error: FloatScalar | None = None
-    allowed_error: FloatScalar | None = None
-    num_error_products: IntScalar | None = None
-    error_is_bound: bool = eqx.field(default=False, static=True)
-    left_out: tuple[str, ...] = eqx.field(default=(), static=True)
-    num_flat: IntScalar | None = None
-    growth: FloatScalar | None = None
-    rounding_effect: FloatScalar | None = None
-
-
 class HypergradientOutput(eqx.Module):
     """One hypergradient and everything computed on the way.
 
@@ -113,8 +58,10 @@ class HypergradientOutput(eqx.Module):
         was asked for; a vector like the trainable part of `hyper`.
     - `through_solution`: the derivative by way of the inner solution, likewise. The
         hypergradient is the sum of the two.
-    - `outcome`: what the inner solve came to.
-    - `info`: what a person reads.
+    - `outcome`: the inner solution.
+    - `inner_residual`: the norm of the optimality there.
+    - `result`: how the derivative went; the inner solve has a result of its own.
+    - `info`: the adjoint's part of the report.
     - `carry`: what the adjoint wants back at the next outer step.
     """
 
@@ -123,7 +70,9 @@ class HypergradientOutput(eqx.Module):
     direct: Vector
     through_solution: Vector
     outcome: Outcome
-    info: AdjointInfo
+    inner_residual: FloatScalar
+    result: RESULTS
+    info: AbstractDerivativeInfo
     carry: Any
 
 
@@ -268,21 +217,18 @@ class AbstractPathAdjoint(AbstractAdjoint):
             return tree_norm(jax.grad(of_params)(reached))
 
         bound = self.error_bound(hyper, outer_slope)
-        info = dataclasses.replace(
-            output.info,
-            error=bound,
-            error_is_bound=bound is not None,
-            left_out=self.left_out,
-        )
+        growth, result = None, output.result
         if measured is not None:
 
             def at_start():
                 params, model_state = start(hyper)
                 return outer(params, hyper, model_state)[0]
 
-            judged = judge_path(measured, output.value, at_start, reached)
-            info = dataclasses.replace(info, **judged._asdict())
-        return dataclasses.replace(output, info=info)
+            growth, result = judge_path(measured, output.value, at_start, reached)
+        info = PathInfo(
+            left_out=self.left_out, error=bound, num_flat=outcome.num_flat, growth=growth
+        )
+        return dataclasses.replace(output, result=result, info=info)
 
 
 PathObjective = Callable[..., tuple[FloatScalar, Any]]
@@ -326,8 +272,10 @@ def path_hypergradient(
     value, arrays, through, direct = differentiate(objective, trainable, scale)
     outcome, aux = eqx.combine(arrays, static_outcome)
     residual = inner.last_residual(outcome, hyper)
-    info = AdjointInfo(first_failure(), residual, num_flat=outcome.num_flat)
-    return HypergradientOutput(value, aux, direct, through, outcome, info, None)
+    info = PathInfo(num_flat=outcome.num_flat)
+    return HypergradientOutput(
+        value, aux, direct, through, outcome, residual, first_failure(), info, None
+    )
 
 
 def counted_anew(state: LoopState, loop: Loop) -> LoopState:

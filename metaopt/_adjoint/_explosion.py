@@ -1,11 +1,12 @@
 """Derivatives that explode along the path of an inner solver."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._report import number
 from .._results import mask_result, RESULTS
 from .._types import FloatScalar, Vector
 
@@ -19,12 +20,30 @@ _EFFECT, _GROWTH = 1e-3, 1e2
 _EFFECT_OF_SIZE = 1e-4
 
 
-class PathJudgement(NamedTuple):
-    """The growth of a derivative along a path: see [`metaopt.AdjointInfo`][]."""
+class Growth(eqx.Module):
+    """The growth of a derivative along the path of an inner solver.
 
-    result: RESULTS
-    growth: FloatScalar
+    **Attributes:**
+
+    - `factor`: the largest norm of the derivative of the outer loss in the params along
+        the path, relative to that at its end.
+    - `rounding_effect`: the change of the outer loss when the params are rounded once,
+        at the step of the path where that changes it the most.
+    """
+
+    factor: FloatScalar
     rounding_effect: FloatScalar
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The rows of the printed table."""
+        return [
+            ("growth along the path", number(self.factor)),
+            ("effect of one rounding", number(self.rounding_effect)),
+        ]
+
+    def scalars(self) -> dict[str, jax.Array]:
+        """The columns of the history."""
+        return {"growth": self.factor, "rounding_effect": self.rounding_effect}
 
 
 def judge_path(
@@ -32,7 +51,7 @@ def judge_path(
     value: FloatScalar,
     value_at_start: Callable[[], FloatScalar],
     params: Vector,
-) -> PathJudgement:
+) -> tuple[Growth, RESULTS]:
     """Says whether the derivative explodes, by what a gauge has measured.
 
     **Arguments:**
@@ -54,4 +73,4 @@ def judge_path(
     )
     change = jnp.where(jnp.isfinite(start), jnp.abs(value - start), jnp.inf)
     exploded = suspect & (rounding > _EFFECT * jnp.minimum(jnp.abs(value), change))
-    return PathJudgement(mask_result(exploded, RESULTS.path_exploded), growth, rounding)
+    return Growth(growth, rounding), mask_result(exploded, RESULTS.path_exploded)

@@ -46,11 +46,12 @@ from .._tree import (
 from .._types import FloatScalar, Hyper, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from .._warn import warn
-from ._base import AbstractAdjoint, AdjointInfo, HypergradientOutput, OuterLoss, Start
+from ._base import AbstractAdjoint, HypergradientOutput, OuterLoss, Start
 from ._correction import random_signs
 from ._curvature import AbstractCurvature, ExactCurvature
 from ._dual_weighted import DualWeighted
 from ._error import AbstractErrorEstimate, Linearisation
+from ._info import ImplicitInfo
 
 
 _OF_THE_WAY = 1e-3
@@ -238,9 +239,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         if estimate is not None:
             result = first_failure(result, estimate.judged(allowed))
             min_curvature = jnp.minimum(min_curvature, estimate.min_curvature)
-        info = AdjointInfo(
-            result=result,
-            inner_residual=tree_scaled_norm(here.residual),
+        info = ImplicitInfo(
             inner_error=inner_error,
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
@@ -266,6 +265,8 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.direct,
             through_solution,
             outcome,
+            tree_scaled_norm(here.residual),
+            result,
             info,
             # What was refused is no measure of what comes next.
             _Carry(

@@ -15,7 +15,10 @@ from ._perturbed import (
     cut as cut,
     PerturbedBatch as PerturbedBatch,
 )
-from ._self_tuning import SelfTuningSolver as SelfTuningSolver
+from ._self_tuning import (
+    ResponseInfo as ResponseInfo,
+    SelfTuningSolver as SelfTuningSolver,
+)
 from ._self_tuning_steps import SelfTuningState as SelfTuningState
 from ._start import (
     AbstractStart as AbstractStart,

@@ -110,3 +110,7 @@ class AbstractBilevelSolver(eqx.Module):
     @abc.abstractmethod
     def hyper(self, state: Any) -> Hyper:
         """The outer variables in the state."""
+
+    @abc.abstractmethod
+    def solution(self, state: Any) -> Params:
+        """The inner solution in the state: the params of the last outer step."""

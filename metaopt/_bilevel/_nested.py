@@ -11,6 +11,7 @@ import optax
 from .._adjoint import AbstractAdjoint
 from .._objective import Continued, Objective
 from .._problem import BilevelProblem, initialise
+from .._report import InnerInfo
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
 from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where_arrays
 from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
@@ -163,12 +164,8 @@ class NestedSolver(AbstractBilevelSolver):
             key=state.key,
             num_steps=state.num_steps + 1,
         )
-        if self.start.goes_on and self.adjoint.sees_path:
-            left_out = (*report.left_out, "the path in earlier outer steps")
-            report = dataclasses.replace(report, left_out=left_out)
-        if self.start.carried and self._remembers(problem, state):
-            report = dataclasses.replace(report, carried=self.start.carried)
-        return new_state, BilevelStep(report, good)
+        inner = self._told_of_start(report.inner, problem, state)
+        return new_state, BilevelStep(dataclasses.replace(report, inner=inner), good)
 
     def evaluate(self, problem, state, train, valid):
         objective = self._objective(problem, state, train, valid)
@@ -176,6 +173,9 @@ class NestedSolver(AbstractBilevelSolver):
 
     def hyper(self, state):
         return state.hyper
+
+    def solution(self, state):
+        return state.params
 
     def _objective(
         self, problem, state, train, valid, tolerance: FloatScalar | None = None
@@ -209,6 +209,16 @@ class NestedSolver(AbstractBilevelSolver):
         assert isinstance(self.inner, AbstractIterativeSolver)
         trainable = split_trainable(params)[0]
         return tree_strong(self.inner.init(problem.inner, trainable, hyper))
+
+    def _told_of_start(
+        self, inner: InnerInfo, problem: BilevelProblem, state: NestedState
+    ) -> InnerInfo:
+        """The report on the inner solve, with what its start carries over."""
+        follows = self.start.goes_on and self.adjoint.sees_path
+        left_out = ("the path in earlier outer steps",) if follows else ()
+        tells = self.start.carried and self._remembers(problem, state)
+        carried = self.start.carried if tells else ""
+        return dataclasses.replace(inner, left_out=left_out, carried=carried)
 
     def _remembers(self, problem: BilevelProblem, state: NestedState) -> bool:
         """Whether the inner solver has a state that could be carried over."""

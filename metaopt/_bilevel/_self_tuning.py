@@ -10,7 +10,7 @@ import optax
 from .._best_response import best_responses, ordinary, self_tuning
 from .._data import AbstractData, BatchSequence
 from .._problem import initialise
-from .._report import Report
+from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
 from .._results import first_failure, mask_result, RESULTS
 from .._solver import Outcome
 from .._tree import split_trainable, tree_strong
@@ -278,6 +278,9 @@ class SelfTuningSolver(AbstractBilevelSolver):
     def hyper(self, state):
         return state.hyper
 
+    def solution(self, state):
+        return self.params_at(state)
+
     def _report(
         self,
         trained: Trained,
@@ -301,30 +304,15 @@ class SelfTuningSolver(AbstractBilevelSolver):
         )
         report = Report(
             result=result,
-            outer_loss=last.value,
-            aux=last.aux,
-            hypergradient_norm=last.norm,
-            num_zeros=last.num_zeros,
-            inner_loss=trained.loss[-1],
-            inner_residual=trained.norm[-1],
-            inner_error=None,
-            num_inner_steps=jnp.asarray(self.num_rounds * self.train_steps),
-            failed_step=failed_step,
-            linear_residual=None,
-            num_linear_steps=None,
-            num_products=None,
-            min_curvature=None,
-            tolerance=None,
-            returned_to_start=None,
-            stored_bits=None,
-            drift=None,
-            error=None,
-            allowed_error=None,
-            num_error_products=None,
-            error_is_bound=False,
+            outer=OuterInfo(last.value, last.aux, last.norm, last.num_zeros, unreached),
+            inner=InnerInfo(
+                loss=trained.loss[-1],
+                residual=trained.norm[-1],
+                num_steps=jnp.asarray(self.num_rounds * self.train_steps),
+                failed_step=failed_step,
+            ),
+            derivative=ResponseInfo(left_out),
             adjoint=f"learned response ({type(self.steps.method).__name__})",
-            left_out=left_out,
-            unreached=unreached,
         )
         return report, jnp.any(validated.good)
 
@@ -339,6 +327,26 @@ class SelfTuningSolver(AbstractBilevelSolver):
                     "`Minibatches`, or give `solve_bilevel` an iterator that yields a "
                     f"`BatchSequence` of {count} for each outer step."
                 )
+
+
+class ResponseInfo(AbstractDerivativeInfo):
+    """The report of a learned best response.
+
+    **Attributes:**
+
+    - `left_out`: what the derivative leaves out by construction, in words.
+    """
+
+    left_out: tuple[str, ...] = eqx.field(static=True)
+
+    def accuracy(self):
+        return []
+
+    def rows(self):
+        return []
+
+    def scalars(self):
+        return {}
 
 
 def _planned(data: AbstractData, key: Key, num_rounds: int, num_steps: int) -> PyTree:

@@ -177,7 +177,7 @@ class MAML(AbstractLearner):
         gradient = tree_add(*parts)
         result = first_failure(
             output.outcome.result,
-            output.info.result,
+            output.result,
             mask_result(~jnp.isfinite(output.value), RESULTS.outer_nonfinite),
             mask_result(~tree_all_finite(gradient), RESULTS.hypergradient_nonfinite),
         )
@@ -188,7 +188,7 @@ class MAML(AbstractLearner):
             state=output.aux.state,
             result=result,
             left_out=output.info.left_out,
-            num_flat=output.info.num_flat,
+            num_flat=output.info.scalars().get("num_flat"),
         )
 
 

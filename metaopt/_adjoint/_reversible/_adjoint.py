@@ -1,6 +1,5 @@
 """The adjoint that undoes the steps of a solver."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -16,10 +15,10 @@ from ..._types import Hyper, ModelState, Params
 from ..._validate import check_tolerance
 from .._base import (
     AbstractAdjoint,
-    AdjointInfo,
     HypergradientOutput,
 )
 from .._explosion import judge_path
+from .._info import ReversibleInfo
 from ._coupled import CoupledRun
 from ._derivative import once, with_reverse_derivative
 from ._momentum import MomentumRun
@@ -162,21 +161,27 @@ class ReversibleAdjoint(AbstractAdjoint):
         (through_start,) = pull_to_hyper(
             (into.params, tree_add(into_state, in_state), into.settings)
         )
-        info = AdjointInfo(
-            mask_result(jnp.logical_not(undone.succeeded), run.failure),
-            inner.last_residual(outcome, hyper),
-            returned_to_start=undone.returned_to_start,
-            stored_bits=undone.stored_bits,
-            drift=undone.drift,
-        )
+        growth = None
+        result = mask_result(jnp.logical_not(undone.succeeded), run.failure)
         if undone.measured is not None:
             at_start = lambda: outer(full_params, hyper, model_state)[0]
-            judged = judge_path(undone.measured, value, at_start, params)
-            result = first_failure(info.result, judged.result)
-            info = dataclasses.replace(info, **judged._asdict() | {"result": result})
-        through_solution = tree_add(through_start, into_hyper)
+            growth, exploded = judge_path(undone.measured, value, at_start, params)
+            result = first_failure(result, exploded)
         return HypergradientOutput(
-            value, aux, direct, through_solution, outcome, info, None
+            value=value,
+            aux=aux,
+            direct=direct,
+            through_solution=tree_add(through_start, into_hyper),
+            outcome=outcome,
+            inner_residual=inner.last_residual(outcome, hyper),
+            result=result,
+            info=ReversibleInfo(
+                returned_to_start=undone.returned_to_start,
+                stored_bits=undone.stored_bits,
+                drift=undone.drift,
+                growth=growth,
+            ),
+            carry=None,
         )
 
     def _run(

@@ -60,7 +60,7 @@ class Undone(eqx.Module):
 
     - `cotangents`: those of `(run.evaluate, inputs)`; NaN where it has failed.
     - `succeeded`: whether the way back ended where it should.
-    - `returned_to_start`, `stored_bits`, `drift`: as in [`metaopt.AdjointInfo`][].
+    - `returned_to_start`, `stored_bits`, `drift`: as in [`metaopt.ReversibleInfo`][].
     - `measured`: what a gauge has measured on the way, or `None`.
     """
 

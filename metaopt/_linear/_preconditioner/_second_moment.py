@@ -18,7 +18,7 @@ class SecondMoment(AbstractPreconditioner):
     It costs no product. What Adam divides gradients by resembles the diagonal of the
     Hessian where gradients are noise, as with minibatches near a solution. On all of the
     data it is the history of one descent, and can be far from it: compare
-    `report.num_products` with and without. The optimizer must be in a
+    `report.derivative.num_products` with and without. The optimizer must be in a
     [`metaopt.Descent`][].
 
     **Arguments:**

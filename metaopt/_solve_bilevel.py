@@ -1,0 +1,233 @@
+"""`solve_bilevel`, which tunes the outer variables of a bilevel problem."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from ._bilevel import AbstractBilevelSolver, BilevelStep
+from ._data import AbstractData
+from ._outer import drive, Feed, Run
+from ._problem import BilevelProblem
+from ._raise import attach_solution, raise_on_failure
+from ._report import BilevelSolution
+from ._results import first_failure, mask_result, RESULTS
+from ._solver import Outcome
+from ._tree import same_structs
+from ._types import FloatScalar, Hyper, Key, ModelState, Params
+from ._validate import (
+    canonical_hyper,
+    canonical_key,
+    canonical_params,
+    check_callback,
+    check_count,
+    check_kind,
+    check_not_compiled,
+    check_tolerance,
+)
+from .callbacks import AbstractCallback, Progress
+
+
+def solve_bilevel(
+    problem: BilevelProblem,
+    hyper: Hyper,
+    train: Any = None,
+    valid: Any = None,
+    *,
+    solver: AbstractBilevelSolver,
+    num_steps: int,
+    params: Params | None = None,
+    model_state: ModelState = None,
+    key: Key | None = None,
+    state: Any = None,
+    atol: float | None = None,
+    steps_per_call: int = 1,
+    callbacks: Sequence[AbstractCallback | Callable[[Run], Any]] = (),
+    progress: bool = False,
+    callback: Callable[[int, Any, BilevelStep], Any] | None = None,
+    throw: bool = True,
+) -> BilevelSolution:
+    """Solves a bilevel problem: tunes `hyper` for the outer loss.
+
+    Outer steps are one compiled function, compiled once. Ctrl-C stops the run after the
+    call it is in and returns what was reached.
+
+    **Arguments:**
+
+    - `problem`: the bilevel problem.
+    - `hyper`: where the outer variables start: any pytree with a floating-point array
+        in it. Python floats become arrays.
+    - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, a
+        source of batches such as [`metaopt.Minibatches`][], or an iterable that yields
+        either for each *outer* step (of the same shapes each time). A loader that can be
+        started anew is, whenever it is exhausted. For one batch for each *inner* step
+        write [`metaopt.InnerBatches`][]`(loader, num_steps)`.
+    - `solver`: how the outer problem is driven, such as [`metaopt.NestedSolver`][].
+    - `num_steps`: the number of outer steps, those of `state` included.
+    - `params`: where the inner solve starts; by default the inner problem's `init`.
+    - `model_state`: where the model state starts; with `params` only.
+    - `key`: for everything random, from `jax.random.key`; by default key 0.
+    - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
+        and what is in `hyper` and `params`. Hand over the same problem, solver and data;
+        of an iterator one that goes on where it was; a loader is started anew. The history
+        is that of the new steps.
+    - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
+    - `steps_per_call`: how many outer steps are compiled into one call, without a word to
+        Python in between. More of them save the time between steps, which counts where a
+        step takes less than a few milliseconds; callbacks see the last of each call. The
+        numbers are the same bit for bit.
+    - `callbacks`: called between calls, such as [`metaopt.callbacks.Checkpoint`][]; a
+        function is called with the [`metaopt.Run`][] after each call. One ends the run by
+        returning `True` or raising `StopIteration`. Any other error that it raises has
+        what was reached as its attribute `solution`.
+    - `progress`: whether to show a progress bar, [`metaopt.callbacks.Progress`][].
+    - `callback`: a function called between calls as `callback(step, state, info)`, with a
+        [`metaopt.BilevelStep`][] for `info`, beside `callbacks`.
+    - `throw`: whether a failure raises. If not, the run goes on past steps that fail,
+        leaves `hyper` alone where the hypergradient is not finite, and says so.
+
+    **Returns:**
+
+    A [`metaopt.BilevelSolution`][].
+
+    **Raises:**
+
+    `ValueError` and `TypeError` for arguments that do not fit and for a derivative that
+    is zero by construction; [`metaopt.SolveError`][] for a numerical failure under
+    `throw`, whose `value` is the solution as far as it was reached.
+    """
+    check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
+    check_kind(solver, AbstractBilevelSolver, "solver", "metaopt.NestedSolver(...)")
+    check_count(num_steps, "num_steps")
+    check_tolerance(atol, "atol")
+    check_callback(callback)
+    check_count(steps_per_call, "steps_per_call")
+    watching = _callbacks(callbacks, callback, progress)
+    check_not_compiled(hyper, params)
+    hyper = canonical_hyper(hyper)
+    if params is not None:
+        params = canonical_params(params)
+    if state is not None and (key is not None or model_state is not None):
+        raise ValueError(
+            "`state` has the key and the model state of its run: hand over no others."
+        )
+    key = canonical_key(key)
+    feeds = Feed(train, "train"), Feed(valid, "valid")
+    start = solver.init(
+        problem,
+        hyper,
+        *(feed.now for feed in feeds),
+        params=params,
+        model_state=model_state,
+        key=key,
+    )
+    if state is not None:
+        _check_goes_on(state, start)
+        start = state
+    run = Run(problem, solver, feeds, start, num_steps)
+    try:
+        drive(
+            run,
+            steps_per_call=steps_per_call,
+            atol=atol,
+            callbacks=watching,
+            throw=throw,
+        )
+    except Exception as error:
+        if run.num_taken:
+            attach_solution(error, lambda: _solution(run))
+        raise
+    solution = _solution(run)
+    return raise_on_failure(solution, solution.result, throw and not run.interrupted)
+
+
+class _EachCall(AbstractCallback):
+    """A function of a run."""
+
+    def __init__(self, function: Callable[[Run], Any]):
+        self.function = function
+
+    def see(self, run):
+        return self.function(run)
+
+
+class _EachStep(AbstractCallback):
+    """A function of the number of the step, the state and the report on the step."""
+
+    def __init__(self, function: Callable[[int, Any, BilevelStep], Any]):
+        self.function = function
+
+    def see(self, run):
+        return self.function(run.num_steps - 1, run.state, run.info)
+
+
+def _callbacks(
+    callbacks: Any, callback: Callable[..., Any] | None, progress: bool
+) -> list[AbstractCallback]:
+    if isinstance(callbacks, AbstractCallback) or not isinstance(callbacks, Iterable):
+        raise ValueError(
+            "`callbacks` must be a list, such as `[metaopt.callbacks.Progress()]`; got "
+            f"{type(callbacks).__name__}."
+        )
+    out: list[AbstractCallback] = [Progress()] if progress else []
+    for one in callbacks:
+        if isinstance(one, type) or not (
+            isinstance(one, AbstractCallback) or callable(one)
+        ):
+            raise ValueError(
+                "`callbacks` must hold callbacks, such as `metaopt.callbacks.Progress()`, "
+                f"or functions of a run; got {one!r}."
+            )
+        out.append(one if isinstance(one, AbstractCallback) else _EachCall(one))
+    if callback is not None:
+        out.append(_EachStep(callback))
+    return out
+
+
+def _check_goes_on(state: Any, start: Any) -> None:
+    """Raises a `ValueError` unless a `state` could have come from the run that begins."""
+    if type(state) is not type(start):
+        raise ValueError(
+            "`state` must be the `state` of a `metaopt.BilevelSolution` of the same "
+            f"solver, as in `state=solution.state`; got {type(state).__name__}."
+        )
+    arrays = (eqx.filter(x, eqx.is_array) for x in (state, start))
+    if not same_structs(*arrays):
+        raise ValueError(
+            "`state` is of another run: its arrays have other names, shapes or dtypes than "
+            "those of this `hyper`, `params` and solver."
+        )
+
+
+def _solution(run: Run) -> BilevelSolution:
+    """The solution as far as it was reached."""
+    train, valid = (feed.now for feed in run.feeds)
+    state = run.state
+    value, outcome = _evaluate(run.solver, run.problem, state, train, valid)
+    # The last `hyper` has not been solved for before.
+    lost = mask_result(~jnp.isfinite(value), RESULTS.outer_nonfinite)
+    return BilevelSolution(
+        hyper=run.solver.hyper(state),
+        params=outcome.params,
+        model_state=outcome.model_state,
+        outer_loss=value,
+        history=run.history,
+        result=first_failure(run.result, outcome.result, lost),
+        report=run.report,
+        state=state,
+        num_skipped=run.num_skipped,
+        warm_started=run.solver.warm_starts,
+        best=run.best,
+    )
+
+
+@eqx.filter_jit
+def _evaluate(
+    solver: AbstractBilevelSolver,
+    problem: BilevelProblem,
+    state: Any,
+    train: AbstractData,
+    valid: AbstractData,
+) -> tuple[FloatScalar, Outcome]:
+    return solver.evaluate(problem, state, train, valid)

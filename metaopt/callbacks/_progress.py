@@ -1,0 +1,43 @@
+"""A progress bar."""
+
+import sys
+
+from tqdm import tqdm
+
+from ._base import AbstractCallback
+
+
+class Progress(AbstractCallback):
+    """Shows a progress bar on standard error.
+
+    It says when the first step is being compiled, and how long that took.
+    """
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._compiled = False
+
+    def open(self, run):
+        self._compiled = False
+        self._bar = tqdm(
+            total=run.total, initial=run.num_steps, unit="step", file=sys.stderr
+        )
+        self._bar.set_postfix_str("compiling")
+
+    def see(self, run):
+        assert self._bar is not None
+        self._bar.update(run.num_steps - self._bar.n)
+        if not self._compiled:
+            self._compiled = True
+            text = f"The first call, with compilation, took {run.seconds:.1f} s."
+            self._bar.write(text, file=sys.stderr)
+        outer = run.info.report.outer
+        self._bar.set_postfix(
+            loss=f"{float(outer.loss):.4g}",
+            gradient=f"{float(outer.hypergradient_norm):.2g}",
+            refresh=False,
+        )
+
+    def close(self, run):
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,70 @@
+"""An early end of a run."""
+
+import numpy as np
+
+from .._validate import check_count, check_tolerance
+from ._base import AbstractCallback
+
+
+class StopEarly(AbstractCallback):
+    """Ends a run that has stopped to improve, is accurate enough or has taken its time.
+
+    Each limit that is given ends the run by itself. An end by a callback is no failure.
+
+    **Arguments:**
+
+    - `patience`: the number of outer steps without a lower outer loss than ever before.
+    - `min_decrease`: how much lower it has to be to count, in the units of the loss.
+    - `atol`: ends once the Euclidean norm of the hypergradient is at most this.
+    - `seconds`: the wall time of the run, looked at between compiled calls.
+
+    **Raises:**
+
+    `ValueError` for numbers out of range, and where no limit is given.
+    """
+
+    def __init__(
+        self,
+        patience: int | None = None,
+        *,
+        min_decrease: float = 0.0,
+        atol: float | None = None,
+        seconds: float | None = None,
+    ):
+        if patience is not None:
+            check_count(patience, "patience")
+        check_tolerance(min_decrease, "min_decrease", optional=False)
+        check_tolerance(atol, "atol")
+        check_tolerance(seconds, "seconds")
+        if patience is atol is seconds is None:
+            raise ValueError(
+                "`StopEarly()` has no limit, and would never end a run. Give it "
+                "`patience=`, `atol=` or `seconds=`."
+            )
+        self.patience = patience
+        self.min_decrease = min_decrease
+        self.atol = atol
+        self.seconds = seconds
+        self._lowest = float("inf")
+        self._since = 0
+
+    def open(self, run):
+        self._lowest, self._since = float("inf"), 0
+        if run.num_taken:  # a run that goes on from a checkpoint
+            self._look_at(run.history.outer_loss)
+
+    def see(self, run):
+        self._look_at(run.last["outer_loss"])
+        if self.patience is not None and self._since >= self.patience:
+            return True
+        norms = run.last["hypergradient_norm"]
+        if self.atol is not None and np.any(norms[-1] <= self.atol):
+            return True
+        return self.seconds is not None and run.seconds >= self.seconds
+
+    def _look_at(self, losses: np.ndarray) -> None:
+        for loss in losses:
+            if loss < self._lowest - self.min_decrease:
+                self._lowest, self._since = float(loss), 0
+            else:
+                self._since += 1

@@ -1,0 +1,268 @@
+"""Callbacks of the outer loop, and several outer steps in one compiled call."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+
+
+PROBLEM = mo.BilevelProblem(
+    lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+    lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2),
+)
+SOLVER = mo.NestedSolver(
+    mo.Descent(optax.sgd(0.2), num_steps=30), mo.ImplicitAdjoint(), optax.adam(0.1)
+)
+ROWS = jax.random.normal(jax.random.key(1), (40, 2))
+NOISY = mo.BilevelProblem(
+    lambda params, hyper, batch: jnp.mean((params - hyper - batch) ** 2),
+    lambda params, hyper, batch: jnp.mean((params - batch) ** 2),
+)
+STOCHASTIC = mo.NestedSolver(
+    mo.Descent(optax.sgd(0.2), num_steps=3),
+    mo.UnrolledAdjoint(),
+    optax.adam(0.1),
+    start=mo.WarmStart(),
+)
+
+
+def solve(num_steps=12, problem=PROBLEM, solver=SOLVER, data=(), **options: Any):
+    settings: dict[str, Any] = {"params": jnp.zeros(2)} | options
+    hyper = jnp.array([0.0, 1.0])
+    return mo.solve_bilevel(
+        problem, hyper, *data, solver=solver, num_steps=num_steps, **settings
+    )
+
+
+def noisy(num_steps=11, **options: Any):
+    data = mo.Minibatches(ROWS, 8), mo.Minibatches(ROWS, 10)
+    return solve(num_steps, NOISY, STOCHASTIC, data, **options)
+
+
+def assert_same_run(one, other):
+    numbers = lambda solution: jax.tree.leaves(
+        (solution.hyper, solution.params, solution.outer_loss, solution.history.hyper)
+    )
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    columns, others = one.history.columns, other.history.columns
+    assert columns.keys() == others.keys()
+    for name in columns.keys() - {"seconds"}:
+        np.testing.assert_array_equal(columns[name], others[name])
+
+
+@pytest.mark.parametrize("steps_per_call", [4, 11, 100])
+def test_cuts_of_a_run_change_no_bit(steps_per_call):
+    assert_same_run(noisy(), noisy(steps_per_call=steps_per_call))
+
+
+def test_steps_see_different_batches():
+    # One key for all outer steps would draw the same rows again and again.
+    frozen = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.sgd(0.0)
+    )
+    data = mo.Minibatches(ROWS, 8), ROWS
+    losses = solve(8, NOISY, frozen, data, steps_per_call=4).history.outer_loss
+    assert len(np.unique(losses)) == 8
+
+
+def test_iterators_feed_every_step_of_a_call():
+    batches = lambda: ((ROWS[i : i + 5],) * 2 for i in itertools.cycle(range(30)))
+    split = lambda: zip(*itertools.islice(batches(), 9))
+
+    def run(steps_per_call):
+        data = [iter(part) for part in split()]
+        return solve(9, NOISY, STOCHASTIC, data, steps_per_call=steps_per_call)
+
+    one, other = run(1), run(4)
+    np.testing.assert_allclose(one.hyper, other.hyper, rtol=1e-6)
+    np.testing.assert_allclose(one.history.outer_loss, other.history.outer_loss, rtol=1e-6)
+
+
+def test_iterator_that_ends_within_a_call():
+    data = iter([ROWS[:5]] * 6), ROWS
+    solution = solve(9, NOISY, STOCHASTIC, data, steps_per_call=4, throw=False)
+    assert solution.result == mo.RESULTS.outer_data_exhausted
+    assert len(solution.history) == 6
+
+
+def test_batches_of_different_shapes_are_named():
+    data = iter([ROWS[:5], ROWS[:6], ROWS[:5]]), ROWS
+    with pytest.raises(ValueError, match="`train` yields batches of different shapes"):
+        solve(3, NOISY, STOCHASTIC, data, steps_per_call=3)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_stops_at_the_step_that_converged(steps_per_call):
+    solution = solve(100, atol=0.5, steps_per_call=steps_per_call)
+    norms = solution.history.hypergradient_norm
+    assert norms[-1] <= 0.5 and np.all(norms[:-1] > 0.5)
+
+
+def test_failed_step_of_a_call_is_undone():
+    def loss(params, hyper, batch):
+        return jnp.sum(jnp.where(hyper > 0.25, jnp.nan, params))
+
+    problem = mo.BilevelProblem(PROBLEM.inner, lambda *args: -loss(*args))
+    solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.1))
+    got = []
+    for steps_per_call in (1, 8):
+        with pytest.raises(mo.SolveError) as info:
+            mo.solve_bilevel(
+                problem,
+                jnp.zeros(2),
+                params=jnp.zeros(2),
+                solver=solver,
+                num_steps=8,
+                steps_per_call=steps_per_call,
+            )
+        got.append(info.value.value)
+    one, other = got
+    assert len(one.history) == len(other.history) == 4
+    np.testing.assert_array_equal(one.hyper, other.hyper)
+    np.testing.assert_allclose(one.hyper, 0.3, rtol=1e-6)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("cut", [3, 8])
+def test_run_goes_on_from_its_checkpoint(tmp_path, cut):
+    checkpoint = lambda: [mo.callbacks.Checkpoint(tmp_path / "run" / "a.npz", every=2)]
+    first = noisy(cut, callbacks=checkpoint())
+    assert len(first.history) == cut
+    second = noisy(11, callbacks=checkpoint(), steps_per_call=2)
+    assert_same_run(noisy(11), second)
+    again = noisy(11, callbacks=checkpoint())
+    assert_same_run(second, again)  # nothing left to do
+
+
+def test_checkpoint_is_written_where_a_callback_fails(tmp_path):
+    def fails(run):
+        if run.num_steps == 5:
+            raise RuntimeError("mine")
+
+    path = tmp_path / "a.npz"
+    with pytest.raises(RuntimeError, match="mine") as info:
+        noisy(callbacks=[mo.callbacks.Checkpoint(path, every=100), fails])
+    assert len(info.value.solution.history) == 5  # pyright: ignore
+    assert_same_run(noisy(), noisy(callbacks=[mo.callbacks.Checkpoint(path)]))
+
+
+def test_checkpoints_of_other_runs_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    noisy(6, callbacks=[mo.callbacks.Checkpoint(path)])
+    with pytest.raises(mo.CheckpointError, match="has 6 steps, and `num_steps` is 4"):
+        noisy(4, callbacks=[mo.callbacks.Checkpoint(path)])
+    with pytest.raises(mo.CheckpointError, match="another `key`"):
+        noisy(8, callbacks=[mo.callbacks.Checkpoint(path)], key=jax.random.key(7))
+    with pytest.raises(mo.CheckpointError, match="holds"):
+        solve(8, callbacks=[mo.callbacks.Checkpoint(path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        noisy(2, callbacks=[mo.callbacks.Checkpoint(tmp_path / "file" / "b.npz")])
+
+
+# The others
+
+
+def test_best_step_is_kept():
+    solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.9))
+    solution = solve(solver=solver, callbacks=[mo.callbacks.KeepBest()], throw=False)
+    best, history = solution.best, solution.history
+    assert best is not None
+    assert best.step == np.argmin(history.outer_loss)
+    assert best.outer_loss == history.outer_loss[best.step]
+    before = jnp.array([0.0, 1.0]) if best.step == 0 else np.asarray(history.hyper)[best.step - 1]
+    np.testing.assert_array_equal(best.hyper, before)
+    np.testing.assert_allclose(jnp.sum((best.params - 2) ** 2), best.outer_loss, rtol=1e-5)
+    assert solve(2).best is None
+
+
+def test_early_ends():
+    still = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.0))
+    stop = lambda **options: [mo.callbacks.StopEarly(**options)]
+    solution = solve(50, solver=still, callbacks=stop(patience=4))
+    assert len(solution.history) == 5 and solution.result == mo.RESULTS.successful
+    assert len(solve(50, callbacks=stop(atol=1.0)).history) == len(
+        solve(50, atol=1.0).history
+    )
+    assert len(solve(50, callbacks=stop(seconds=0.0)).history) == 1
+    assert len(solve(50, callbacks=[lambda run: run.num_steps == 7]).history) == 7
+    with pytest.raises(ValueError, match="has no limit"):
+        mo.callbacks.StopEarly()
+
+
+def test_logs_every_step_of_every_call():
+    class Scalars:
+        def __init__(self):
+            self.rows = []
+
+        def add_scalar(self, name, value, step):
+            self.rows.append((name, value, step))
+
+    class Dicts:
+        def __init__(self):
+            self.rows = []
+
+        def log(self, row, *, step):
+            self.rows.append((row, step))
+
+    scalars, dicts = Scalars(), Dicts()
+    logs = [mo.callbacks.Log(writer) for writer in (scalars, dicts)]
+    history = solve(7, callbacks=logs, steps_per_call=3).history
+    losses = [row[1:] for row in scalars.rows if row[0] == "outer_loss"]
+    assert losses == list(zip(history.outer_loss.tolist(), range(7)))
+    assert [step for _, step in dicts.rows] == list(range(7))
+    assert [row["outer_loss"] for row, _ in dicts.rows] == history.outer_loss.tolist()
+    with pytest.raises(ValueError, match="add_scalar"):
+        mo.callbacks.Log(3)  # pyright: ignore
+
+
+def test_progress_says_that_it_compiles(capsys):
+    solve(4, callbacks=[mo.callbacks.Progress()])
+    shown = capsys.readouterr().err
+    assert "compiling" in shown and "with compilation, took" in shown and "4/4" in shown
+
+
+def test_callbacks_are_opened_and_closed_once():
+    class Witness(mo.callbacks.AbstractCallback):
+        def __init__(self):
+            self.seen = []
+
+        def open(self, run):
+            self.seen.append(("open", run.num_steps))
+
+        def see(self, run):
+            self.seen.append(("see", run.num_steps))
+
+        def close(self, run):
+            self.seen.append(("close", run.num_steps))
+
+    witness = Witness()
+    solve(5, callbacks=[witness], steps_per_call=2)
+    counts = [("open", 0), ("see", 2), ("see", 4), ("see", 5), ("close", 5)]
+    assert witness.seen == counts
+
+
+@pytest.mark.parametrize(
+    "callbacks", [mo.callbacks.Progress(), [3], [mo.callbacks.Progress]]
+)
+def test_callbacks_of_the_wrong_kind_are_named(callbacks):
+    with pytest.raises(ValueError, match="`callbacks` must"):
+        solve(2, callbacks=callbacks)
+
+
+def test_history_is_a_table():
+    history = solve(30).history
+    lines = str(history).splitlines()
+    assert "30 outer steps" in lines[0] and len(lines) == 14
+    assert lines[1].split()[:2] == ["step", "outer_loss"] and lines[-1].split()[0] == "29"
+    with pytest.raises(AttributeError, match="no column `outer_lost`"):
+        history.outer_lost
