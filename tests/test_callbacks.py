@@ -179,7 +179,11 @@ def test_best_step_is_kept():
     assert best is not None
     assert best.step == np.argmin(history.outer_loss)
     assert best.outer_loss == history.outer_loss[best.step]
-    before = jnp.array([0.0, 1.0]) if best.step == 0 else np.asarray(history.hyper)[best.step - 1]
+    before = (
+        jnp.array([0.0, 1.0])
+        if best.step == 0
+        else np.asarray(history.hyper)[best.step - 1]
+    )
     np.testing.assert_array_equal(best.hyper, before)
     np.testing.assert_allclose(jnp.sum((best.params - 2) ** 2), best.outer_loss, rtol=1e-5)
     assert solve(2).best is None

@@ -377,7 +377,7 @@ def test_report_says_how_wrong(error, says):
     assert report.derivative.error is not None
     assert report.derivative.error >= 0.5 * jnp.linalg.norm(gradient - exact)
     assert report.derivative.error < 1e-3 * report.outer.hypergradient_norm
-    row = next(line for line in str(report).splitlines() if "its error" in line)
+    row = next(line for line in str(report).splitlines() if "hypergradient error" in line)
     assert says in row
 
 

@@ -182,7 +182,7 @@ def test_scale_does_not_change_the_verdict(scale, num_steps):
         unit = scales[0] ** 2 / scales[1]
         assert gradient == near(plain * unit, rel=1e-6)
         # An estimate from rough solves, which rounding of the scale moves a little.
-        assert scaled.error == near(report.derivative.error * unit, rel=1e-3)
+        assert scaled.derivative.error == near(report.derivative.error * unit, rel=1e-3)
 
 
 def test_a_loose_linear_solver_is_tightened():

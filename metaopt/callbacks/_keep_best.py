@@ -1,7 +1,5 @@
 """The best step of a run."""
 
-import numpy as np
-
 from .._report import Best
 from ._base import AbstractCallback
 
@@ -20,7 +18,9 @@ class KeepBest(AbstractCallback):
         run.best = None
 
     def see(self, run):
+        if not run.info.updated:
+            return  # the params in the state are then of another step
         loss = float(run.info.report.outer.loss)
-        if np.isfinite(loss) and (run.best is None or loss < run.best.outer_loss):
+        if run.best is None or loss < run.best.outer_loss:
             params = run.solver.solution(run.state)
             run.best = Best(run.evaluated, params, loss, run.num_steps - 1)
