@@ -43,7 +43,7 @@ def rows(tree: Any) -> np.ndarray:
 
 
 def near(got: Any, want: Any, dtype: Any) -> None:
-    scale = np.linalg.norm(want)
+    scale = float(np.linalg.norm(want))
     np.testing.assert_allclose(got, want, rtol=0, atol=RTOL[dtype] * max(scale, 1e-3))
 
 
