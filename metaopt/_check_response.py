@@ -5,18 +5,22 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from ._adjoint import AbstractCurvature, ExactCurvature, GaussNewton
 from ._best_response import ordinary
 from ._bilevel import Coordinates, SelfTuningState
 from ._data import AbstractData, as_data
 from ._dependence import without_derivative
-from ._linear import AbstractLinearSolver, CG, MINRES
-from ._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
+from ._implicit import (
+    AbstractCurvature,
+    cheapest_curvature,
+    ImplicitSystem,
+    stationary_solver,
+)
+from ._linear import AbstractLinearSolver
+from ._problem import AbstractInnerProblem, BilevelProblem
 from ._report import BilevelSolution, table
 from ._solver import Optimality, problem_optimality
 from ._tree import leaf_names, split_trainable, tree_dot
@@ -202,12 +206,10 @@ def check_response(
     check_kind(state, SelfTuningState, "solution", "the solution of a self-tuning run")
     key = canonical_key(key)
     names, directions = _directions(state, num_directions, key)
-    split = isinstance(problem.inner, AbstractPredictionProblem)
     if curvature is None:
-        curvature = GaussNewton() if split else ExactCurvature()
+        curvature = cheapest_curvature(problem.inner)
     if linear_solver is None:
-        gauss_newton = isinstance(curvature, GaussNewton)
-        linear_solver = CG(rtol=1e-2) if gauss_newton else MINRES(rtol=1e-2)
+        linear_solver = stationary_solver(curvature, rtol=1e-2)
     check_kind(curvature, AbstractCurvature, "curvature", "metaopt.GaussNewton()")
     check_kind(linear_solver, AbstractLinearSolver, "linear_solver", "metaopt.CG()")
     measured = _measure(
@@ -270,10 +272,17 @@ class _TrainingGradient(eqx.Module):
     model_state: ModelState
     keys: Key
 
-    def jacobian(self, curvature: AbstractCurvature) -> lx.AbstractLinearOperator:
-        """Its Jacobian in the params, or what stands for it, of the first draw."""
-        params, hyper = (split_trainable(x)[0] for x in (self.params, self.hyper))
-        return curvature.linearise(self._of_draw(self.keys[0]), params, hyper)[1]
+    def system(self, curvature: AbstractCurvature) -> ImplicitSystem:
+        """The linear system of its first draw."""
+        return ImplicitSystem.at(
+            self.inner,
+            self.hyper,
+            self.params,
+            self.batch,
+            key=self.keys[0],
+            model_state=self.model_state,
+            curvature=curvature,
+        )
 
     def __call__(self, hyper: Vector, dual: Vector) -> tuple[Vector, Array]:
         """Its mean, and for each draw its product with `dual`."""
@@ -358,19 +367,18 @@ def _measure(
     gradient = _TrainingGradient(
         inner, params, state.hyper, train.full(), state.model_state, keys
     )
-    operator = gradient.jacobian(curvature)
-    linear_solver.check(operator)
+    system = gradient.system(curvature).prepare(linear_solver)
     negative = lambda vector: jax.tree.map(jnp.negative, vector)
     outer_gradient = _outer_gradient(problem, params, state, valid.full(), keys[0])
     # A second way to the slopes of the implicit response, for each draw alone.
-    dual = linear_solver.solve(operator, negative(outer_gradient)).value
+    dual = system.solve(negative(outer_gradient)).value
     if step is None:
         gradient.check_derivative(dual)
     slope_of = lambda moved: jnp.sum(ravel_pytree(outer_gradient)[0] * moved)
 
     def along(direction):
         crossed, dots = gradient.along(direction, dual, step)
-        solution = linear_solver.solve(operator, negative(crossed))
+        solution = system.solve(negative(crossed))
         implicit = ravel_pytree(solution.value)[0]
         learned = ravel_pytree(_learned_along(state, direction))[0]
         implicit_slope = slope_of(implicit)

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import metaopt as mo
 from jaxprs import operations
-from metaopt._operators import gauss_newton_operator, jacobian_operator
+from metaopt._implicit._operators import gauss_newton_operator, jacobian_operator
 from problems import flat, relative_error
 
 

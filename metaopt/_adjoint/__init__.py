@@ -10,13 +10,6 @@ from ._choose import (
     exact_adjoints as exact_adjoints,
     temporary_bytes as temporary_bytes,
 )
-from ._curvature import (
-    AbstractCurvature as AbstractCurvature,
-    ExactCurvature as ExactCurvature,
-    GaussNewton as GaussNewton,
-)
-from ._dual_weighted import DualWeighted as DualWeighted
-from ._error import AbstractErrorEstimate as AbstractErrorEstimate
 from ._explosion import Growth as Growth
 from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
@@ -25,11 +18,6 @@ from ._info import (
     ImplicitInfo as ImplicitInfo,
     PathInfo as PathInfo,
     ReversibleInfo as ReversibleInfo,
-)
-from ._linear_model_bounds import (
-    logistic_bound as logistic_bound,
-    ridge_bound as ridge_bound,
-    softmax_bound as softmax_bound,
 )
 from ._memory import (
     AbstractMemoryPlan as AbstractMemoryPlan,
@@ -43,7 +31,6 @@ from ._memory import (
 )
 from ._one_step import OneStepAdjoint as OneStepAdjoint
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
-from ._strong_convexity import StrongConvexity as StrongConvexity
 from ._truncated import (
     TruncatedAdjoint as TruncatedAdjoint,
     TruncationBound as TruncationBound,

@@ -8,55 +8,47 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 
 from .._dependence import depends
-from .._detach import detached, forbid_derivative, stop_gradient
+from .._detach import detached
+from .._implicit import (
+    AbstractCurvature,
+    AbstractErrorEstimate,
+    Accuracy,
+    DualWeighted,
+    ExactCurvature,
+    ImplicitSystem,
+    InnerError,
+    Linearisation,
+    widened_condition,
+    with_implicit_derivative,
+)
 from .._linear import (
     AbstractLinearSolver,
     AbstractToleranceSolver,
     CG,
-    coarsest_eps,
     initial_state,
     LinearSolution,
-    prepare,
-    transposed,
 )
-from .._operators import linear_solve, newton_length
-from .._results import first_failure, mask_result, RESULTS, where_result
+from .._results import first_failure, RESULTS
 from .._solver import InnerSolve, Optimality, Outcome
 from .._tree import (
-    divided,
-    nan_where,
-    same_structs,
-    scale_and_norm,
     split_trainable,
     tree_add,
     tree_cast_like,
-    tree_dot,
     tree_dtype,
-    tree_entangled,
-    tree_norm,
     tree_scaled_norm,
     tree_structs,
     tree_sub,
     tree_where,
     tree_widened,
 )
-from .._types import FloatScalar, Hyper, IntScalar, Vector
+from .._types import FloatScalar, Hyper, Params, Vector
 from .._validate import check_count, check_tolerance
-from .._warn import warn
 from ._base import AbstractAdjoint, HypergradientOutput, OuterLoss, Start
-from ._correction import random_signs
-from ._curvature import AbstractCurvature, ExactCurvature
-from ._dual_weighted import DualWeighted
-from ._error import AbstractErrorEstimate, Linearisation
 from ._info import ImplicitInfo
 
 
-_OF_THE_WAY = 1e-3
-_OF_RTOL = 0.1
-_ROUGH = 0.01  # relative residuals for which a rough solver suffices
 _PRECONDITIONER = 1  # folded into the key of the solve
 
 
@@ -156,85 +148,41 @@ class ImplicitAdjoint(AbstractAdjoint):
         """The outcome with its implicit derivative, and its condition, which is traced
         once, with the point to linearise it at."""
         outcome = inner.primal(params, hyper, model_state)
-        outer_variables = split_trainable(hyper)[0]
         for _ in range(self.newton_steps):
             outcome = detached(ft.partial(self._newton_step, inner), outcome, hyper)
         trainable, static = split_trainable(outcome.params)
-        condition, widened = _condition(inner, outcome, hyper)
-        residual, operator, jacobian = self.curvature.linearise(
-            condition, widened, outer_variables
+        system = self._system(inner, outcome, hyper)
+        inner_error = InnerError.at(
+            system.residual, system.distance(), system.params, params
         )
-        self.linear_solver.check(operator)
-        point = _Point.at(params, widened, residual, jacobian)
-        # What a function in it (a preconditioner) closes over must be seen by JAX.
-        hoisted = jax.tree.map(
-            lambda x: eqx.filter_closure_convert(x, widened) if callable(x) else x,
-            self._prepared(operator, inner, outcome, None)[0],
-        )
-        if self.error is not None:
-            # No outer loss is known here, whose constants a bound would be about.
-            hoisted = dataclasses.replace(hoisted, error=DualWeighted())
-        adjoint, static_adjoint = eqx.partition(hoisted, eqx.is_array)
-        solution = _with_implicit_derivative(
-            condition,
-            trainable,
-            outer_variables,
-            stop_gradient((outcome.result, point, adjoint)),
-            static_adjoint=static_adjoint,
-            throw=throw,
+        solution = with_implicit_derivative(
+            trainable, system, inner_error, outcome.result, self._accuracy, throw=throw
         )
         params = eqx.combine(solution, static)
         outcome = eqx.tree_at(lambda o: o.params, outcome, params)
-        return outcome, condition, widened
+        return outcome, system.condition, system.params
 
     def hypergradient(self, inner, outer, start, hyper, carry, scale):
-        outer_variables, static_hyper = split_trainable(hyper)
         params, model_state = start(hyper)
-        outcome, condition, widened = self._solve(inner, params, hyper, model_state, False)
-        narrow, static = split_trainable(outcome.params)
-        trainable = tree_cast_like(narrow, widened)
-
-        def outer_loss(trainable, outer_variables):
-            full_hyper = eqx.combine(outer_variables, static_hyper)
-            full_params = eqx.combine(tree_cast_like(trainable, narrow), static)
-            return outer(full_params, full_hyper, outcome.model_state)
-
-        def at(trainable):
-            return Linearisation(
-                self.curvature, condition, outer_loss, trainable, outer_variables, scale
-            )
-
-        here = at(trainable)
-        point = _Point.at(params, trainable, here.residual, here.jacobian)
+        outcome, condition, point = self._solve(inner, params, hyper, model_state, False)
+        narrow = split_trainable(outcome.params)[0]
+        at = self._linearisations(outer, outcome, condition, hyper, scale)
+        here = at(tree_cast_like(narrow, point))
         if carry is None:
             carry = _Carry(None, None, None)
-        first_guess = carry.solution
-        if first_guess is not None:
-            first_guess = tree_cast_like(first_guess, trainable)
-        ready, known, num_products = self._prepared(
-            here.operator, inner, outcome, carry.preconditioner
-        )
-        exact = ready._tightened(trainable)
-        if self.error is not None:
-            exact = exact._keeping_directions(trainable)
-        linear = exact._solve_transposed(
-            here.operator, condition.tags, here.in_params, first_guess, inner.tolerance
-        )
+        system = self._prepared(here.system, inner, outcome, carry.preconditioner)
+        here = dataclasses.replace(here, system=system)
+        linear = self._linear_solution(here, carry.solution, inner.tolerance)
         through_solution = here.through_solution(linear.value)
         gradient = tree_add(through_solution, here.direct)
-        inner_error = point.error(linear.value, here.in_params)
         estimate = None
         if self.error is not None:
-            estimate = self.error(here, linear, gradient, at, ready._solve_anew, hyper)
+            estimate = self.error(here, linear, gradient, at, hyper)
         largest = tree_scaled_norm(gradient)
         before = largest if carry.largest is None else carry.largest.astype(largest.dtype)
         largest = jnp.maximum(largest, before)
-        allowed = self._allowed_error(largest, inner.tolerance)
-        decides = self._judges_error and inner.tolerance is None
-        inner_rtol = jnp.inf if decides else self._own_inner_rtol
-        result = first_failure(
-            self._judge(inner_error, inner_rtol, inner.tolerance), linear.result
-        )
+        allowed = self._accuracy.allowed_error(largest, inner.tolerance)
+        result, inner_error = self._judge(here, linear, params, inner.tolerance)
         min_curvature = linear.min_curvature
         if estimate is not None:
             result = first_failure(result, estimate.judged(allowed))
@@ -243,7 +191,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             inner_error=inner_error,
             linear_residual=linear.residual,
             num_linear_steps=linear.num_steps,
-            num_products=linear.num_products + num_products,
+            num_products=linear.num_products + system.num_products,
             min_curvature=min_curvature,
             tolerance=inner.tolerance,
             error=None if estimate is None else estimate.error,
@@ -254,10 +202,15 @@ class ImplicitAdjoint(AbstractAdjoint):
             and self.error.is_bound
             and tree_structs(narrow) == tree_structs(tree_widened(narrow)),
             left_out=(
-                *self.curvature.left_out,
-                *self.linear_solver.left_out,
+                *self._left_out,
                 *_unseen_model_state(inner, outer, start, hyper, outcome),
             ),
+        )
+        carry = _Carry(
+            tree_widened(linear.value),
+            system.preconditioner_state,
+            # What was refused is no measure of what comes next.
+            jnp.where(result == RESULTS.successful, largest, before),
         )
         return HypergradientOutput(
             here.value,
@@ -265,299 +218,111 @@ class ImplicitAdjoint(AbstractAdjoint):
             here.direct,
             through_solution,
             outcome,
-            tree_scaled_norm(here.residual),
+            tree_scaled_norm(system.residual),
             result,
             info,
-            # What was refused is no measure of what comes next.
-            _Carry(
-                tree_widened(linear.value),
-                known,
-                jnp.where(result == RESULTS.successful, largest, before),
-            ),
+            carry,
         )
 
     @property
-    def _is_biased(self) -> bool:
-        """Whether the linear solution was asked to leave something out."""
-        return bool(self.linear_solver.left_out or self.curvature.left_out)
-
-    def _tightened(self, vector: Vector) -> "ImplicitAdjoint":
-        """The same, its linear solver at least as exact as `rtol` needs."""
-        solver = self.linear_solver
-        if not isinstance(solver, AbstractToleranceSolver):
-            return self
-        own = solver.relative_tolerance
-        asked = self.rtol
-        if self.inner_rtol is not None and self.inner_rtol < jnp.inf:
-            # Who accepts a rough inner solution needs no exact linear one.
-            asked = max(asked, self.inner_rtol)
-        needed = max(_OF_RTOL * asked, 10 * coarsest_eps(vector))
-        if own is None or own <= needed:
-            return self
-        return dataclasses.replace(self, linear_solver=solver.with_rtol(needed))
-
-    def _keeping_directions(self, vector: Vector) -> "ImplicitAdjoint":
-        solver = self.linear_solver
-        if not isinstance(solver, AbstractToleranceSolver):
-            return self
-        return dataclasses.replace(self, linear_solver=solver.keeping_directions(vector))
+    def _left_out(self) -> tuple[str, ...]:
+        return (*self.curvature.left_out, *self.linear_solver.left_out)
 
     @property
-    def _judges_error(self) -> bool:
-        """Whether the error of the hypergradient decides."""
-        judged = self.error is not None and self.inner_rtol is None
-        return judged and not self._is_biased and self.rtol != jnp.inf
+    def _accuracy(self) -> Accuracy:
+        return Accuracy(self.rtol, self.inner_rtol, self.error, bool(self._left_out))
 
-    def _judge_pullback(
+    def _linearisations(
         self,
+        outer: OuterLoss,
+        outcome: Outcome,
         condition: Optimality,
-        params: Vector,
-        read: tuple[Any, Hyper],
-        moving: tuple[Any, Hyper],
-        linear: LinearSolution,
-        cotangent: Vector,
-    ) -> Any:
-        """Whether the derivative of the cotangent times the inner solution is accurate.
+        hyper: Hyper,
+        scale: FloatScalar,
+    ) -> Callable[[Vector], Linearisation]:
+        """A function that linearises the two losses at params near the solution."""
+        outer_variables, static_hyper = split_trainable(hyper)
+        narrow, static = split_trainable(outcome.params)
 
-        The derivative is that in the leaves of `read`, the condition's function and
-        `hyper`, whose tangent in `moving` is not `None`. The curvature of an outer loss is
-        not known here: it counts as linear. Its slope in `hyper` is not known either, so
-        that the error is compared with the size of the terms of the derivative, which may
-        cancel near an outer optimum.
-        """
-        outer_loss = lambda params, moving: (tree_dot(cotangent, params), None)
-        moves = jax.tree.map(lambda _, tangent: tangent is not None, read, moving)
-        varied, held = eqx.partition(read, moves)
+        def outer_loss(trainable, outer_variables):
+            full_hyper = eqx.combine(outer_variables, static_hyper)
+            full_params = eqx.combine(tree_cast_like(trainable, narrow), static)
+            return outer(full_params, full_hyper, outcome.model_state)
 
-        def residual(params, varied):
-            fn, hyper = eqx.combine(varied, held)
-            return fn(params, hyper)
+        def at(trainable):
+            return Linearisation.at(
+                self.curvature, condition, outer_loss, trainable, outer_variables, scale
+            )
 
-        along = Optimality(residual, condition.tags)
+        return at
 
-        def at(params):
-            one = jnp.ones((), jnp.float32)
-            return Linearisation(self.curvature, along, outer_loss, params, varied, one)
-
-        here = at(params)
-        assert self.error is not None
-        mixed = jax.tree.map(jnp.multiply, linear.value, random_signs(linear.value))
-        try:
-            gradient, terms = here.through_solution_both(linear.value, mixed)
-        except ValueError:
-            # So does the derivative itself, if anyone takes it.
-            return RESULTS.successful
-        estimate = self.error(here, linear, gradient, at, self._solve_anew, read[1])
-        size = jnp.maximum(tree_scaled_norm(gradient), tree_scaled_norm(terms))
-        return estimate.judged(self.rtol * size)
-
-    def _allowed_error(
-        self, size: FloatScalar, tolerance: FloatScalar | None
-    ) -> FloatScalar | None:
-        """The largest error of a hypergradient of this size, or `None` for any."""
-        if not self._judges_error:
-            return None
-        allowed = self.rtol * size
-        if tolerance is None:
-            return allowed
-        # The outer loop has the residuals held to its tolerance, and not the error.
-        return jnp.where(tolerance > _OF_RTOL * self.rtol, jnp.inf, allowed)
+    def _system(self, inner: InnerSolve, outcome: Outcome, hyper: Hyper) -> ImplicitSystem:
+        """The linear system at an outcome, its linear solver prepared."""
+        condition, point = widened_condition(
+            lambda widen: inner.optimality(outcome, hyper, widen), outcome.params, hyper
+        )
+        outer_variables = split_trainable(hyper)[0]
+        system = ImplicitSystem.linearised(
+            condition, point, outer_variables, self.curvature
+        )
+        return self._prepared(system, inner, outcome, None)
 
     def _prepared(
-        self,
-        operator: lx.AbstractLinearOperator,
-        inner: InnerSolve,
-        outcome: Outcome,
-        state: Any,
-    ) -> tuple["ImplicitAdjoint", Any, IntScalar]:
-        """The same with its preconditioner ready for an operator, what that knows now,
-        and the products that it took."""
-        solver, state, num_products = prepare(
+        self, system: ImplicitSystem, inner: InnerSolve, outcome: Outcome, state: Any
+    ) -> ImplicitSystem:
+        return system.prepare(
             self.linear_solver,
-            operator,
             state,
-            jax.random.fold_in(inner.key, _PRECONDITIONER),
-            outcome.solver_state,
+            key=jax.random.fold_in(inner.key, _PRECONDITIONER),
+            solver_state=outcome.solver_state,
         )
-        ready = dataclasses.replace(self, linear_solver=solver, error=None)
-        return ready, stop_gradient(state), num_products
+
+    def _linear_solution(
+        self,
+        here: Linearisation,
+        first_guess: Vector | None,
+        tolerance: FloatScalar | None,
+    ) -> LinearSolution:
+        """The solution of the transposed system, as exact as `rtol` needs, which keeps its
+        search directions for the error estimate."""
+        vector, params = here.in_params, here.system.params
+        if first_guess is not None:
+            first_guess = tree_cast_like(first_guess, params)
+        solver = self._accuracy.tightened(here.system.linear_solver, params)
+        if self.error is not None and isinstance(solver, AbstractToleranceSolver):
+            solver = solver.keeping_directions(params)
+        system = here.solved_with(solver).system
+        return system.solve(vector, transposed=True, start=first_guess, tolerance=tolerance)
+
+    def _judge(
+        self,
+        here: Linearisation,
+        linear: LinearSolution,
+        start: Params,
+        tolerance: FloatScalar | None,
+    ) -> tuple[RESULTS, FloatScalar]:
+        """Judge the two solutions, the inner one unless the error estimate decides."""
+        decides = self._accuracy.judges_error and tolerance is None
+        inner_rtol = jnp.inf if decides else self._accuracy.own_inner_rtol
+        return here.system.judge(
+            linear,
+            here.in_params,
+            inner_rtol=inner_rtol,
+            tolerance=tolerance,
+            start=start,
+        )
 
     def _newton_step(self, inner: InnerSolve, outcome: Outcome, hyper: Hyper) -> Outcome:
         """One Newton step towards the inner solution, unless it leads away from it."""
         trainable, static = split_trainable(outcome.params)
-        outer_variables = split_trainable(hyper)[0]
-        condition, widened = _condition(inner, outcome, hyper)
-        residual, operator, _ = self.curvature.linearise(
-            condition, widened, outer_variables
-        )
-        self.linear_solver.check(operator)
-        ready, _, _ = self._prepared(operator, inner, outcome, None)
-        step = ready._linear_solution(operator, residual)
-        corrected = tree_cast_like(tree_sub(widened, step.value), trainable)
+        system = self._system(inner, outcome, hyper)
+        step = system.solve(system.residual)
+        corrected = tree_cast_like(tree_sub(system.params, step.value), trainable)
         # Comparing with NaN is false, and so is a step to where nothing is known.
-        left = condition(tree_cast_like(corrected, widened), outer_variables)
-        closer = tree_scaled_norm(left) < tree_scaled_norm(residual)
+        left = system.condition(tree_cast_like(corrected, system.params), system.hyper)
+        closer = tree_scaled_norm(left) < tree_scaled_norm(system.residual)
         params = eqx.combine(tree_where(closer, corrected, trainable), static)
         return eqx.tree_at(lambda o: o.params, outcome, params)
-
-    def _solve_anew(
-        self,
-        here: Linearisation,
-        vector: Vector,
-        *,
-        transposed: bool,
-        rtol: float,
-        tolerance: FloatScalar | None = None,
-    ) -> LinearSolution:
-        """A solve at a linearisation."""
-        solver, operator = self.linear_solver, here.operator
-        if transposed and lx.symmetric_tag not in here.condition.tags:
-            solver, operator = self._transposed().linear_solver, operator.transpose()
-        if isinstance(solver, AbstractToleranceSolver):
-            solver = solver.rough(rtol) if rtol >= _ROUGH else solver.with_rtol(rtol)
-        solution = solver.solve(operator, vector, None, tolerance)
-        if not (self._is_biased or self.linear_solver.accepts_indefinite):
-            return solution
-        # Whoever asked for that, or for something to be left out, is not refused for it.
-        infinite = jnp.full_like(solution.min_curvature, jnp.inf)
-        return dataclasses.replace(solution, min_curvature=infinite)
-
-    def _transposed(self) -> "ImplicitAdjoint":
-        """The same, ready for the transposed operator."""
-        solver = transposed(self.linear_solver)
-        return dataclasses.replace(self, linear_solver=solver)
-
-    def _judge(
-        self, error: FloatScalar, rtol: float, tolerance: FloatScalar | None = None
-    ) -> Any:
-        """Whether the inner solution is good enough, by its own error."""
-        if rtol == jnp.inf:
-            return RESULTS.successful
-        allowed = jnp.asarray(rtol)
-        if tolerance is not None:
-            allowed = jnp.maximum(allowed, tolerance)
-        good = error <= allowed
-        return where_result(good, RESULTS.successful, RESULTS.inner_not_converged)
-
-    @property
-    def _own_inner_rtol(self) -> float:
-        return self.rtol if self.inner_rtol is None else self.inner_rtol
-
-    def _linear_solution(
-        self,
-        operator: lx.AbstractLinearOperator,
-        vector: Vector,
-        start: Vector | None = None,
-        tolerance: FloatScalar | None = None,
-    ) -> LinearSolution:
-        """The solution of the linear system, its curvature checked by this as well.
-
-        Methods that do not look at curvature solve at a saddle or a maximum like
-        anywhere else, and what they find is not the response of a minimum. Where that
-        was asked for, negative curvature is only reported.
-        """
-        solver = self.linear_solver
-        solution = solver.solve(operator, vector, start, tolerance)
-        if not lx.is_positive_semidefinite(operator):
-            return solution
-        # Curvature has no scale of the right-hand side, whose square may be no number.
-        # Without the barrier XLA takes a constant factor out of the vector again.
-        scale, b = scale_and_norm(jax.lax.optimization_barrier(vector))
-        unit = jax.lax.optimization_barrier(divided(vector, scale))
-        scaled = divided(solution.value, scale)
-        x = tree_norm(scaled)
-        along = tree_dot(scaled, unit)  # x.A x, but for the residual
-        negative = along < -solution.residual * x * b
-        safe = jnp.where(x > 0, x, 1)
-        smallest = jnp.minimum(
-            solution.min_curvature, jnp.where(x > 0, along / safe**2, jnp.inf)
-        )
-        num_products = solution.num_products
-        if solver.accepts_indefinite:
-            negative = jnp.asarray(False)
-        elif not (solver.checks_curvature or solver.left_out):
-            # Conjugate gradients meet each sign of curvature that acts on the solution.
-            probe = CG(rtol=self._probe_rtol).solve(operator, unit, None, tolerance)
-            smallest = jnp.minimum(smallest, probe.min_curvature)
-            num_products = num_products + probe.num_products
-            rounding = 100 * coarsest_eps(vector) * b / safe
-            negative |= probe.min_curvature < -rounding
-        result = mask_result(negative, RESULTS.linear_indefinite)
-        return dataclasses.replace(
-            solution,
-            result=first_failure(solution.result, result),
-            min_curvature=smallest,
-            num_products=num_products,
-        )
-
-    @property
-    def _probe_rtol(self) -> float:
-        solver = self.linear_solver
-        own = None
-        if isinstance(solver, AbstractToleranceSolver):
-            own = solver.relative_tolerance
-        return 1e-5 if own is None else own
-
-    def _solve_transposed(
-        self,
-        operator: lx.AbstractLinearOperator,
-        tags: frozenset[object],
-        vector: Vector,
-        start: Vector | None = None,
-        tolerance: FloatScalar | None = None,
-    ) -> LinearSolution:
-        """Solves with the transposed operator, differentiably once more."""
-        symmetric = lx.symmetric_tag in tags
-        adjoint_operator = operator if symmetric else operator.transpose()
-        start, tolerance = jax.lax.stop_gradient((start, tolerance))
-        # A leaf that nothing moves would not be taken for linear in a second derivative.
-        vector = tree_entangled(vector)
-
-        def solve(ready, product, vector):
-            made = lx.FunctionLinearOperator(product, tree_structs(vector), tags)
-            solution = ready._linear_solution(made, vector, start, tolerance)
-            return solution.value, eqx.tree_at(lambda s: s.value, solution, None)
-
-        value, rest = jax.lax.custom_linear_solve(
-            adjoint_operator.mv,
-            vector,
-            ft.partial(solve, self._transposed()),
-            transpose_solve=ft.partial(solve, self),
-            symmetric=symmetric,
-            has_aux=True,
-        )
-        if self._is_biased:
-            value = _without_second_derivative(self, value)
-        return eqx.tree_at(lambda s: s.value, rest, value, is_leaf=lambda x: x is None)
-
-
-def _condition(
-    inner: InnerSolve, outcome: Outcome, hyper: Hyper
-) -> tuple[Optimality, Vector]:
-    """The optimality and the point to linearise it at: in float32 for params of half
-    precision, unless the problem insists on the dtype that it is used to.
-
-    It is traced here, once for all of its derivatives.
-    """
-    narrow, outer_variables = split_trainable(outcome.params)[0], split_trainable(hyper)[0]
-    widened = tree_widened(narrow)
-    plain = inner.optimality(outcome, hyper)
-    if tree_structs(narrow) == tree_structs(widened):
-        return plain.converted(narrow, outer_variables), narrow
-    condition = inner.optimality(outcome, hyper, widen=True)
-    try:
-        found = jax.eval_shape(condition, widened, outer_variables)
-    except (TypeError, ValueError):
-        found = None
-    if found is not None and same_structs(found, widened):
-        return condition.converted(widened, outer_variables), widened
-    warn(
-        "The inner problem cannot be evaluated in float32 at params of half precision: "
-        "something in it has a dtype of its own. The linear system is solved in half "
-        "precision. Write `x.astype(params.dtype)` for arrays that the loss makes or "
-        "closes over.",
-    )
-    return plain.converted(narrow, outer_variables), narrow
 
 
 class _Carry(eqx.Module):
@@ -566,119 +331,6 @@ class _Carry(eqx.Module):
     solution: Vector | None
     preconditioner: Any  # what it knows; `None` where there is none
     largest: FloatScalar | None  # the largest norm of a hypergradient so far
-
-
-class _Point(eqx.Module):
-    """The point of an implicit derivative, and its distance from a solution."""
-
-    residual: Vector
-    distance: FloatScalar  # to the solution, by one product
-    params: Vector
-    way: Vector  # from the start, times how much of it is allowed for
-
-    @classmethod
-    def at(cls, start, params: Vector, residual: Vector, jacobian) -> "_Point":
-        way = tree_sub(params, tree_cast_like(split_trainable(start)[0], params))
-        way = jax.tree.map(lambda leaf: leaf * jnp.asarray(_OF_THE_WAY, leaf.dtype), way)
-        return cls(residual, newton_length(residual, jacobian), params, way)
-
-    def error(self, solution: Vector, vector: Vector) -> FloatScalar:
-        """An estimate of the relative error of the params, from below.
-
-        With $A w = b$ solved for the derivative, $w . r = b . A^{-1} r$ is the step that
-        is still to come, $A^{-1} r$, projected on $b$: for a hypergradient, on the
-        direction in which the outer loss changes. It sees slow directions, which the
-        residual hides. It is compared with the params as $b$ weighs them, because large
-        params that the outer loss does not look at excuse nothing.
-        """
-        size = tree_scaled_norm(vector)
-        weights = divided(vector, _or_one(size))
-        along = jnp.abs(tree_dot(solution, divided(self.residual, _or_one(size))))
-        weighed = lambda x: tree_scaled_norm(jax.tree.map(jnp.multiply, weights, x))
-        return jnp.maximum(
-            self._relative(self.distance, tree_scaled_norm),
-            jnp.where(size > 0, self._relative(along, weighed), 0.0),
-        )
-
-    def _relative(self, length: FloatScalar, norm: Callable) -> FloatScalar:
-        # A solution near zero is good if it is near in comparison with the way to it.
-        size = jnp.maximum(norm(self.params), norm(self.way))
-        return jnp.where(length == 0, 0.0, length / size)
-
-
-def _or_one(size: FloatScalar) -> FloatScalar:
-    return jnp.where(size > 0, size, 1)
-
-
-@eqx.filter_custom_jvp
-def _with_implicit_derivative(condition, params, hyper, fixed, *, static_adjoint, throw):
-    return params
-
-
-@_with_implicit_derivative.def_jvp
-def _(primals, tangents, *, static_adjoint, throw):
-    condition, params, hyper, (inner_result, point, adjoint) = primals
-    adjoint = eqx.combine(adjoint, static_adjoint)
-    moving_condition, _, moving_hyper, _ = tangents
-    # Used again below, so that second derivatives see the solution move as well.
-    params = _with_implicit_derivative(*primals, static_adjoint=static_adjoint, throw=throw)
-    solution = params
-    if adjoint._is_biased:
-        condition, params, hyper = _without_second_derivative(
-            adjoint, (condition, params, hyper)
-        )
-    widened = tree_cast_like(params, point.params)
-    read, moving = (condition.fn, hyper), (moving_condition.fn, moving_hyper)
-    _, pushed = eqx.filter_jvp(lambda fn, hyper: fn(widened, hyper), read, moving)
-    # `None` stands for a derivative that is zero by construction.
-    if not jax.tree.leaves(pushed):
-        return solution, jax.tree.map(lambda _: None, params)
-    right_hand_side = tree_entangled(
-        jax.tree.map(lambda p, t: jnp.zeros_like(p) if t is None else -t, widened, pushed)
-    )
-    _, operator, _ = adjoint.curvature.linearise(condition, widened, hyper)
-
-    def solve(ready, product, vector, *, reverse):
-        structure = tree_structs(vector)
-        operator = lx.FunctionLinearOperator(product, structure, condition.tags)
-        linear = ready._tightened(vector)._linear_solution(operator, vector)
-        error = point.error(linear.value, vector)
-        judged = ready._judge(error, adjoint._own_inner_rtol)
-        result = first_failure(inner_result, judged, linear.result)
-        if reverse and adjoint._judges_error:
-            seen = ready._judge_pullback(condition, widened, read, moving, linear, vector)
-            result = first_failure(result, seen)
-        failed = result != RESULTS.successful
-        if throw:
-            return result.error_if(linear.value, failed)
-        return jax.tree.map(lambda leaf: nan_where(failed, leaf), linear.value)
-
-    tangent = linear_solve(
-        operator.mv,
-        right_hand_side,
-        ft.partial(solve, adjoint, reverse=False),
-        transpose_solve=ft.partial(solve, adjoint._transposed(), reverse=True),
-        symmetric=lx.symmetric_tag in condition.tags,
-    )
-    # Its transpose entangles the cotangent, for second derivatives.
-    return solution, tree_cast_like(tree_entangled(tangent), params)
-
-
-def _without_second_derivative(adjoint: ImplicitAdjoint, tree: Any) -> Any:
-    """The derivative of a rough linear solution is not that of the exact one."""
-    left_out = "; ".join((*adjoint.curvature.left_out, *adjoint.linear_solver.left_out))
-    arrays, static = eqx.partition(tree, eqx.is_array)
-    message = _NO_SECOND_DERIVATIVE.format(left_out=left_out)
-    return eqx.combine(forbid_derivative(arrays, message), static)
-
-
-_NO_SECOND_DERIVATIVE = (
-    "The hypergradient leaves something out by request ({left_out}), and its own "
-    "derivative is not known: that of the exact linear solution would belong to another "
-    "number. For second derivatives use a linear solver with a tolerance and without "
-    "damping, such as `metaopt.CG(rtol=1e-10)`, with `metaopt.ExactCurvature()`, or "
-    "`metaopt.UnrolledAdjoint()`."
-)
 
 
 def _unseen_model_state(

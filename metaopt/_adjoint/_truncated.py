@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from .._detach import detached
+from .._implicit import Constant, constant
 from .._solver import AbstractIterativeSolver
 from .._types import FloatScalar, Hyper
 from .._validate import check_count, check_tolerance
 from ._base import AbstractPathAdjoint, check_iterative, counted_anew
 from ._memory import AbstractMemoryPlan, StoreAll
-from ._strong_convexity import Constant, constant
 
 
 class TruncationBound(eqx.Module):

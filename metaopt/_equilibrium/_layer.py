@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
 from .._data import FullBatch
 from .._detach import detached, stop_gradient
+from .._implicit import LinearFixedPoint
 from .._results import RESULTS
 from .._solve_inner import solve_inner
 from .._solver import (
@@ -20,7 +21,6 @@ from .._solver import (
     AbstractSolver,
     Anderson,
     InnerSolve,
-    LinearFixedPoint,
 )
 from .._types import IntScalar, PyTree
 from .._validate import (

@@ -18,6 +18,7 @@ from ._common import (
 )
 from ._descent import Descent as Descent
 from ._earlier import can_go_on as can_go_on, Earlier as Earlier
+from ._examples import Examples as Examples
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
 )
@@ -28,7 +29,6 @@ from ._gauge import (
 )
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
-from ._linear_fixed_point import LinearFixedPoint as LinearFixedPoint
 from ._loop import Loop as Loop, LoopState as LoopState
 from ._newton_krylov import NewtonKrylov as NewtonKrylov
 from ._optimistix import OptimistixSolver as OptimistixSolver

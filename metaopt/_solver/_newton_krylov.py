@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._linear import AbstractLinearSolver, GMRES
+from .._linearise import linear_solve, linearised
 from .._model_state import AbstractStatePolicy
-from .._operators import linear_solve, linearised
 from .._tree import tree_axpy, tree_dtype, tree_structs, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_kind

@@ -48,17 +48,17 @@ class DualWeighted(AbstractErrorEstimate):
                 f"`rtol` must lie between 0 and 1, being relative; got {self.rtol!r}."
             )
 
-    def __call__(self, here, linear, gradient, at, solve, hyper):
+    def __call__(self, here, linear, gradient, at, hyper):
         w = linear.value
         knows, asked = known_subspace(here, linear)
-        better = corrected_once(here, here, w, knows, at, solve, self.rtol)
+        better = corrected_once(here, here, w, knows, at, self.rtol)
         old, new = better.with_old_solution, better.gradient
         length = lengths_beside(gradient)
         # The two parts of the correction can cancel by chance, and their own errors do not.
         # The residual that the Newton step leaves tells how large these are.
         parts = length(tree_sub(old, gradient)) + length(tree_sub(new, old))
         before = jnp.where(better.residual > 0, better.residual, 1)
-        after = tree_scaled_norm(divided(better.there.residual, before))
+        after = tree_scaled_norm(divided(better.there.system.residual, before))
         error = length(tree_sub(new, gradient))
         error = error + _OF_PARTS * jnp.minimum(after, 1) * parts
         floor = jnp.finfo(error.dtype).eps * length(new)

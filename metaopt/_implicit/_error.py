@@ -1,16 +1,15 @@
 """Bounds and estimates of the error of an implicit hypergradient."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 
-from .._linear import LinearSolution
-from .._operators import cross_pullback
+from .._linear import AbstractLinearSolver, LinearSolution
 from .._results import first_failure, mask_result, RESULTS, where_result
 from .._solver import Optimality
 from .._tree import (
@@ -21,6 +20,7 @@ from .._tree import (
 )
 from .._types import Aux, FloatScalar, Hyper, IntScalar, Vector
 from ._curvature import AbstractCurvature
+from ._system import ImplicitSystem
 
 
 if TYPE_CHECKING:
@@ -30,51 +30,60 @@ else:
     from equinox import AbstractClassVar
 
 
-class Linearisation:
-    """The outer loss and the optimality at one point, with their derivatives.
+class Linearisation(eqx.Module):
+    """The outer loss and the linear system at one point.
 
     **Attributes:**
 
-    - `params`, `hyper`: the point, trainable parts.
+    - `system`: the linear system, which holds the point.
     - `value`, `aux`: the outer loss.
-    - `in_params`, `direct`: its derivatives, times a scale.
-    - `residual`, `jacobian`: the optimality and its Jacobian in `params`, both exact.
-    - `operator`: what the linear system is solved with, which may leave curvature out.
+    - `in_params`, `direct`: its derivatives in the params and in `hyper`, times a scale.
     """
 
+    system: ImplicitSystem
     value: FloatScalar
     aux: Aux
+    in_params: Vector
+    direct: Vector
 
-    def __init__(
-        self,
+    @classmethod
+    def at(
+        cls,
         curvature: AbstractCurvature,
         condition: Optimality,
         outer_loss: Callable[[Vector, Vector], Any],
         params: Vector,
         hyper: Vector,
         scale: FloatScalar,
-    ):
-        self.condition = condition
-        self.params, self.hyper = params, hyper
-        self.value, pullback, self.aux = jax.vjp(outer_loss, params, hyper, has_aux=True)
-        self.in_params, self.direct = pullback(scale.astype(self.value.dtype))
-        self.curvature = curvature
-        self.residual, self.operator, self.jacobian = curvature.linearise(
-            condition, params, hyper
-        )
+    ) -> "Linearisation":
+        """Differentiate the outer loss and linearise the optimality.
+
+        **Arguments:**
+
+        - `curvature`, `condition`: as for `ImplicitSystem.linearised`.
+        - `outer_loss`: `outer_loss(params, hyper)` returns its value and auxiliary output.
+        - `params`, `hyper`: the point.
+        - `scale`: multiplies the derivatives of the outer loss.
+        """
+        value, pullback, aux = jax.vjp(outer_loss, params, hyper, has_aux=True)
+        in_params, direct = pullback(scale.astype(value.dtype))
+        system = ImplicitSystem.linearised(condition, params, hyper, curvature)
+        return cls(system, value, aux, in_params, direct)
+
+    def solved_with(self, linear_solver: AbstractLinearSolver) -> "Linearisation":
+        """The same with a linear solver that is ready for its operator."""
+        system = dataclasses.replace(self.system, linear_solver=linear_solver)
+        return dataclasses.replace(self, system=system)
 
     def through_solution(self, linear_solution: Vector) -> Vector:
         """The part of the hypergradient by way of the inner solution."""
-        along = lambda h: self.condition(self.params, h)
-        out = cross_pullback(along, self.hyper, linear_solution)
+        out = self.system.cross_transposed(linear_solution)
         return jax.tree.map(jnp.negative, out)
 
     def through_solution_both(self, first: Vector, second: Vector) -> tuple[Vector, Vector]:
         """`through_solution` of two vectors in one pass."""
-        along = lambda h: self.condition(self.params, h)
-        _, pullback = jax.vjp(along, self.hyper)
         stacked = jax.tree.map(lambda a, b: jnp.stack([-a, -b]), first, second)
-        (both,) = jax.vmap(pullback)(stacked)
+        both = jax.vmap(self.system.cross_transposed)(stacked)
         pick = lambda index: jax.tree.map(lambda leaf: leaf[index], both)
         return pick(0), pick(1)
 
@@ -82,13 +91,9 @@ class Linearisation:
         """The residual of the exact linear system.
 
         The error of a hypergradient is that of its linear solution in the system with
-        the exact Jacobian, whatever operator it came from. In a system that leaves
-        curvature out the residual is small however much that was.
+        the exact Jacobian, whatever operator it came from.
         """
-        jacobian = self.jacobian
-        if lx.symmetric_tag not in self.condition.tags:
-            jacobian = jacobian.transpose()
-        return tree_sub(self.in_params, jacobian.mv(linear_solution))
+        return self.system.remaining(linear_solution, self.in_params, transposed=True)
 
     def smallest_curvature(self, linear: LinearSolution, left: Vector) -> FloatScalar:
         """The smallest curvature of the exact Jacobian that was met.
@@ -104,23 +109,9 @@ class Linearisation:
         unit = divided(linear.value, safe)
         product = divided(tree_sub(self.in_params, left), safe)
         quotient = jnp.where(size > 0, tree_dot(unit, product), jnp.inf)
-        if not self.curvature.is_exact:
+        if not self.system.curvature.is_exact:
             return quotient
         return jnp.minimum(quotient, linear.min_curvature)
-
-
-class Solve(Protocol):
-    """A solve with the operator of a linearisation, or with its transpose."""
-
-    def __call__(
-        self,
-        here: Linearisation,
-        vector: Vector,
-        *,
-        transposed: bool,
-        rtol: float,
-        tolerance: FloatScalar | None = None,
-    ) -> LinearSolution: ...
 
 
 class ErrorEstimate(eqx.Module):
@@ -170,19 +161,16 @@ class AbstractErrorEstimate(eqx.Module):
         linear: LinearSolution,
         gradient: Vector,
         at: Callable[[Vector], Linearisation],
-        solve: Solve,
         hyper: Hyper,
     ) -> ErrorEstimate:
         """Estimate the error of the hypergradient.
 
         **Arguments:**
 
-        - `here`: the linearisation at the inner solution.
+        - `here`: the linearisation at the inner solution, its linear solver prepared.
         - `linear`: the solution of the linear system there.
         - `gradient`: the hypergradient from the two.
         - `at`: the linearisation at other params.
-        - `solve`: `solve(here, vector, transposed=..., rtol=..., tolerance=...)`, the
-            linear solver, to `rtol` or to `tolerance`, whichever is larger.
         - `hyper`: the outer variables.
 
         **Returns:**

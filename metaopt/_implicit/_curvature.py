@@ -6,10 +6,10 @@ from typing import ClassVar, TYPE_CHECKING
 import equinox as eqx
 import lineax as lx
 
-from .._operators import gauss_newton_operator, jacobian_operator, jacobian_product
 from .._solver import Optimality
 from .._tree import tree_structs
 from .._types import Vector
+from ._operators import gauss_newton_operator, jacobian_operator, jacobian_product
 
 
 if TYPE_CHECKING:

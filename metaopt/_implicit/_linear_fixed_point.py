@@ -21,6 +21,14 @@ from .._linear import (
 )
 from .._problem import FixedPointProblem
 from .._results import first_failure, mask_result, RESULTS
+from .._solver import (
+    AbstractFixedPointSolver,
+    Anderson,
+    Broyden,
+    Examples,
+    InnerSolve,
+    Picard,
+)
 from .._tree import (
     divided,
     scale_and_norm,
@@ -31,12 +39,6 @@ from .._tree import (
     tree_zeros_like,
 )
 from .._validate import check_kind
-from ._anderson import Anderson
-from ._broyden import Broyden
-from ._examples import Examples
-from ._fixed_point import AbstractFixedPointSolver
-from ._inner_solve import InnerSolve
-from ._picard import Picard
 
 
 _MARGIN = 0.8

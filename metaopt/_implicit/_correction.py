@@ -1,5 +1,6 @@
 """One correction of an inner solution and of its linear system."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._linear import coarsest_eps, LinearSolution, Subspace
+from .._linear import (
+    AbstractToleranceSolver,
+    coarsest_eps,
+    LinearSolution,
+    Subspace,
+    transposed as transposed_solver,
+)
 from .._tree import (
     divided,
     scale_and_norm,
@@ -19,7 +26,11 @@ from .._tree import (
     tree_sub,
 )
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from ._error import Linearisation, Solve
+from ._error import Linearisation
+from ._system import ImplicitSystem
+
+
+_ROUGH = 0.01  # relative residuals for which a rough solver suffices
 
 
 def lengths_beside(vector: Vector) -> Callable[[Vector], FloatScalar]:
@@ -67,7 +78,6 @@ def corrected_once(
     w: Vector,
     knows: Subspace | None,
     at: Callable[[Vector], Linearisation],
-    solve: Solve,
     rtol: float,
     allowed: tuple[FloatScalar | None, FloatScalar | None] = (None, None),
 ) -> Corrected:
@@ -81,12 +91,12 @@ def corrected_once(
     - `allowed`: a residual that suffices as well, of each of the two, as a norm.
     """
     correct = lambda vector, transposed, allowed: _solved_roughly(
-        here, vector, knows, solve, transposed, rtol, allowed
+        here, vector, knows, transposed, rtol, allowed
     )
-    step, residual, of_step = correct(base.residual, False, allowed[0])
+    step, residual, of_step = correct(base.system.residual, False, allowed[0])
     # A residual of exactly zero says that the params are as good as any.
-    rounding = _one_rounding(base.params, residual > 0)
-    there = at(tree_sub(base.params, tree_add(step, rounding)))
+    rounding = _one_rounding(base.system.params, residual > 0)
+    there = at(tree_sub(base.system.params, tree_add(step, rounding)))
     left = there.linear_residual(w)
     change, size, of_change = correct(left, True, allowed[1])
     through_old, through_change = there.through_solution_both(w, change)
@@ -110,9 +120,9 @@ def _is_negative(
     curvature: FloatScalar, here: Linearisation, knows: Subspace | None
 ) -> BoolScalar:
     """Whether a curvature is negative, and not by rounding of the largest known one."""
-    if knows is None or lx.positive_semidefinite_tag not in here.condition.tags:
+    if knows is None or lx.positive_semidefinite_tag not in here.system.condition.tags:
         return jnp.asarray(False)
-    rounding = 100 * coarsest_eps(here.params) * knows.max_curvature
+    rounding = 100 * coarsest_eps(here.system.params) * knows.max_curvature
     return curvature < -rounding
 
 
@@ -125,12 +135,12 @@ def known_subspace(
     nothing along a correction that leaves no residual along this solution.
     """
     kept = linear.subspace
-    if lx.symmetric_tag not in here.condition.tags:
+    if not here.system.is_symmetric:
         return None, 0
     if kept is not None and kept.holds_solution:
         return kept, 0
     stacked = lambda tree: jax.tree.map(lambda a: a[None], tree)
-    product = here.operator.mv(linear.value)
+    product = here.system.operator.mv(linear.value)
     curvature = tree_dot(linear.value, product)
     own = Subspace(stacked(linear.value), stacked(product), curvature[None])
     if kept is None:
@@ -149,7 +159,6 @@ def _solved_roughly(
     here: Linearisation,
     vector: Vector,
     knows: Subspace | None,
-    solve: Solve,
     transposed: bool,
     rtol: float,
     allowed: FloatScalar | None,
@@ -168,9 +177,38 @@ def _solved_roughly(
         within = jnp.maximum(within, allowed.astype(within.dtype) / scale)
     # What is left may be larger than what it is left of.
     tolerance = within / jnp.where(remaining > 0, remaining, 1)
-    solution = solve(here, left, transposed=transposed, rtol=rtol, tolerance=tolerance)
+    solution = solve_roughly(here.system, left, transposed, rtol, tolerance)
     value = solution.value if first is None else tree_add(first, solution.value)
     return tree_scale(scale, value), scale * size, solution
+
+
+def solve_roughly(
+    system: ImplicitSystem,
+    vector: Vector,
+    transposed: bool,
+    rtol: float,
+    tolerance: FloatScalar | None = None,
+) -> LinearSolution:
+    """Solve to another relative residual than that of the linear solver.
+
+    **Arguments:**
+
+    - `system`: the system, with its linear solver prepared.
+    - `vector`, `transposed`: as for `ImplicitSystem.solve`.
+    - `rtol`: the relative residual to solve to. A solver without tolerance ignores it.
+    - `tolerance`: a relative residual that suffices where it is more.
+    """
+    solver, operator = system.linear_solver, system.operator
+    if transposed and not system.is_symmetric:
+        solver, operator = transposed_solver(solver), operator.transpose()
+    if isinstance(solver, AbstractToleranceSolver):
+        solver = solver.rough(rtol) if rtol >= _ROUGH else solver.with_rtol(rtol)
+    solution = solver.solve(operator, vector, None, tolerance)
+    if not (system.left_out or system.linear_solver.accepts_indefinite):
+        return solution
+    # Whoever asked for that, or for something to be left out, is not refused for it.
+    infinite = jnp.full_like(solution.min_curvature, jnp.inf)
+    return dataclasses.replace(solution, min_curvature=infinite)
 
 
 def _one_rounding(params: Vector, uncertain: BoolScalar) -> Vector:

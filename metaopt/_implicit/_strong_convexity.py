@@ -19,6 +19,7 @@ from .._types import FloatScalar, Hyper, Vector
 from .._validate import check_tolerance
 from ._correction import corrected_once, known_subspace
 from ._error import AbstractErrorEstimate, ErrorEstimate, Linearisation
+from ._system import ImplicitSystem
 
 
 Constant = float | jax.Array | Callable[[Hyper], Any]
@@ -97,8 +98,8 @@ class StrongConvexity(AbstractErrorEstimate):
                 "bound: use `metaopt.DualWeighted()`."
             )
 
-    def __call__(self, here, linear, gradient, at, solve, hyper):
-        if lx.positive_semidefinite_tag not in here.condition.tags:
+    def __call__(self, here, linear, gradient, at, hyper):
+        if lx.positive_semidefinite_tag not in here.system.condition.tags:
             raise ValueError(
                 "`StrongConvexity` bounds the error for an inner loss that is minimised. "
                 "For fixed points and roots use `metaopt.DualWeighted()`."
@@ -106,20 +107,20 @@ class StrongConvexity(AbstractErrorEstimate):
         curvature = constant(self.curvature, hyper)
         knows, asked = known_subspace(here, linear)
         first = here.linear_residual(linear.value)
-        rough = corrected_once(here, here, linear.value, knows, at, solve, _ROUGH)
+        rough = corrected_once(here, here, linear.value, knows, at, _ROUGH)
         # The residuals of the second correction need be no smaller than this: then what
         # they leave is no more than a part of the error itself.
         there, error = rough.there, rough.distance(gradient)
         of_inner, of_linear = self._factors(there, rough.linear, hyper)
         allowed = _PART * error / of_inner, _PART * error / of_linear
         least = 10 * float(jnp.finfo(error.dtype).eps)
-        better = corrected_once(here, there, rough.linear, knows, at, solve, least, allowed)
+        better = corrected_once(here, there, rough.linear, knows, at, least, allowed)
         there, error = better.there, better.distance(gradient)
         of_inner, of_linear = self._factors(there, better.linear, hyper)
         left = there.linear_residual(better.linear)
         bound = (
             error
-            + of_inner * tree_scaled_norm(there.residual)
+            + of_inner * tree_scaled_norm(there.system.residual)
             + of_linear * tree_scaled_norm(left)
         )
         # What rounding adds; the bound itself is for exact arithmetic.
@@ -143,7 +144,7 @@ class StrongConvexity(AbstractErrorEstimate):
         """The factors of the norms of the two residuals in the bound."""
         number = lambda value: constant(value, hyper)
         curvature, solution = number(self.curvature), tree_scaled_norm(w)
-        distance = tree_scaled_norm(at.residual) / curvature
+        distance = tree_scaled_norm(at.system.residual) / curvature
         moved = number(self.cross_lipschitz) * distance
         of_linear = (self._cross_norm(at, hyper) + moved) / curvature
         system = number(self.hessian_lipschitz) * solution + number(self.outer_lipschitz)
@@ -152,7 +153,7 @@ class StrongConvexity(AbstractErrorEstimate):
 
     def _cross_norm(self, at: Linearisation, hyper: Hyper) -> FloatScalar:
         if self.cross_norm is None:
-            return _cross_norm(at)
+            return _cross_norm(at.system)
         return jnp.asarray(constant(self.cross_norm, hyper))
 
 
@@ -166,22 +167,18 @@ _PART = 0.5  # of the error, that the second correction may leave
 _MAX_COLUMNS = 512
 
 
-def _cross_norm(here: Linearisation) -> FloatScalar:
+def _cross_norm(system: ImplicitSystem) -> FloatScalar:
     """The largest singular value of the mixed derivative, from all of its columns."""
-    count = tree_size(here.hyper)
+    count = tree_size(system.hyper)
     if count > _MAX_COLUMNS:
         raise ValueError(
             f"`StrongConvexity` computes the norm of the mixed derivative for up to "
             f"{_MAX_COLUMNS} outer variables, and there are {count}. Give "
             "`cross_norm=...`, or use `metaopt.DualWeighted()`."
         )
-    flat, unravel = ravel_pytree(here.hyper)
+    flat, unravel = ravel_pytree(system.hyper)
 
-    def column(direction):
-        along = lambda flat: here.condition(here.params, unravel(flat))
-        moved = jax.jvp(along, (flat,), (direction,))[1]
-        return ravel_pytree(moved)[0]
-
+    column = lambda direction: ravel_pytree(system.cross(unravel(direction)))[0]
     columns = jax.vmap(column)(jnp.eye(count, dtype=flat.dtype))
     dtype = jnp.promote_types(columns.dtype, np.float32)
     columns = columns.astype(dtype)

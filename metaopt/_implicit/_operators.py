@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from ._dependence import is_transposable, passes_loop
-from ._tree import (
+from .._linearise import linearised
+from .._tree import (
     divided,
     split_trainable,
     tree_add,
@@ -18,7 +17,7 @@ from ._tree import (
     tree_sharded_like,
     tree_structs,
 )
-from ._types import FloatScalar, PyTree, Vector
+from .._types import FloatScalar, PyTree, Vector
 
 
 def jacobian_operator(
@@ -50,51 +49,6 @@ def jacobian_operator(
         product(tree_sharded_like(vector, structure)), structure
     )
     return residual, lx.FunctionLinearOperator(sharded, structure, tags)
-
-
-def linearised(
-    fn: Callable[[Vector], Vector], x: Vector
-) -> tuple[Vector, Callable[[Vector], Vector]]:
-    """The value of `fn` at `x`, and products with its Jacobian, for which the values on
-    the way are kept.
-
-    Of a loop of unknown length nothing can be kept. JAX 0.10 linearises one to a program
-    that cannot be differentiated again: its partial evaluation loses the names of the
-    arguments, which the JVP rule of `while` reads. So where the derivative runs through
-    such a loop a product is a Jacobian-vector product made anew.
-    """
-    converted = eqx.filter_closure_convert(fn, x)
-    if passes_loop(converted, x):
-        return converted(x), lambda vector: jax.jvp(converted, (x,), (vector,))[1]
-    return jax.linearize(converted, x)
-
-
-def linear_solve(
-    product: Callable[[Vector], Vector],
-    vector: Vector,
-    solve: Callable[[Any, Vector], Vector],
-    *,
-    transpose_solve: Callable[[Any, Vector], Vector],
-    symmetric: bool = False,
-) -> Vector:
-    """`jax.lax.custom_linear_solve`, which forward mode can pass where the product holds
-    a loop of unknown length. Reverse mode raises there, unless the product is symmetric.
-    """
-    if symmetric or is_transposable(product, vector):
-        return jax.lax.custom_linear_solve(
-            product, vector, solve, transpose_solve=transpose_solve, symmetric=symmetric
-        )
-    solution = jax.lax.custom_linear_solve(product, vector, solve)
-    return eqxi.nondifferentiable_backward(solution, msg=_LOOP_MESSAGE)
-
-
-_LOOP_MESSAGE = (
-    "The residual, step or cell whose solution is differentiated holds a loop of unknown "
-    "length (`jax.lax.while_loop`, or `jax.lax.fori_loop` with traced bounds), which "
-    "reverse mode cannot pass. Differentiate in forward mode, with `jax.jacfwd` or "
-    "`jax.jvp`; or bound the loop: write `jax.lax.scan`, or `jax.lax.fori_loop` with "
-    "Python ints as bounds."
-)
 
 
 def jacobian_product(

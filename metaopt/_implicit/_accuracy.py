@@ -1,0 +1,66 @@
+"""The accuracy that is asked of an implicit derivative."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._linear import AbstractLinearSolver, AbstractToleranceSolver, coarsest_eps
+from .._types import FloatScalar, Vector
+from ._error import AbstractErrorEstimate
+
+
+_OF_RTOL = 0.1
+
+
+class Accuracy(eqx.Module):
+    """The accuracy that is asked of an implicit derivative.
+
+    **Attributes:**
+
+    - `rtol`, `inner_rtol`, `error`: as for [`metaopt.ImplicitAdjoint`][].
+    - `is_biased`: whether the linear solution leaves something out by request.
+    """
+
+    rtol: float = eqx.field(static=True)
+    inner_rtol: float | None = eqx.field(static=True)
+    error: AbstractErrorEstimate | None
+    is_biased: bool = eqx.field(static=True)
+
+    @property
+    def judges_error(self) -> bool:
+        """Whether the error of the derivative decides, and not that of the params."""
+        judged = self.error is not None and self.inner_rtol is None
+        return judged and not self.is_biased and self.rtol != jnp.inf
+
+    @property
+    def own_inner_rtol(self) -> float:
+        """The relative error of the params that is accepted where that decides."""
+        return self.rtol if self.inner_rtol is None else self.inner_rtol
+
+    def allowed_error(
+        self, size: FloatScalar, tolerance: FloatScalar | None
+    ) -> FloatScalar | None:
+        """The largest error of a derivative of norm `size`, or `None` for any."""
+        if not self.judges_error:
+            return None
+        allowed = self.rtol * size
+        if tolerance is None:
+            return allowed
+        # The outer loop has the residuals held to its tolerance, and not the error.
+        return jnp.where(tolerance > _OF_RTOL * self.rtol, jnp.inf, allowed)
+
+    def tightened(
+        self, solver: AbstractLinearSolver, vector: Vector
+    ) -> AbstractLinearSolver:
+        """Return a linear solver that is at least as exact as `rtol` needs, as far as the
+        dtype of `vector` allows. One with a fixed number of steps stays as it is."""
+        if not isinstance(solver, AbstractToleranceSolver):
+            return solver
+        own = solver.relative_tolerance
+        asked = self.rtol
+        if self.inner_rtol is not None and self.inner_rtol < jnp.inf:
+            # A rough inner solution that is accepted needs no exact linear one.
+            asked = max(asked, self.inner_rtol)
+        needed = max(_OF_RTOL * asked, 10 * coarsest_eps(vector))
+        if own is None or own <= needed:
+            return solver
+        return solver.with_rtol(needed)
