@@ -86,7 +86,7 @@ def test_nan_at_the_first_step(name):
     problem = mo.BilevelProblem(lambda p, h, b: jnp.sum(jnp.sqrt(p - h)), outer_loss)
     with pytest.raises(mo.SolveError, match="At step 0 look for NaN") as info:
         call(problem, adjoint=PATHS[name])
-    assert info.value.value[1].failed_step == 0
+    assert info.value.value[1].inner.failed_step == 0
 
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])
