@@ -76,7 +76,8 @@ def solve_bilevel(
     - `steps_per_call`: how many outer steps are compiled into one call, without a word to
         Python in between. More of them save the time between steps, which counts where a
         step takes less than a few milliseconds; callbacks see the last of each call. The
-        numbers are the same bit for bit.
+        numbers are the same bit for bit. Of an iterator the data of a whole call is pulled
+        before it, of the same shapes.
     - `callbacks`: called between calls, such as [`metaopt.callbacks.Checkpoint`][]; a
         function is called with the [`metaopt.Run`][] after each call. One ends the run by
         returning `True` or raising `StopIteration`. Any other error that it raises has

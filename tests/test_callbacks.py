@@ -1,5 +1,6 @@
 """Callbacks of the outer loop, and several outer steps in one compiled call."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -270,3 +271,125 @@ def test_history_is_a_table():
     assert lines[1].split()[:2] == ["step", "outer_loss"] and lines[-1].split()[0] == "29"
     with pytest.raises(AttributeError, match="no column `outer_lost`"):
         history.outer_lost
+
+
+# Cuts, failures and files
+
+
+def test_every_number_of_steps_is_one_program():
+    traces = []
+
+    def outer(params, hyper, batch):
+        traces.append(None)
+        return jnp.sum((params - 2.0) ** 2)
+
+    problem = mo.BilevelProblem(PROBLEM.inner, outer)
+    solve(10, problem, steps_per_call=4)  # 4, 4 and 2 steps
+    once = len(traces)
+    solve(100, problem, steps_per_call=4, atol=0.5)
+    assert len(traces) == once
+
+
+def test_data_of_steps_that_were_not_taken_stays():
+    # The tolerance schedule takes a step again whose rough hypergradient vanishes, with
+    # the data of that step, and the steps after it with theirs.
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 30),
+        mo.ImplicitAdjoint(),
+        optax.sgd(0.25),
+        tolerance=mo.PolynomialTolerance(0.5),
+    )
+    shifts = [jnp.full(2, 0.1 * i) for i in range(12)]
+    problem = mo.BilevelProblem(
+        PROBLEM.inner, lambda params, hyper, batch: jnp.sum((params - batch) ** 2)
+    )
+
+    def run(steps_per_call):
+        data = None, iter(shifts)
+        return solve(
+            12, problem, solver, data, steps_per_call=steps_per_call, atol=0.45, throw=False
+        )
+
+    one, other = run(1), run(5)
+    assert 1 < len(one.history) < 12
+    assert_same_run(one, other)
+
+
+def _fails_later(throw, path, fails=True):
+    def loss(params, hyper, batch):
+        return -jnp.sum(jnp.where(fails & (hyper > 0.25), jnp.nan, params))
+
+    problem = mo.BilevelProblem(PROBLEM.inner, loss)
+    solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.1))
+    callbacks = [mo.callbacks.Checkpoint(path, every=1), mo.callbacks.KeepBest()]
+    return mo.solve_bilevel(
+        problem,
+        jnp.zeros(2),
+        params=jnp.zeros(2),
+        solver=solver,
+        num_steps=6,
+        callbacks=callbacks,
+        throw=throw,
+    )
+
+
+def test_checkpoint_holds_no_step_that_failed_under_throw(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(mo.SolveError):
+        _fails_later(True, path)
+    mended = _fails_later(True, path, fails=False)
+    assert len(mended.history) == 6 and mended.num_skipped == 0
+    assert np.all(np.isfinite(mended.history.outer_loss))
+
+
+def test_failures_and_the_best_step_outlive_a_cut(tmp_path):
+    path = tmp_path / "a.npz"
+    first = _fails_later(False, path)
+    assert first.num_skipped > 0 and first.result != mo.RESULTS.successful
+    second = _fails_later(False, path)  # nothing left to do
+    assert second.num_skipped == first.num_skipped and second.result == first.result
+    assert first.best is not None and second.best is not None
+    assert second.best.step == first.best.step
+    np.testing.assert_array_equal(second.best.params, first.best.params)
+
+
+def test_checkpoint_of_another_run_is_left_alone(tmp_path):
+    path = tmp_path / "a.npz"
+    noisy(6, callbacks=[mo.callbacks.Checkpoint(path)])
+    content = path.read_bytes()
+    state = solve(3).state
+    with pytest.raises(ValueError, match="Both `state` and the checkpoint"):
+        solve(8, state=state, callbacks=[mo.callbacks.Checkpoint(path)])
+    with pytest.raises(mo.CheckpointError):
+        solve(8, callbacks=[mo.callbacks.Checkpoint(path)])
+    assert path.read_bytes() == content
+
+
+def test_every_callback_is_closed_where_one_fails():
+    closed = []
+
+    class Witness(mo.callbacks.AbstractCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def close(self, run):
+            closed.append(self.name)
+            raise RuntimeError(self.name)
+
+    with pytest.raises(RuntimeError):
+        solve(2, callbacks=[Witness("a"), Witness("b")])
+    assert closed == ["b", "a"]
+
+
+def test_early_end_by_a_rough_hypergradient_is_refused():
+    rough = dataclasses.replace(SOLVER, tolerance=mo.PolynomialTolerance())
+    with pytest.raises(ValueError, match="rough hypergradient"):
+        solve(5, solver=rough, callbacks=[mo.callbacks.StopEarly(atol=1e-3)])
+
+
+def test_step_that_failed_is_logged_and_numbered():
+    seen = []
+    problem = mo.BilevelProblem(PROBLEM.inner, lambda p, h, b: jnp.sum(p) * jnp.nan)
+    with pytest.raises(mo.SolveError):
+        solve(4, problem, callback=lambda step, *_: seen.append(step))
+    assert seen == [0]

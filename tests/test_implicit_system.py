@@ -42,7 +42,7 @@ def rows(tree: Any) -> np.ndarray:
     )
 
 
-def near(got: Any, want: Any, dtype: Any) -> None:
+def assert_near(got: Any, want: Any, dtype: Any) -> None:
     scale = float(np.linalg.norm(want))
     np.testing.assert_allclose(got, want, rtol=0, atol=RTOL[dtype] * max(scale, 1e-3))
 
@@ -111,7 +111,7 @@ def test_quadratic_solutions(dtype, kind):
         solution = system.solve(b, transposed=transposed)
         assert solution.result == mo.RESULTS.successful
         assert jax.tree.map(jnp.shape, solution.value) == jax.tree.map(jnp.shape, b)
-        near(flat(solution.value), np.linalg.solve(MATRIX, flat(b)), dtype)
+        assert_near(flat(solution.value), np.linalg.solve(MATRIX, flat(b)), dtype)
     assert solution.value["weight"].dtype == dtype
 
 
@@ -124,7 +124,7 @@ def test_root_solutions_by_the_unsymmetric_jacobian(dtype, transposed):
     b = like(system.params, 10)
     solution = system.solve(b, transposed=transposed)
     matrix = dense.T if transposed else dense
-    near(flat(solution.value), np.linalg.solve(matrix, flat(b)), dtype)
+    assert_near(flat(solution.value), np.linalg.solve(matrix, flat(b)), dtype)
     left = system.remaining(solution.value, b, transposed=transposed)
     assert np.linalg.norm(flat(left)) <= RTOL[dtype] * np.linalg.norm(flat(b))
 
@@ -138,7 +138,7 @@ def test_many_right_hand_sides(transposed, batch_size):
     solution = system.solve_many(many, transposed=transposed, batch_size=batch_size)
     matrix = dense.T if transposed else dense
     want = np.linalg.solve(matrix, rows(many).T).T
-    near(rows(solution.value), want, jnp.float64)
+    assert_near(rows(solution.value), want, jnp.float64)
     assert solution.residual.shape == solution.num_steps.shape == (NUM_VECTORS,)
     assert np.all(solution.residual <= 1e-12)
 
@@ -147,7 +147,7 @@ def test_many_right_hand_sides_of_mixed_shapes():
     system = at_quadratic(jnp.float64).prepare(mo.CG(rtol=1e-12))
     many = like(system.params, 10, NUM_VECTORS)
     got = rows(system.solve_many(many).value)
-    near(got, np.linalg.solve(MATRIX, rows(many).T).T, jnp.float64)
+    assert_near(got, np.linalg.solve(MATRIX, rows(many).T).T, jnp.float64)
 
 
 def test_a_start_and_a_tolerance_save_steps():
@@ -169,7 +169,7 @@ def test_preconditioner_is_prepared_and_goes_on():
     before, after = (flat(s.preconditioner_state) for s in (first, second))
     assert before.shape == after.shape and not np.array_equal(before, after)
     b = like(first.params, 10)
-    near(flat(second.solve(b).value), np.linalg.solve(MATRIX, flat(b)), jnp.float64)
+    assert_near(flat(second.solve(b).value), np.linalg.solve(MATRIX, flat(b)), jnp.float64)
 
 
 # Products
@@ -179,28 +179,28 @@ def test_preconditioner_is_prepared_and_goes_on():
 def test_products_of_a_root(dtype):
     system, dense, mixed = at_root(dtype)
     v, w = like(system.hyper, 10), like(system.params, 20)
-    near(flat(system.operator.mv(w)), dense @ flat(w), dtype)
-    near(flat(system.cross(v)), mixed @ flat(v), dtype)
-    near(flat(system.cross_transposed(w)), mixed.T @ flat(w), dtype)
+    assert_near(flat(system.operator.mv(w)), dense @ flat(w), dtype)
+    assert_near(flat(system.cross(v)), mixed @ flat(v), dtype)
+    assert_near(flat(system.cross_transposed(w)), mixed.T @ flat(w), dtype)
 
 
 @DTYPES
 def test_products_of_a_quadratic(dtype):
     system = at_quadratic(dtype, shift=0.1)
     v, w = like(system.hyper, 10), like(system.params, 20)
-    near(flat(system.operator.mv(w)), MATRIX @ flat(w), dtype)
-    near(flat(system.cross(v)), MIXED @ flat(v), dtype)
-    near(flat(system.cross_transposed(w)), MIXED.T @ flat(w), dtype)
-    near(flat(system.residual), 0.1 * MATRIX.sum(axis=1), dtype)
+    assert_near(flat(system.operator.mv(w)), MATRIX @ flat(w), dtype)
+    assert_near(flat(system.cross(v)), MIXED @ flat(v), dtype)
+    assert_near(flat(system.cross_transposed(w)), MIXED.T @ flat(w), dtype)
+    assert_near(flat(system.residual), 0.1 * MATRIX.sum(axis=1), dtype)
 
 
 def test_vectors_of_numpy_and_python_numbers():
     system = at_quadratic(jnp.float64).prepare(mo.CG(rtol=1e-12))
     b = {"bias": 1.0, "weight": np.ones((2, 2))}
     want = np.linalg.solve(MATRIX, np.ones(5))
-    near(flat(system.solve(b).value), want, jnp.float64)
+    assert_near(flat(system.solve(b).value), want, jnp.float64)
     v = {"a": np.ones(2), "b": [1.0, 1.0]}
-    near(flat(system.cross(v)), MIXED.sum(axis=1), jnp.float64)
+    assert_near(flat(system.cross(v)), MIXED.sum(axis=1), jnp.float64)
 
 
 def test_params_of_half_precision_have_a_system_in_float32():
@@ -209,7 +209,7 @@ def test_params_of_half_precision_have_a_system_in_float32():
     b = like(system.params, 10)
     matrix = np.asarray(jnp.asarray(MATRIX, jnp.bfloat16), np.float64)
     got = flat(system.prepare(mo.CG(rtol=2e-6)).solve(b).value)
-    near(got, np.linalg.solve((matrix + matrix.T) / 2, flat(b)), jnp.float32)
+    assert_near(got, np.linalg.solve((matrix + matrix.T) / 2, flat(b)), jnp.float32)
 
 
 def test_leaves_that_are_no_floats_are_none():
@@ -284,7 +284,7 @@ def test_an_indefinite_system_is_judged(solver):
     solution = accepted.solve(b)
     result, _ = accepted.judge(solution, b, inner_rtol=1e-3)
     assert result == mo.RESULTS.successful
-    near(flat(solution.value), np.linalg.solve(saddle, flat(b)), jnp.float32)
+    assert_near(flat(solution.value), np.linalg.solve(saddle, flat(b)), jnp.float32)
 
 
 def test_a_singular_system_is_judged():
@@ -319,8 +319,8 @@ def test_a_system_passes_through_jit():
     b = jnp.asarray(random(10, 5))
     for seed in range(2):
         system = make(jnp.asarray(random(seed, 4)), jnp.asarray(random(seed, 5)))
-        near(solve(system, b), np.linalg.solve(MATRIX, b), jnp.float64)
-        near(
+        assert_near(solve(system, b), np.linalg.solve(MATRIX, b), jnp.float64)
+        assert_near(
             system.residual, MATRIX @ random(seed, 5) + MIXED @ random(seed, 4), jnp.float64
         )
     assert len(traces) == 1
@@ -339,7 +339,7 @@ def test_solutions_of_many_systems_under_vmap():
     got = jax.vmap(solution)(jnp.asarray(batches))
     for i, batch in enumerate(batches):
         _, dense, _ = at_root(jnp.float64, batch)
-        near(rows(got)[i], np.linalg.solve(dense.T, flat(b)), jnp.float64)
+        assert_near(rows(got)[i], np.linalg.solve(dense.T, flat(b)), jnp.float64)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -349,7 +349,7 @@ def test_derivative_of_a_solution_in_its_right_hand_side(transposed):
     b, w = like(system.params, 10), like(system.params, 20)
     along = lambda b: system.solve(b, transposed=transposed).value["z"] @ w["z"]
     matrix = dense if transposed else dense.T
-    near(flat(jax.grad(along)(b)), np.linalg.solve(matrix, flat(w)), jnp.float64)
+    assert_near(flat(jax.grad(along)(b)), np.linalg.solve(matrix, flat(w)), jnp.float64)
 
 
 def test_derivative_of_a_rough_solution_is_refused():
@@ -375,8 +375,8 @@ def test_gauss_newton_is_solved_with_and_the_exact_jacobian_judges():
     exact = jax.hessian(lambda p: criterion(predict(p, 0.5, x), p, 0.5, x))(p)
     b = jnp.ones(3)
     got = system.solve(b).value
-    near(np.asarray(got), np.linalg.solve(gauss_newton, b), jnp.float64)
-    near(system.remaining(got, b), b - exact @ got, jnp.float64)
+    assert_near(np.asarray(got), np.linalg.solve(gauss_newton, b), jnp.float64)
+    assert_near(system.remaining(got, b), b - exact @ got, jnp.float64)
     assert system.left_out == ("the curvature of the model",)
 
 
@@ -385,7 +385,7 @@ def test_hypergradient_from_its_parts():
     b = like(system.params, 10)
     w = system.solve(b, transposed=True).value
     got = -flat(system.cross_transposed(w))
-    near(got, -MIXED.T @ np.linalg.solve(MATRIX, flat(b)), jnp.float64)
+    assert_near(got, -MIXED.T @ np.linalg.solve(MATRIX, flat(b)), jnp.float64)
 
 
 # Errors

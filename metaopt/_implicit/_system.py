@@ -296,6 +296,8 @@ class ImplicitSystem(eqx.Module):
 
         A vector like `params`.
         """
+        solution = self._like_params(solution, "solution")
+        vector = self._like_params(vector, "vector")
         return tree_sub(vector, self._oriented(self.jacobian, transposed).mv(solution))
 
     def cross(self, direction: Vector) -> Vector:
@@ -309,7 +311,7 @@ class ImplicitSystem(eqx.Module):
 
         A vector like `params`.
         """
-        direction = tree_cast_like(_vector(direction), self.hyper)
+        direction = _like(direction, self.hyper, "direction", "hyper")
         along = lambda hyper: self.condition(self.params, hyper)
         return jax.jvp(along, (self.hyper,), (direction,))[1]
 
@@ -364,6 +366,7 @@ class ImplicitSystem(eqx.Module):
         The first failure, that of the inner solution before that of the linear solve; and
         the relative error of `params`, estimated from below.
         """
+        vector = self._like_params(vector, "vector")
         inner_error = InnerError.at(self.residual, self.distance(), self.params, start)
         error = inner_error.relative(solution.value, vector)
         inner = judge_inner(error, inner_rtol, tolerance)
@@ -375,19 +378,22 @@ class ImplicitSystem(eqx.Module):
         return operator.transpose() if transposed and not self.is_symmetric else operator
 
     def _like_params(self, vector: Vector, name: str, axes: int = 0) -> Vector:
-        """A vector in the dtypes of the system, with so many more axes in front."""
-        given = _vector(vector)
-        leaves, structure = jax.tree.flatten(given)
-        expected, expected_structure = jax.tree.flatten(self.params)
-        shapes = [jnp.shape(leaf)[axes:] for leaf in leaves]
-        if structure != expected_structure or shapes != [a.shape for a in expected]:
-            more = ", with one more axis in front of each leaf" if axes else ""
-            raise ValueError(
-                f"`{name}` must have the structure and the shapes of the floating-point "
-                f"arrays of `params`, {tree_structs(self.params)}{more}; got "
-                f"{tree_structs(given)}."
-            )
-        return tree_cast_like(given, self.params)
+        return _like(vector, self.params, name, "params", axes)
+
+
+def _like(vector: Vector, expected: Vector, name: str, of: str, axes: int = 0) -> Vector:
+    """A vector in the dtypes of another, with so many more axes in front."""
+    given = _vector(vector)
+    leaves, structure = jax.tree.flatten(given)
+    shapes = [jnp.shape(leaf)[axes:] for leaf in leaves]
+    expected_shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
+    if structure != jax.tree.structure(expected) or shapes != expected_shapes:
+        more = ", with one more axis in front of each leaf" if axes else ""
+        raise ValueError(
+            f"`{name}` must have the structure and the shapes of the floating-point "
+            f"arrays of `{of}`, {tree_structs(expected)}{more}; got {tree_structs(given)}."
+        )
+    return tree_cast_like(given, expected)
 
 
 def _vector(tree: Any) -> Vector:

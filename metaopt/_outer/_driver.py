@@ -1,5 +1,6 @@
 """The driver of the outer loop: several steps in one compiled call, callbacks between."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _MAX_RECORDED = 1000  # numbers in `hyper` whose path the history keeps
 
 # Columns that the driver reads and the history does not show.
 _FAILED, _UPDATED, _RESULT = "_failed", "_updated", "_result"
+_CONVERGED = "_converged"
 
 
 class Run:
@@ -32,7 +34,8 @@ class Run:
 
     **Attributes:**
 
-    - `num_steps`: the outer steps taken, those before this run included.
+    - `num_steps`: the outer steps taken, those before this run included, and one that
+        failed under `throw`, which the state does not have.
     - `total`: the outer steps that were asked for.
     - `history`: a [`metaopt.History`][] of the steps of this run.
     - `state`: the state of the bilevel solver. A callback may replace it in `open`.
@@ -41,6 +44,7 @@ class Run:
     - `evaluated`: the outer variables that it evaluated the outer loss at.
     - `last`: the rows that the last call added to the history: a dictionary of columns.
     - `best`: a [`metaopt.Best`][], where a callback keeps one.
+    - `failed`: whether the last step failed under `throw`, which ends the run.
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
     - `seconds`: the wall time since the run began.
     - `is_first_call`: whether the next steps are yet to be compiled.
@@ -61,6 +65,7 @@ class Run:
         self.best: Best | None = None
         self.last: dict[str, np.ndarray] = {}
         self.result: Any = RESULTS.successful
+        self.failed = False
         self.interrupted = False
         self.num_skipped = 0
         self.is_first_call = True
@@ -124,7 +129,14 @@ class Run:
         return History(_joined(self._chunks), path)
 
     def restore(self, state: Any, columns: dict[str, np.ndarray], path: list) -> None:
-        """Goes on from the state and the history of an earlier part of the same run."""
+        """Goes on from the state and the history of an earlier part of the same run.
+
+        **Arguments:**
+
+        - `state`: the state of the bilevel solver.
+        - `columns`: the columns of the history.
+        - `path`: the arrays of `history.hyper`; empty where it keeps none.
+        """
         self.state = state
         self._chunks = [columns] if len(columns["seconds"]) else []
         self._path = [path] if path else []
@@ -137,47 +149,41 @@ class Run:
         Whether the run converged or failed in one of them.
         """
         begin = time.perf_counter()
-        limit = -1.0 if atol is None else atol
-        seen = self._call(count, size, limit, throw, exact=False)
-        if atol is not None and "tolerance" in seen.columns and seen.converged:
+        seen = self._call(count, size, atol, throw, exact=False)
+        if "tolerance" in seen.columns and seen.converged:
             # A zero of a rough hypergradient is not one of the hypergradient.
             self._record(seen.without_last(), begin)
             begin = time.perf_counter()
-            seen = self._call(1, 1, limit, throw, exact=True, again=True)
+            seen = self._call(1, 1, atol, throw, exact=True)
         self._record(seen, begin)
-        return seen.failed and throw or seen.converged
+        self.failed = seen.failed and throw
+        return self.failed or seen.converged
 
     def _call(
-        self,
-        count: int,
-        size: int,
-        limit: float,
-        throw: bool,
-        exact: bool,
-        again: bool = False,
+        self, count: int, size: int, atol: float | None, throw: bool, exact: bool
     ) -> "_Seen":
         if exact not in self._fixed:
             solver = self.solver.exact if exact else self.solver
             self._fixed[exact] = Static.split((solver, self.problem))
         fixed, rest = self._fixed[exact]
-        data, data_rest = self._taken(count, size, again)
+        data, data_rest = self._taken(count, size)
         pulled = tuple(feed.is_pulled for feed in self.feeds)
         program = _Program(rest, self._rest, data_rest, pulled, size, throw, exact)
-        out = _advance(program, fixed, self._arrays, data, count, limit)
-        arrays, rows, info, counts, traced = out
+        # Arrays, so that no number of steps and no tolerance is compiled anew.
+        limits = np.asarray(count), np.asarray(-1.0 if atol is None else atol)
+        out = _advance(program, fixed, self._arrays, data, *limits)
+        arrays, rows, info, taken, traced = out
         # Waits for the device here, so that an interrupt finds finished steps.
-        rows, (taken, kept) = jax.device_get((rows, counts))
+        rows, taken = jax.device_get((rows, taken))
         self._arrays, self._seen = arrays, (info, traced.info)
         self.is_first_call = False
-        self.num_steps += int(kept)
-        return _Seen.of(traced, rows, int(taken), limit)
+        return _Seen.of(traced, rows, int(taken))
 
-    def _taken(self, count: int, size: int, again: bool) -> tuple[list[Any], Static]:
+    def _taken(self, count: int, size: int) -> tuple[list[Any], Static]:
         """The data of the next steps."""
         if self._data is not None:
             return self._data
-        taken = [feed.again() if again else feed.take(count, size) for feed in self.feeds]
-        split = Static.split(tuple(taken))
+        split = Static.split(tuple(feed.take(count, size) for feed in self.feeds))
         if not any(feed.is_pulled for feed in self.feeds):
             self._data = split
         return split
@@ -189,7 +195,11 @@ class Run:
         columns = dict(seen.columns)
         failed, updated = columns.pop(_FAILED), columns.pop(_UPDATED)
         codes = columns.pop(_RESULT)
+        del columns[_CONVERGED]
         columns["seconds"] = np.full(seen.num_steps, each)
+        self.num_steps += seen.num_steps
+        for feed in self.feeds:
+            feed.use(seen.num_steps)
         self._chunks.append(columns)
         self.last = columns
         if seen.path:
@@ -210,31 +220,29 @@ def drive(
     throw: bool,
 ) -> None:
     """Takes outer steps until done, stopped, failed (under `throw`) or converged."""
-    opened: list[AbstractCallback] = []
     ended = False
-    try:
-        for callback in callbacks:
-            opened.append(callback)
-            callback.open(run)
-        while run.num_steps < run.total and not ended:
-            count = min(steps_per_call, run.total - run.num_steps)
-            for feed in run.feeds:
-                count = feed.pull(count)
-            if not count:
-                if not _is_failure(run.result):
-                    run.result = RESULTS.outer_data_exhausted
-                break
-            ended = run.advance(count, steps_per_call, atol, throw)
-            # Each of them sees every step, whichever ends the run.
-            answers = [ends_run(callback.see, run) for callback in callbacks]
-            ended = ended or any(answers)
-    except KeyboardInterrupt:
-        run.interrupted = True
-        if not _is_failure(run.result):
-            run.result = RESULTS.interrupted
-    finally:
-        for callback in opened:
-            callback.close(run)
+    # Each that was opened is closed, even where another fails.
+    with contextlib.ExitStack() as opened:
+        try:
+            for callback in callbacks:
+                callback.open(run)
+                opened.callback(callback.close, run)
+            while run.num_steps < run.total and not ended:
+                count = min(steps_per_call, run.total - run.num_steps)
+                for feed in run.feeds:
+                    count = feed.pull(count)
+                if not count:
+                    if not _is_failure(run.result):
+                        run.result = RESULTS.outer_data_exhausted
+                    break
+                ended = run.advance(count, steps_per_call, atol, throw)
+                # Each of them sees every step, whichever ends the run.
+                answers = [ends_run(callback.see, run) for callback in callbacks]
+                ended = ended or any(answers)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            if not _is_failure(run.result):
+                run.result = RESULTS.interrupted
     if atol is not None and not ended and not _is_failure(run.result):
         run.result = RESULTS.outer_max_steps
 
@@ -288,7 +296,7 @@ def _advance(
         new, info = solver.step(problem, state, *own)
         columns = info.report.scalars()
         failed = info.report.result != RESULTS.successful
-        converged = columns["hypergradient_norm"] <= limit
+        converged = columns["hypergradient_norm"].astype(float) <= limit
         # A step that fails under `throw`, or has to be taken again, is not kept.
         undone = failed if program.throw else jnp.zeros((), bool)
         if "tolerance" in columns:
@@ -297,6 +305,7 @@ def _advance(
         columns[_FAILED] = failed.astype(int)
         columns[_UPDATED] = info.updated.astype(int)
         columns[_RESULT] = info.report.result._value
+        columns[_CONVERGED] = converged.astype(int)
         floats, ints = _by_kind(columns)
         hyper = eqx.filter(solver.hyper(new), eqx.is_inexact_array)
         path = jax.tree.leaves(hyper) if tree_size(hyper) <= _MAX_RECORDED else []
@@ -305,12 +314,12 @@ def _advance(
         static[:] = [tuple(floats), tuple(ints), info_rest]
         rows = _stack(floats), _stack(ints), path
         new_arrays, _ = Static.split(new)
-        return new_arrays, rows, info_arrays, ends, new.num_steps - state.num_steps
+        return new_arrays, rows, info_arrays, ends
 
     first = jnp.zeros((), int)
     # Traced once: its shapes are known before the loop that repeats it.
     closed: Any = eqx.filter_closure_convert(step, arrays, first)
-    _, rows, info, *_ = jax.tree.map(
+    _, rows, info, _ = jax.tree.map(
         lambda struct: jnp.zeros(struct.shape, struct.dtype), closed.out_struct
     )
     rows = jax.tree.map(lambda a: jnp.zeros((program.size, *a.shape), a.dtype), rows)
@@ -320,25 +329,28 @@ def _advance(
         return (index < count) & jnp.logical_not(ends)
 
     def body(carry):
-        index, _, arrays, rows, _, kept = carry
-        arrays, row, info, ends, moved = closed(arrays, index)
+        index, _, arrays, rows, _ = carry
+        arrays, row, info, ends = closed(arrays, index)
         rows = jax.tree.map(lambda all, one: all.at[index].set(one), rows, row)
-        return index + 1, ends, arrays, rows, info, kept + moved
+        return index + 1, ends, arrays, rows, info
 
-    start = first, jnp.zeros((), bool), arrays, rows, info, jnp.zeros((), int)
-    taken, _, arrays, rows, info, kept = jax.lax.while_loop(go_on, body, start)
-    return arrays, rows, info, (taken, kept), _Traced(*static)
+    start = first, jnp.zeros((), bool), arrays, rows, info
+    taken, _, arrays, rows, info = jax.lax.while_loop(go_on, body, start)
+    return arrays, rows, info, taken, _Traced(*static)
 
 
 def _by_kind(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    floats = {name: x for name, x in columns.items() if is_float(x)}
-    return floats, {name: x for name, x in columns.items() if name not in floats}
+    """The columns of floats and those of ints, each in the widest dtype there is."""
+    floats, ints = {}, {}
+    for name, x in columns.items():
+        is_float = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        (floats if is_float else ints)[name] = x.astype(float if is_float else int)
+    return floats, ints
 
 
 def _stack(columns: dict[str, Any]) -> Any:
     # One array for all of them, so that the host reads it at once.
-    return jnp.stack([jnp.asarray(x) for x in columns.values()])
+    return jnp.stack(list(columns.values()))
 
 
 class _Seen(NamedTuple):
@@ -351,14 +363,14 @@ class _Seen(NamedTuple):
     failed: bool
 
     @classmethod
-    def of(cls, traced: _Traced, rows: Any, num_steps: int, limit: float) -> "_Seen":
+    def of(cls, traced: _Traced, rows: Any, num_steps: int) -> "_Seen":
         floats, ints, path = jax.tree.map(lambda a: a[:num_steps], rows)
         columns = dict(zip(traced.floats, floats.T)) | dict(zip(traced.ints, ints.T))
         return cls(
             columns,
             path,
             num_steps,
-            converged=bool(columns["hypergradient_norm"][-1] <= limit),
+            converged=bool(columns[_CONVERGED][-1]),
             failed=bool(columns[_FAILED][-1]),
         )
 

@@ -18,7 +18,7 @@ class Feed:
 
     **Attributes:**
 
-    - `now`: the data of the next outer step, or of the last one where there is no more.
+    - `now`: the data of the last outer step, or of the first one before that.
     - `is_pulled`: whether each outer step has data of its own.
     """
 
@@ -36,7 +36,7 @@ class Feed:
                 raise ValueError(
                     f"`{name}` is an iterator or loader that yields nothing."
                 ) from None
-        self.waiting = [self.now]  # pulled, and not handed out yet
+        self.waiting = [self.now]  # pulled, and not used yet
 
     def pull(self, count: int) -> int:
         """Pulls data for as many outer steps as there is, up to `count`."""
@@ -50,7 +50,7 @@ class Feed:
         return min(len(self.waiting), count)
 
     def take(self, count: int, size: int) -> AbstractData:
-        """The data of the next `count` outer steps.
+        """The data of the next `count` outer steps, which stays until it is used.
 
         **Returns:**
 
@@ -63,9 +63,7 @@ class Feed:
         """
         if self.source is None:
             return self.now
-        taken, self.waiting = self.waiting[:count], self.waiting[count:]
-        self.now = taken[-1]
-        parts = [eqx.partition(data, eqx.is_array) for data in taken]
+        parts = [eqx.partition(data, eqx.is_array) for data in self.waiting[:count]]
         arrays = [part[0] for part in parts]
         if not all(same_structs(arrays[0], other) for other in arrays[1:]):
             raise ValueError(
@@ -76,12 +74,11 @@ class Feed:
         arrays += [arrays[-1]] * (size - count)
         return eqx.combine(jax.tree.map(_stacked, *arrays), parts[0][1])
 
-    def again(self) -> AbstractData:
-        """The data of the last outer step once more, as `take(1, 1)` gave it."""
-        if self.source is None:
-            return self.now
-        stack = lambda leaf: _stacked(leaf) if eqx.is_array(leaf) else leaf
-        return jax.tree.map(stack, self.now)
+    def use(self, count: int) -> None:
+        """Goes on to the data after that of `count` outer steps."""
+        if self.source is not None and count:
+            self.now = self.waiting[count - 1]
+            self.waiting = self.waiting[count:]
 
     def _check(self, data: Any) -> AbstractData:
         return as_data(canonical_arrays(data, self.name), self.name)

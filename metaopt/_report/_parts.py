@@ -4,9 +4,10 @@ import abc
 
 import equinox as eqx
 import jax
+import numpy as np
 
 from .._types import Aux, FloatScalar, IntScalar
-from ._table import is_positive, number
+from ._table import is_known, is_positive, number
 
 
 class AbstractInfo(eqx.Module):
@@ -105,7 +106,7 @@ class InnerInfo(AbstractInfo):
         if self.loss is not None:
             rows.append(("inner loss", number(self.loss)))
         rows.append(("inner residual", number(self.residual)))
-        if is_positive(self.failed_step + 1):
+        if is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", number(self.failed_step)))
         return rows
 

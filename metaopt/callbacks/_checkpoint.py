@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from .._checkpoint import CheckpointError, described, load, save
+from .._report import Best, is_float_array
+from .._results import RESULTS
 from .._validate import check_count
 from ._base import AbstractCallback
 
@@ -19,8 +21,9 @@ class Checkpoint(AbstractCallback):
     """Writes the state and the history of a run to a file, and goes on from it.
 
     If the file is there the run goes on from it, to the same numbers bit for bit, with its
-    history. Problem, solver and data are not in it: hand over the same, and of an
-    iterator one that goes on where it was.
+    history, its best step and its first failure. Problem, solver and data are not in it:
+    hand over the same, and of an iterator one that goes on where it was. A step that failed
+    under `throw` is not in it either: a run that goes on takes it again.
 
     **Arguments:**
 
@@ -30,8 +33,9 @@ class Checkpoint(AbstractCallback):
 
     **Raises:**
 
-    Before the first step `ValueError` for a file that cannot be written, and
-    [`metaopt.CheckpointError`][] for one of another run.
+    Before the first step `ValueError` for a file that cannot be written, and for one that
+    is there beside a `state=` to go on from; [`metaopt.CheckpointError`][] for one of
+    another run.
     """
 
     def __init__(self, path: str | os.PathLike, every: int = 20):
@@ -39,28 +43,43 @@ class Checkpoint(AbstractCallback):
         self.path = Path(path)
         self.every = every
         self._written = 0  # outer steps in the file
+        self._kept: tuple[int, Any] = 0, RESULTS.successful  # of the steps to be written
 
     def open(self, run):
         check_writable(self.path)
-        begun = run.num_steps
+        self._written = 0
+        self._kept = run.num_skipped, run.result
         # `Path.exists` raises where it may not look.
-        if os.path.exists(self.path):
-            self._take_up(run)
-        self._written = run.num_steps if run.num_steps > begun else 0
+        if not os.path.exists(self.path):
+            return
+        if run.num_steps:
+            raise ValueError(
+                f"Both `state` and the checkpoint {self.path} say where to go on from. "
+                "Hand over one of them, or name a file that is not there yet."
+            )
+        self._take_up(run)
+        self._written = run.num_steps
+        self._kept = run.num_skipped, run.result
 
     def see(self, run):
-        if run.num_steps - self._written >= self.every:
+        if not run.failed:
+            self._kept = run.num_skipped, run.result
+        if run.num_steps - run.failed - self._written >= self.every:
             self._write(run)
 
     def close(self, run):
-        if run.num_steps > self._written:
+        if run.num_steps - run.failed > self._written:
             self._write(run)
 
     def _write(self, run: Any) -> None:
-        history = run.history
-        path = jax.tree.leaves(eqx.filter(history.hyper, eqx.is_inexact_array_like))
-        save(self.path, (run.state, dict(history.columns), path))
-        self._written = run.num_steps
+        history, state = run.history, run.state
+        path = jax.tree.leaves(eqx.filter(history.hyper, is_float_array))
+        count = len(history) - run.failed
+        rows = jax.tree.map(lambda a: a[:count], (dict(history.columns), path))
+        num_skipped, result = self._kept
+        notes = _Notes(np.asarray(num_skipped), result, _best_or(run))
+        save(self.path, (state, *rows, notes))
+        self._written = run.num_steps - run.failed
 
     def _take_up(self, run: Any) -> None:
         columns: dict[str, np.ndarray] = {}
@@ -70,8 +89,9 @@ class Checkpoint(AbstractCallback):
                 columns[match[1]] = np.zeros(shape, kind)
             elif re.fullmatch(r"\[2\]\[\d+\]", name):
                 path.append(np.zeros(shape, kind))
-        like = run.state, columns, path
-        state, columns, path = load(self.path, like)
+        success: Any = RESULTS.successful
+        notes = _Notes(np.asarray(0), success, _best_or(run))
+        state, columns, path, notes = load(self.path, (run.state, columns, path, notes))
         if int(state.num_steps) > run.total:
             raise CheckpointError(
                 f"{self.path} has {int(state.num_steps)} steps, and `num_steps` is "
@@ -84,6 +104,27 @@ class Checkpoint(AbstractCallback):
                 "another file."
             )
         run.restore(state, columns, path)
+        run.num_skipped, run.result = int(notes.num_skipped), notes.result
+        best = notes.best
+        if best.step >= 0:
+            loss, step = float(best.outer_loss), int(best.step)
+            run.best = Best(best.hyper, best.params, loss, step)
+
+
+class _Notes(eqx.Module):
+    """The part of a run that is neither its state nor its history."""
+
+    num_skipped: np.ndarray
+    result: RESULTS
+    best: Best  # of step -1 where nobody keeps one
+
+
+def _best_or(run: Any) -> Best:
+    best = run.best
+    if best is None:
+        best = Best(run.hyper, run.solver.solution(run.state), float("nan"), -1)
+    numbers = np.asarray(best.outer_loss, np.float64), np.asarray(best.step, np.int64)
+    return Best(best.hyper, best.params, *numbers)  # pyright: ignore[reportArgumentType]
 
 
 def check_writable(path: Path) -> None:

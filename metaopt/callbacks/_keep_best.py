@@ -14,9 +14,6 @@ class KeepBest(AbstractCallback):
     data that chose nothing.
     """
 
-    def open(self, run):
-        run.best = None
-
     def see(self, run):
         if not run.info.updated:
             return  # the params in the state are then of another step

@@ -1,5 +1,7 @@
 """An early end of a run."""
 
+from typing import Any
+
 import numpy as np
 
 from .._validate import check_count, check_tolerance
@@ -15,7 +17,8 @@ class StopEarly(AbstractCallback):
 
     - `patience`: the number of outer steps without a lower outer loss than ever before.
     - `min_decrease`: how much lower it has to be to count, in the units of the loss.
-    - `atol`: ends once the Euclidean norm of the hypergradient is at most this.
+    - `atol`: ends once the Euclidean norm of the hypergradient, at the last step of a
+        compiled call, is at most this. Not for a solver with a `tolerance`.
     - `seconds`: the wall time of the run, looked at between compiled calls.
 
     **Raises:**
@@ -57,10 +60,18 @@ class StopEarly(AbstractCallback):
         self._look_at(run.last["outer_loss"])
         if self.patience is not None and self._since >= self.patience:
             return True
-        norms = run.last["hypergradient_norm"]
-        if self.atol is not None and np.any(norms[-1] <= self.atol):
+        if self.atol is not None and self._is_small(run):
             return True
         return self.seconds is not None and run.seconds >= self.seconds
+
+    def _is_small(self, run: Any) -> bool:
+        if "tolerance" in run.last:
+            raise ValueError(
+                "`StopEarly(atol=...)` would take a zero of a rough hypergradient for one "
+                "of the hypergradient, under the `tolerance` of the solver. Write "
+                "`solve_bilevel(..., atol=...)`, which takes an exact step before it ends."
+            )
+        return bool(run.last["hypergradient_norm"][-1] <= self.atol)
 
     def _look_at(self, losses: np.ndarray) -> None:
         for loss in losses:
