@@ -130,6 +130,19 @@ def test_failed_step_of_a_call_is_undone():
     np.testing.assert_allclose(one.hyper, 0.3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_update_that_is_not_to_be_trusted_is_undone(steps_per_call):
+    # Finite, and refused: the inner problem is not solved.
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 1), mo.ImplicitAdjoint(), optax.sgd(0.1)
+    )
+    with pytest.raises(mo.SolveError, match="not solved accurately enough") as info:
+        solve(5, solver=solver, steps_per_call=steps_per_call)
+    solution = info.value.value
+    np.testing.assert_array_equal(solution.hyper, [0.0, 1.0])
+    np.testing.assert_array_equal(solution.history.hyper, [[0.0, 1.0]])
+
+
 # Checkpoints
 
 
@@ -321,7 +334,7 @@ def _fails_later(throw, path, fails=True):
 
     problem = mo.BilevelProblem(PROBLEM.inner, loss)
     solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.1))
-    callbacks = [mo.callbacks.Checkpoint(path, every=1), mo.callbacks.KeepBest()]
+    callbacks = [mo.callbacks.Checkpoint(path, every=10), mo.callbacks.KeepBest()]
     return mo.solve_bilevel(
         problem,
         jnp.zeros(2),

@@ -419,3 +419,31 @@ def test_arguments_that_do_not_fit(call, match):
 def test_a_solver_that_needs_symmetry_is_refused():
     with pytest.raises(ValueError, match="`CG` needs a symmetric"):
         at_root(jnp.float64)[0].prepare(mo.CG())
+
+
+# Wrong input
+
+
+def test_vectors_of_other_shapes_are_named():
+    system = at_quadratic(jnp.float64)
+    one, short = {"bias": 1.0, "weight": np.ones(2)}, {"a": 1.0, "b": [1.0, 1.0]}
+    solution = system.solve(like(system.params, 10))
+    for call, name in [
+        (lambda: system.solve(one), "vector"),
+        (lambda: system.cross_transposed(one), "vector"),
+        (lambda: system.remaining(one, like(system.params, 10)), "solution"),
+        (lambda: system.remaining(solution.value, one), "vector"),
+        (lambda: system.judge(solution, one, inner_rtol=1e-3), "vector"),
+        (lambda: system.cross(short), "direction"),
+    ]:
+        with pytest.raises(ValueError, match=f"`{name}` must have the structure"):
+            call()
+
+
+def test_a_source_of_batches_is_all_of_its_data():
+    loss = lambda params, hyper, rows: jnp.mean((rows @ params) ** 2) / 2
+    data = jnp.asarray(random(1, 12, 3))
+    at = lambda batch: mo.ImplicitSystem.at(mo.InnerProblem(loss), 1.0, jnp.ones(3), batch)
+    assert_near(
+        at(mo.Minibatches(data, 4)).residual, np.asarray(at(data).residual), jnp.float64
+    )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
+from .._data import as_data
 from .._detach import stop_gradient
 from .._linear import (
     AbstractLinearSolver,
@@ -107,7 +108,7 @@ class ImplicitSystem(eqx.Module):
         - `problem`: the inner problem, of any kind.
         - `hyper`, `params`: the point, which should be an inner solution: `judge` says
             whether it is.
-        - `batch`: all of the data of the inner problem, as plain arrays.
+        - `batch`: all of the data of the inner problem: arrays, or a source of batches.
         - `key`: for a loss that takes one: one draw of its randomness.
         - `model_state`: the model state at the solution, held constant.
         - `curvature`: [`metaopt.ExactCurvature`][] or [`metaopt.GaussNewton`][].
@@ -123,7 +124,8 @@ class ImplicitSystem(eqx.Module):
         check_kind(problem, AbstractProblem, "problem", "metaopt.InnerProblem(loss)")
         check_kind(curvature, AbstractCurvature, "curvature", "metaopt.ExactCurvature()")
         hyper, params = canonical_hyper(hyper), canonical_params(params)
-        batch, key = canonical_arrays(batch, "batch"), canonical_key(key)
+        batch = as_data(canonical_arrays(batch, "batch"), "batch").full()
+        key = canonical_key(key)
         model_state = stop_gradient(model_state)
 
         def optimality(widen: bool) -> Optimality:
