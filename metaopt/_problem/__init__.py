@@ -15,6 +15,7 @@ from ._functions import (
     PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )
+from ._game import GameProblem as GameProblem
 from ._kinds import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,
     AbstractInnerProblem as AbstractInnerProblem,
