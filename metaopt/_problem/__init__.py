@@ -23,3 +23,4 @@ from ._kinds import (
 )
 from ._least_squares import AbstractLeastSquaresProblem as AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem as AbstractPredictionProblem
+from ._wrapped import AbstractWrappedProblem as AbstractWrappedProblem
