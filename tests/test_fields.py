@@ -1,5 +1,7 @@
 """The field of each kind of inner problem, and descent along it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def test_aux_and_state_come_with_the_field():
     def loss(params, hyper, batch, *, state):
         return params**2, state + 3, {"name": "square"}
 
-    settings = {"has_aux": True, "has_state": True}
+    settings: Any = {"has_aux": True, "has_state": True}
     for problem, vector, state in (
         (mo.FixedPointProblem(step, **settings), 1.5, 1.0),
         (mo.RootProblem(residual, **settings), 2.0, 2.0),
@@ -136,7 +138,7 @@ def test_implicit_derivatives_at_what_descent_reaches(name, transform):
         adjoint=mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12)),
     )
     assert relative_error(gradient, case.reference().gradient()) < 1e-6
-    assert report.inner_loss is None
+    assert report.inner.loss is None
 
 
 def test_descent_of_a_root_along_the_path():
@@ -187,22 +189,26 @@ def test_transforms_that_ask_for_a_loss_are_named(name):
 
 
 def test_other_errors_of_a_transform_are_its_own():
-    def update(updates, state, params=None, *, value, **extra):
+    def asks_for_the_loss(updates, state, params=None, *, value, **extra):
         return updates, state
 
-    broken = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    needs_more = optax.GradientTransformationExtraArgs(
-        lambda params: (), lambda updates, state, params=None, *, other: (updates, state)
-    )
-    root = mo.RootProblem(lambda p, h, b: p - h)
-    with pytest.raises(ValueError, match="asks for a loss"):
-        solve(root, broken, 1, jnp.zeros(2))
-    with pytest.raises(TypeError, match="'other'"):
-        solve(root, needs_more, 1, jnp.zeros(2))
+    def asks_for_more(updates, state, params=None, *, other):
+        return updates, state
+
+    def transform(update: Any) -> Any:
+        return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+    start, root = jnp.zeros(2), mo.RootProblem(lambda p, h, b: p - h)
     loss = mo.InnerProblem(lambda p, h, b: jnp.sum((p - h) ** 2))
-    with pytest.raises(TypeError, match="'other'"):
-        solve(loss, needs_more, 1, jnp.zeros(2))
-    np.testing.assert_allclose(solve(loss, broken, 1, jnp.zeros(2)).value, -2.0)
+    with pytest.raises(ValueError, match="asks for a loss"):
+        solve(root, transform(asks_for_the_loss), 1, start)
+    # One step of length one: there is no rate in it, and no sign.
+    np.testing.assert_allclose(
+        solve(loss, transform(asks_for_the_loss), 1, start).value, -2.0
+    )
+    for problem in (root, loss):
+        with pytest.raises(TypeError, match="'other'"):
+            solve(problem, transform(asks_for_more), 1, start)
 
 
 def test_sharpness_aware_steps_look_along_the_field():

@@ -75,7 +75,7 @@ def test_three_players_have_the_closed_form(adjoint):
     )
     assert relative_error(gradient, by_hand(HYPER)[1]) < 1e-10
     # No one loss is that of the game.
-    assert report.inner_loss is None
+    assert report.inner.loss is None
 
 
 def test_three_players_reach_the_solution():
@@ -107,7 +107,8 @@ def test_finite_differences_agree(adjoint):
 def test_all_players_move_at_the_same_time():
     # A player who saw the step of the one before would spiral otherwise.
     case = CASES["game"](jnp.float64)
-    losses = case.problem.inner.losses
+    inner: Any = case.problem.inner
+    losses = inner.losses
     params, rate = case.params, 0.25
     for _ in range(3):
         gradients = tuple(
@@ -294,14 +295,13 @@ def test_vmap_and_jit_trace_once():
 #
 
 
-def solve(losses, params=(jnp.ones(()), jnp.ones(())), adjoint=GMRES, **kwargs):
+def solve(losses, params=(jnp.ones(()), jnp.ones(())), adjoint: Any = GMRES):
     return mo.hypergradient(
         mo.BilevelProblem(mo.GameProblem(losses), lambda p, h, b: p[0] ** 2),
         jnp.array(1.0),
         params,
         inner=mo.Descent(optax.sgd(0.1), 10),
         adjoint=adjoint,
-        **kwargs,
     )
 
 
