@@ -42,6 +42,8 @@ def test_the_evaluation_has_the_loss_or_none(name):
         assert out.value == problem.evaluate(*arguments).value
     else:
         assert out.value is None
+    structs = [jax.tree.map(jnp.shape, tree) for tree in (vector, case.params)]
+    assert structs[0] == structs[1]
     for a, b in zip(
         *map(jax.tree.leaves, (vector, problem.optimality(*arguments))), strict=True
     ):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from problems import CASES, flat, relative_error
+from problems import CASES, relative_error
 
 
 GMRES = mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12))
@@ -389,14 +389,3 @@ def test_the_reference_of_a_comparison_is_not_for_symmetric_systems():
     )
     assert comparison.rows["implicit"].relative_error < 1e-8
     assert "`CG` needs a symmetric" in str(comparison.rows["CG"].failure)
-
-
-def test_flat_order_of_the_field_is_that_of_the_params():
-    case = CASES["game"](jnp.float64)
-    twin = case.reference()
-    at = case.like_params(twin.params)
-    vector, _ = case.problem.inner.field(
-        at, case.hyper, case.train, jax.random.key(0), None
-    )
-    assert jax.tree.structure(vector) == jax.tree.structure(case.params)
-    assert np.linalg.norm(flat(vector)) < 1e-14
