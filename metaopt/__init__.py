@@ -127,6 +127,7 @@ from ._problem import (
     BilevelProblem as BilevelProblem,
     Evaluation as Evaluation,
     FixedPointProblem as FixedPointProblem,
+    GameProblem as GameProblem,
     InnerProblem as InnerProblem,
     LeastSquaresProblem as LeastSquaresProblem,
     PredictionProblem as PredictionProblem,

@@ -20,7 +20,7 @@ from ._implicit import (
     stationary_solver,
 )
 from ._linear import AbstractLinearSolver
-from ._problem import AbstractInnerProblem, BilevelProblem
+from ._problem import AbstractProblem, BilevelProblem
 from ._report import BilevelSolution, table
 from ._solver import Optimality, problem_optimality
 from ._tree import leaf_names, split_trainable, tree_dot
@@ -265,7 +265,7 @@ class _TrainingGradient(eqx.Module):
     """The gradient of the training loss in the params, a function of the trainable part
     of `hyper`, over draws of what is random."""
 
-    inner: AbstractInnerProblem
+    inner: AbstractProblem
     params: Params
     hyper: Hyper
     batch: Batch
@@ -361,7 +361,6 @@ def _measure(
 ) -> dict[str, jax.Array]:
     """The parts of a check, each an array over the directions."""
     inner = problem.inner
-    assert isinstance(inner, AbstractInnerProblem)
     unmoved = jnp.zeros_like(Coordinates.vector(state.hyper))
     params = ordinary(state.params, unmoved)
     gradient = _TrainingGradient(

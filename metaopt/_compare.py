@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
@@ -22,7 +23,7 @@ from ._adjoint import (
 from ._hypergradient import differentiate, prepare
 from ._linear import GMRES
 from ._objective import Objective
-from ._problem import AbstractInnerProblem, BilevelProblem
+from ._problem import BilevelProblem
 from ._report import Report, verdict
 from ._results import RESULTS
 from ._solver import AbstractIterativeSolver, AbstractSolver
@@ -189,7 +190,7 @@ def compare_hypergradients(
 def _reference(problem: BilevelProblem, inner: AbstractSolver) -> AbstractAdjoint:
     if isinstance(inner, AbstractIterativeSolver):
         return UnrolledAdjoint(Blocks())
-    if isinstance(problem.inner, AbstractInnerProblem):
+    if lx.positive_semidefinite_tag in problem.inner.tags:
         return ImplicitAdjoint(newton_steps=1)
     return ImplicitAdjoint(GMRES(), newton_steps=1)
 

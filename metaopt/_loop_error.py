@@ -9,7 +9,6 @@ import jax
 
 from ._adjoint import AbstractAdjoint, ForwardAdjoint, ImplicitAdjoint
 from ._dependence import passes_loop
-from ._problem import AbstractFixedPointProblem, AbstractInnerProblem
 from ._solver import AbstractIterativeSolver, InnerSolve
 from ._tree import split_trainable
 from ._types import FloatScalar, Hyper, ModelState, Params
@@ -88,16 +87,11 @@ def _message(
             "Differentiate `metaopt.solve_inner` in forward mode, with `jax.jacfwd`. Or "
             "bound the loop. "
         )
-    is_loss = isinstance(problem, AbstractInnerProblem)
-    if is_loss and held(lambda params, hyper: evaluate(params, hyper).value):
+    if problem.has_loss and held(lambda params, hyper: evaluate(params, hyper).value):
         needed = "Every solver and adjoint needs its gradient. "
         return _LOOP.format("The inner loss") + needed + _BOUND
     if held(of_problem(problem.optimality)):
-        name = "The residual"
-        if is_loss:
-            name = "The gradient of the inner loss"
-        elif isinstance(problem, AbstractFixedPointProblem):
-            name = "The step of the fixed-point problem"
+        name = problem.field_name.capitalize()
         return _LOOP.format(name) + in_reverse + forward + _BOUND
     if outer is not None and held(lambda p, h: outer(p, h, model_state)):
         return _LOOP.format("The outer loss") + in_reverse + forward + _BOUND

@@ -12,7 +12,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from ._data import AbstractData
-from ._problem import AbstractInnerProblem, AbstractProblem, Evaluation, returned
+from ._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
 from ._rewrite import inner_jaxprs
 from ._tree import split_trainable, tree_dot, tree_zeros_like
 from ._types import FloatScalar, Vector
@@ -51,12 +51,12 @@ def in_mixed_mode(
         Kemaev, Calian, Zintgraf, Farquhar, van Hasselt: *Scalable meta-learning via
         mixed-mode differentiation*, 2025.
     """
-    if not isinstance(problem, AbstractInnerProblem) or isinstance(problem, InChunks):
+    if not problem.has_loss or isinstance(problem, InChunks):
         return problem, data
     return _MixedMode(problem, data), _Draws(data)
 
 
-class InChunks(AbstractInnerProblem):
+class InChunks(AbstractWrappedProblem):
     """An inner problem whose loss is the mean over the rows of a batch, evaluated on a
     few rows at a time: for data that do not fit in memory with all their activations.
 
@@ -76,12 +76,12 @@ class InChunks(AbstractInnerProblem):
     `ValueError` for other problems, and where the rows cannot be cut like that.
     """
 
-    problem: AbstractInnerProblem
+    problem: AbstractProblem
     chunk_size: int = eqx.field(static=True)
 
     def __check_init__(self):
         check_count(self.chunk_size, "chunk_size")
-        if not isinstance(self.problem, AbstractInnerProblem):
+        if not isinstance(self.problem, AbstractProblem) or not self.problem.has_loss:
             raise ValueError(
                 "`InChunks` needs a problem with a loss, such as `metaopt.InnerProblem("
                 f"loss)`; got {self.problem!r}."
@@ -155,17 +155,9 @@ class _Draws(AbstractData):
         return self.data.full()
 
 
-class _MixedMode(AbstractInnerProblem):
-    problem: AbstractInnerProblem
+class _MixedMode(AbstractWrappedProblem):
+    problem: AbstractProblem
     data: AbstractData
-    has_aux: bool = eqx.field(static=True)
-    has_state: bool = eqx.field(static=True)
-
-    def __init__(self, problem: AbstractInnerProblem, data: AbstractData):
-        self.problem = problem
-        self.data = data
-        self.has_aux = problem.has_aux
-        self.has_state = problem.has_state
 
     def init(self, hyper, key):
         return self.problem.init(hyper, key)

@@ -18,7 +18,7 @@ from ._dependence import (
     leaves_with_influence,
 )
 from ._loop_error import loops_explained
-from ._problem import AbstractInnerProblem, BilevelProblem, initialise
+from ._problem import BilevelProblem, initialise
 from ._reach import held_message, split_unreached, zero_message
 from ._report import InnerInfo, OuterInfo, Report
 from ._results import first_failure, mask_result, RESULTS, voids_hypergradient
@@ -231,7 +231,7 @@ class Objective(eqx.Module):
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
-        if not isinstance(problem, AbstractInnerProblem):
+        if not problem.has_loss:
             return
         params, model_state = self.start(hyper)
         trainable, static = split_trainable(params)

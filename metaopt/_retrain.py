@@ -12,7 +12,12 @@ import optax
 from ._adjoint import UnrolledAdjoint
 from ._best_response import best_responses, ordinary
 from ._data import AbstractData, as_data
-from ._problem import AbstractInnerProblem, BilevelProblem, returned
+from ._problem import (
+    AbstractProblem,
+    AbstractWrappedProblem,
+    BilevelProblem,
+    returned,
+)
 from ._report import History, Solution
 from ._solve_inner import solve_inner
 from ._solver import Descent
@@ -21,7 +26,7 @@ from ._validate import canonical_arrays, check_kind, DESCENT_EXAMPLE
 
 
 def retrain(
-    problem: AbstractInnerProblem | BilevelProblem,
+    problem: AbstractProblem | BilevelProblem,
     schedule: Hyper,
     train: Any = None,
     *,
@@ -59,8 +64,12 @@ def retrain(
     failure under `throw`.
     """
     inner = problem.inner if isinstance(problem, BilevelProblem) else problem
-    check_kind(inner, AbstractInnerProblem, "problem", "metaopt.InnerProblem(loss)")
-    assert isinstance(inner, AbstractInnerProblem)
+    check_kind(inner, AbstractProblem, "problem", "metaopt.InnerProblem(loss)")
+    if not inner.has_loss:
+        raise ValueError(
+            "`problem` must minimise a loss, such as `metaopt.InnerProblem(loss)`; "
+            f"`{type(inner).__name__}` has none."
+        )
     check_kind(solver, Descent, "solver", DESCENT_EXAMPLE)
     if isinstance(schedule, History):
         raise ValueError(
@@ -133,17 +142,10 @@ class _InStages(AbstractData):
         )
 
 
-class _Staged(AbstractInnerProblem):
+class _Staged(AbstractWrappedProblem):
     """An inner problem whose `hyper` has one row for each stage of the run."""
 
-    problem: AbstractInnerProblem
-    has_aux: bool = eqx.field(static=True)
-    has_state: bool = eqx.field(static=True)
-
-    def __init__(self, problem: AbstractInnerProblem):
-        self.problem = problem
-        self.has_aux = problem.has_aux
-        self.has_state = problem.has_state
+    problem: AbstractProblem
 
     def init(self, hyper, key):
         return self.problem.init(_row(hyper, 0), key)

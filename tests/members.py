@@ -16,7 +16,7 @@ import optimistix as optx
 import pytest
 
 import metaopt as mo
-from problems import Case, CASES, FIXED_POINT, LOSS, ROOT
+from problems import Case, CASES, FIXED_POINT, GAME, LOSS, ROOT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +52,14 @@ LINEAR_SOLVERS = {
         lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.LowRank(2)), LOSS
     ),
     "MINRES": _member(lambda case: mo.MINRES(rtol=case.rtol), LOSS),
-    "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
-    "BiCGStab": _member(lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
-    "NormalCG": _member(lambda case: mo.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT),
-    "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT),
+    "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME),
+    "BiCGStab": _member(
+        lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
+    ),
+    "NormalCG": _member(
+        lambda case: mo.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
+    ),
+    "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT, GAME),
     "Anderson": _member(
         lambda case: mo.LinearFixedPoint(mo.Anderson(rtol=case.rtol)), FIXED_POINT
     ),
@@ -66,31 +70,34 @@ LINEAR_SOLVERS = {
         lambda case: mo.Neumann(num_terms=case.num_steps, scale=case.rate),
         LOSS,
         FIXED_POINT,
+        GAME,
     ),
 }
 
 _ALONG_THE_PATH = {
-    "unrolled": _member(lambda case: mo.UnrolledAdjoint(), LOSS, FIXED_POINT),
+    "unrolled": _member(lambda case: mo.UnrolledAdjoint(), LOSS, FIXED_POINT, GAME),
     "unrolled, steps made again": _member(
-        lambda case: mo.UnrolledAdjoint(mo.RecomputeSteps()), LOSS, FIXED_POINT
+        lambda case: mo.UnrolledAdjoint(mo.RecomputeSteps()), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, updates kept": _member(
-        lambda case: mo.UnrolledAdjoint(mo.StoreUpdates()), LOSS, FIXED_POINT
+        lambda case: mo.UnrolledAdjoint(mo.StoreUpdates()), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, blocks made again": _member(
-        lambda case: mo.UnrolledAdjoint(mo.Blocks(2)), LOSS, FIXED_POINT
+        lambda case: mo.UnrolledAdjoint(mo.Blocks(2)), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, checkpoints on the way": _member(
-        lambda case: mo.UnrolledAdjoint(mo.OnlineCheckpoints(5)), LOSS, FIXED_POINT
+        lambda case: mo.UnrolledAdjoint(mo.OnlineCheckpoints(5)), LOSS, FIXED_POINT, GAME
     ),
-    "forward": _member(lambda case: mo.ForwardAdjoint(), LOSS, FIXED_POINT),
+    "forward": _member(lambda case: mo.ForwardAdjoint(), LOSS, FIXED_POINT, GAME),
     "truncated, whole length": _member(
-        lambda case: mo.TruncatedAdjoint(case.num_steps), LOSS, FIXED_POINT
+        lambda case: mo.TruncatedAdjoint(case.num_steps), LOSS, FIXED_POINT, GAME
     ),
     "truncated": _member(
-        lambda case: mo.TruncatedAdjoint(5), LOSS, FIXED_POINT, num_terms=4
+        lambda case: mo.TruncatedAdjoint(5), LOSS, FIXED_POINT, GAME, num_terms=4
     ),
-    "one step": _member(lambda case: mo.OneStepAdjoint(), LOSS, FIXED_POINT, num_terms=0),
+    "one step": _member(
+        lambda case: mo.OneStepAdjoint(), LOSS, FIXED_POINT, GAME, num_terms=0
+    ),
 }
 
 
@@ -104,9 +111,11 @@ ADJOINTS = _ALONG_THE_PATH | {
 }
 
 SOLVERS = {
-    "descent": _member(lambda case: mo.Descent(optax.sgd(case.rate), case.num_steps), LOSS),
+    "descent": _member(
+        lambda case: mo.Descent(optax.sgd(case.rate), case.num_steps), LOSS, GAME
+    ),
     "momentum": _member(
-        lambda case: mo.Descent(optax.sgd(case.rate, 0.25), case.num_steps), LOSS
+        lambda case: mo.Descent(optax.sgd(case.rate, 0.25), case.num_steps), LOSS, GAME
     ),
     "reversible": _member(
         lambda case: mo.ReversibleSGD(case.rate, 0.25, case.num_steps), LOSS
@@ -128,6 +137,7 @@ SOLVERS = {
         LOSS,
         FIXED_POINT,
         ROOT,
+        GAME,
     ),
     "fixed-point solver": _member(
         lambda case: mo.OptimistixSolver(optx.FixedPointIteration(rtol=1e-13, atol=1e-13)),
@@ -144,7 +154,7 @@ SOLVERS = {
         needs="jaxopt",
     ),
     "jaxopt broyden": _member(
-        lambda case: mo.JaxoptSolver("Broyden", {"tol": 1e-12}), ROOT, needs="jaxopt"
+        lambda case: mo.JaxoptSolver("Broyden", {"tol": 1e-12}), ROOT, GAME, needs="jaxopt"
     ),
 }
 

@@ -19,14 +19,15 @@ from jax.flatten_util import ravel_pytree
 import metaopt as mo
 
 
-LOSS, FIXED_POINT, ROOT = "loss", "fixed point", "root"
+LOSS, FIXED_POINT, ROOT, GAME = "loss", "fixed point", "root", "game"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
     """What the twin says at one `hyper`; flat vectors in the order of `jax.tree`.
 
-    The optimality is the gradient of a loss, `params - step(params)` or the residual.
+    The optimality is the gradient of a loss, `params - step(params)`, the residual or the
+    gradients of the players.
     """
 
     params: np.ndarray
@@ -449,12 +450,69 @@ def root(dtype: Any = jnp.float64) -> Case:
     )
 
 
+#
+# A game of two players: bilinear, and strongly convex for each player
+#
+
+
+def game(dtype: Any = jnp.float64) -> Case:
+    first, second = np.array([[1.5, 0.25], [0.25, 1.0]]), np.diag([1.0, 2.0])
+    mix, wish, shift = 0.5 * _numbers(13, 2, 2), _numbers(14, 4), _numbers(15, 2)
+
+    def first_loss(params, hyper, batch):
+        x, y = params[0]["x"], params[1]
+        bilinear = hyper["coupling"] * (x @ batch["mix"] @ y)
+        return 0.5 * (x @ batch["first"] @ x) + bilinear - hyper["target"] @ x
+
+    def second_loss(params, hyper, batch):
+        x, y = params[0]["x"], params[1]
+        bilinear = hyper["coupling"] * (x @ batch["mix"] @ y)
+        return 0.5 * (y @ batch["second"] @ y) - bilinear - batch["shift"] @ y
+
+    def outer_loss(params, hyper, batch):
+        p = jnp.concatenate([params[0]["x"], params[1]])
+        return 0.5 * jnp.sum((p - batch) ** 2) + 0.1 * hyper["coupling"] ** 2
+
+    def twin(hyper):
+        coupling, target = hyper[0], hyper[1:]
+        jacobian = np.block([[first, coupling * mix], [-coupling * mix.T, second]])
+        p = np.linalg.solve(jacobian, np.concatenate([target, shift]))
+        x, y = np.split(p, 2)
+        in_coupling = np.concatenate([mix @ y, -mix.T @ x])
+        in_target = np.concatenate([-np.eye(2), np.zeros((2, 2))])
+        return Reference(
+            params=p,
+            jacobian=jacobian,
+            cross=np.concatenate([in_coupling[:, None], in_target], axis=1),
+            in_params=p - wish,
+            direct=np.array([0.2 * coupling, 0.0, 0.0]),
+            outer_loss=float(0.5 * np.sum((p - wish) ** 2) + 0.1 * coupling**2),
+        )
+
+    return _make(
+        dtype,
+        name="game",
+        kind=GAME,
+        problem=mo.BilevelProblem(mo.GameProblem((first_loss, second_loss)), outer_loss),
+        hyper={"coupling": np.array(0.75), "target": np.array([1.0, -0.5])},
+        moved={"coupling": np.array(-0.5), "target": np.array([0.25, 1.5])},
+        params=({"x": np.array([1.0, 0.0])}, np.array([-1.0, 0.5])),
+        train={"mix": mix, "first": first, "second": second, "shift": shift},
+        valid=wish,
+        twin=twin,
+        rate=0.5,
+        num_steps=90,
+        solvers=("descent", "momentum", "root finder", "jaxopt broyden"),
+    )
+
+
 CASES: dict[str, Callable[[Any], Case]] = {
     "ridge": ft.cache(ridge),
     "quadratic": ft.cache(quadratic),
     "softmax": ft.cache(softmax),
     "fixed point": ft.cache(fixed_point),
     "root": ft.cache(root),
+    "game": ft.cache(game),
 }
 """Each case by name, as a function of the dtype. Made once: an equal call does not
 compile a second time."""

@@ -32,7 +32,7 @@ RTOL = {jnp.float64: 1e-10, jnp.float32: 2e-4}
 # A cell costs about a second to compile. In the quick run each adjoint meets each kind of
 # problem in float64, and a part of the table is batched in float32; the rest is marked as
 # slow.
-_KINDS = ("ridge", "fixed point", "root")  # the cheapest of each kind
+_KINDS = ("ridge", "fixed point", "root", "game")  # the cheapest of each kind
 _DIFFERENT = ("unrolled", "forward", "truncated", "one step", "implicit, CG")
 
 
@@ -127,6 +127,7 @@ def value_by_solve_inner(adjoint: str, case: Case) -> Any:
         ("one step", "fixed point"),
         ("implicit, CG", "ridge"),
         ("implicit, Dense", "root"),
+        ("implicit, Dense", "game"),
         slow("unrolled, blocks made again", "ridge"),
         slow("forward", "quadratic"),
         slow("truncated", "quadratic"),
@@ -155,6 +156,7 @@ def test_derivatives_of_solve_inner(adjoint, case):
     [
         ("unrolled", "fixed point"),
         ("implicit, Dense", "root"),
+        slow("unrolled", "game"),
         slow("unrolled", "quadratic"),
         slow("forward", "ridge"),
         slow("implicit, CG", "ridge"),

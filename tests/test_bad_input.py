@@ -335,9 +335,9 @@ VALUE_ERRORS = {
         lambda: call(CONTRACTION, inner=mo.Picard(), adjoint=mo.ImplicitAdjoint()),
         r"`CG` needs a symmetric positive .* `metaopt.GMRES\(\)`",
     ),
-    "descent for a fixed point": (
-        lambda: call(CONTRACTION),
-        "has none. Use `metaopt.Picard`",
+    "line search for a fixed point": (
+        lambda: call(CONTRACTION, inner=mo.Descent(optax.lbfgs(), 3)),
+        "asks for a loss, and `FixedPointProblem` has none",
     ),
     "picard for a loss": (lambda: call(inner=mo.Picard()), "`Picard` solves fixed-point"),
     "fixed-point solver for a loss": (

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from .._detach import stop_gradient
-from .._problem import AbstractInnerProblem, Evaluation, returned
+from .._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
 from .._tree import split_trainable, tree_sub
 from ._base import AbstractPathAdjoint, check_iterative
 
@@ -39,7 +38,7 @@ class FirstOrderAdjoint(AbstractPathAdjoint):
         check_iterative(self, solver)
 
     def solve(self, inner, params, hyper, model_state, throw):
-        if not isinstance(inner.problem, AbstractInnerProblem):
+        if not inner.problem.has_loss:
             raise ValueError(
                 "`FirstOrderAdjoint` holds the gradients of an inner loss constant, and a "
                 f"`{type(inner.problem).__name__}` has none. Use "
@@ -50,35 +49,22 @@ class FirstOrderAdjoint(AbstractPathAdjoint):
         return outcome
 
 
-class _HeldGradients(AbstractInnerProblem):
+class _HeldGradients(AbstractWrappedProblem):
     """A problem whose loss is, for derivatives, linear in the params and nothing else.
 
     Its gradient is that of the loss, held constant; model state and auxiliary output
     are differentiable as they were.
     """
 
-    problem: AbstractInnerProblem
-    has_aux: bool = eqx.field(static=True)
-    has_state: bool = eqx.field(static=True)
-
-    def __init__(self, problem: AbstractInnerProblem):
-        self.problem = problem
-        self.has_aux = problem.has_aux
-        self.has_state = problem.has_state
+    problem: AbstractProblem
 
     def init(self, hyper, key):
         return self.problem.init(hyper, key)
 
     def loss(self, params, hyper, batch, *, key, state=None):
-        trainable, rest = split_trainable(params)
-
-        def loss(trainable):
-            full = eqx.combine(trainable, rest)
-            out = self.problem.evaluate(full, hyper, batch, key, state)
-            return out.value, out
-
-        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-        value, gradient = stop_gradient((value, gradient))
+        trainable = split_trainable(params)[0]
+        gradient, out = self.problem.field(params, hyper, batch, key, state)
+        value, gradient = stop_gradient((out.value, gradient))
         change = tree_sub(trainable, stop_gradient(trainable))  # of value zero
         slopes = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, change)
         linear = sum(jax.tree.leaves(slopes), jnp.zeros_like(value))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .._best_response import bind, bind_at_centre, response_filter
 from .._dependence import depends, without_derivative
 from .._detach import stop_gradient
-from .._problem import AbstractInnerProblem, AbstractPredictionProblem, BilevelProblem
+from .._problem import AbstractPredictionProblem, AbstractProblem, BilevelProblem
 from .._tree import leaf_names
 from .._types import Aux, FloatScalar, ModelState, Params
 from ._perturbed import mean_state, Numbers, PerturbedBatch
@@ -57,7 +57,7 @@ class AbstractBestResponseMethod(eqx.Module):
     @abc.abstractmethod
     def train(
         self,
-        problem: AbstractInnerProblem,
+        problem: AbstractProblem,
         params: Params,
         batch: PerturbedBatch,
         state: ModelState,
@@ -125,7 +125,12 @@ class STN(AbstractBestResponseMethod):
     """
 
     def check(self, problem):
-        _check_kind(problem, AbstractInnerProblem, "AbstractInnerProblem")
+        if not problem.inner.has_loss:
+            raise ValueError(
+                "A best-response network is trained on an inner loss, and "
+                f"`{type(problem.inner).__name__}` has none: the inner problem must be a "
+                "`metaopt.AbstractInnerProblem`."
+            )
 
     def train(self, problem, params, batch, state):
         coordinates, hyper = batch.coordinates, batch.hyper
@@ -193,7 +198,14 @@ class DeltaSTN(AbstractBestResponseMethod):
     """
 
     def check(self, problem):
-        _check_kind(problem, AbstractPredictionProblem, "AbstractPredictionProblem")
+        if not isinstance(problem.inner, AbstractPredictionProblem):
+            raise ValueError(
+                "`DeltaSTN` linearises what the network predicts, and "
+                f"`{type(problem.inner).__name__}` does not say what that is. Write the "
+                "inner problem in two parts, as a `metaopt.AbstractPredictionProblem` or "
+                "`metaopt.PredictionProblem`, or use `method=metaopt.STN()`, which takes "
+                "any loss."
+            )
 
     def train(self, problem, params, batch, state):
         assert isinstance(problem, AbstractPredictionProblem)  # as `check` has seen
@@ -313,20 +325,3 @@ def _samples(problem, params, batch, state) -> bool:
         return batch.groups.map(one, batch.keys)
 
     return depends(predict, batch.hyper, despite_stop_gradient=True)
-
-
-def _check_kind(problem: BilevelProblem, kind: type, name: str) -> None:
-    if isinstance(problem.inner, kind):
-        return
-    given = type(problem.inner).__name__
-    if kind is AbstractPredictionProblem:
-        raise ValueError(
-            f"`DeltaSTN` linearises what the network predicts, and `{given}` does not say "
-            "what that is. Write the inner problem in two parts, as a "
-            "`metaopt.AbstractPredictionProblem` or `metaopt.PredictionProblem`, or use "
-            "`method=metaopt.STN()`, which takes any loss."
-        )
-    raise ValueError(
-        f"A best-response network is trained on an inner loss, and `{given}` has none: "
-        f"the inner problem must be a `metaopt.{name}`."
-    )

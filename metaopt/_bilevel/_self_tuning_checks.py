@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._best_response import best_responses, bind, ordinary, response_filter
-from .._problem import AbstractInnerProblem, BilevelProblem
+from .._problem import BilevelProblem
 from .._rewrite import inner_jaxprs
 from .._types import Hyper, Key, ModelState, Params
 from ._perturbed import Groups
@@ -102,7 +102,6 @@ def _probe(
     state: ModelState,
 ):
     inner = problem.inner
-    assert isinstance(inner, AbstractInnerProblem)
 
     def loss(params, batch, key):
         if outer:

@@ -15,6 +15,7 @@ from ._functions import (
     PredictionProblem as PredictionProblem,
     RootProblem as RootProblem,
 )
+from ._game import GameProblem as GameProblem
 from ._kinds import (
     AbstractFixedPointProblem as AbstractFixedPointProblem,
     AbstractInnerProblem as AbstractInnerProblem,
@@ -22,3 +23,4 @@ from ._kinds import (
 )
 from ._least_squares import AbstractLeastSquaresProblem as AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem as AbstractPredictionProblem
+from ._wrapped import AbstractWrappedProblem as AbstractWrappedProblem

@@ -13,7 +13,8 @@ class Evaluation(eqx.Module):
 
     **Attributes:**
 
-    - `value`: what the function returned first: a scalar for a loss, else a pytree.
+    - `value`: what the function returned first: a scalar for a loss, else a pytree. An
+        evaluation that comes with a field has the loss here, or `None` for a kind without.
     - `state`: the updated model state, or `None` for a problem without one.
     - `aux`: the auxiliary output, or `None`.
     """
@@ -27,16 +28,23 @@ class AbstractProblem(eqx.Module):
     """The base of all kinds of inner problem; subclass one of the kinds instead:
     [`metaopt.AbstractInnerProblem`][] (a loss to minimise; or, where it is that of a
     model's output, [`metaopt.AbstractPredictionProblem`][]),
-    [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][].
+    [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][]. A game
+    of several players is a [`metaopt.GameProblem`][].
 
-    A kind differs from another only in its *optimality*, the residual that is zero at
-    the inner solution, and in the structure which that residual's Jacobian promises.
+    A kind differs from another only in its *field*, a vector that is zero at the inner
+    solution, in whether that is the gradient of a loss, and in the structure which its
+    Jacobian promises.
     """
 
     # Without annotations, and so no fields: a subclass sets them in its body in the same
     # way, or declares fields of these names for whoever makes an instance to set.
     has_aux = False
     has_state = False
+    # Whether the field is the gradient of a loss: the value of `evaluate`, and that of the
+    # evaluation beside the field.
+    has_loss = False
+    # What errors call the field.
+    field_name = "the field of the inner problem"
     # What errors call the outer variables.
     outer_name = "hyper"
 
@@ -68,10 +76,13 @@ class AbstractProblem(eqx.Module):
         """
 
     @abc.abstractmethod
-    def optimality(
+    def field(
         self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
-    ) -> Vector:
-        """The residual that is zero at the inner solution.
+    ) -> tuple[Vector, Evaluation]:
+        """Evaluate the vector that is zero at the inner solution.
+
+        That is the gradient of a loss, `params - step(params)`, the residual of a root, or
+        the gradients of the players of a game. The user's function is called once.
 
         **Arguments:**
 
@@ -79,10 +90,23 @@ class AbstractProblem(eqx.Module):
 
         **Returns:**
 
-        A vector with the structure, shapes and dtypes of the trainable part of `params`.
+        A vector with the structure, shapes and dtypes of the trainable part of `params`;
+        and the [`metaopt.Evaluation`][] it came from, whose `value` is the loss, or `None`
+        for a kind without one (`has_loss = False`).
         """
+
+    def optimality(
+        self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
+    ) -> Vector:
+        """Return the vector of the field alone.
+
+        **Arguments:**
+
+        - `params`, `hyper`, `batch`, `key`, `state`: as for `evaluate`.
+        """
+        return self.field(params, hyper, batch, key, state)[0]
 
     @property
     @abc.abstractmethod
     def tags(self) -> frozenset[object]:
-        """The `lineax` tags promised by the Jacobian of `optimality` in `params`."""
+        """The `lineax` tags promised by the Jacobian of the field in `params`."""

@@ -1,6 +1,7 @@
 """Calling the user's functions, and checking what came back."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -33,6 +34,21 @@ def initialise(
         params, state = unpack(out, "`init`", ("params", "state"))
         return params, state
     return out, None
+
+
+def start(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
+    """The initial params of a problem made from plain functions.
+
+    **Raises:**
+
+    `ValueError` for a problem that was made without `init_fn`.
+    """
+    if init_fn is None:
+        raise ValueError(
+            "This problem was made without `init_fn`, so initial params must be given: "
+            "pass `params=...`, or `init_fn=lambda hyper, key: ...` to the problem."
+        )
+    return init_fn(hyper, key)
 
 
 def call(

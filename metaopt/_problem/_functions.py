@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
-from ._call import check_signature, declared
+from ._call import check_signature, declared, start
 from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
 from ._least_squares import AbstractLeastSquaresProblem
 from ._prediction import AbstractPredictionProblem
@@ -38,7 +38,7 @@ class InnerProblem(AbstractInnerProblem):
     has_state: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def init(self, hyper, key):
-        return _init(self.init_fn, hyper, key)
+        return start(self.init_fn, hyper, key)
 
     def loss(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.loss_fn, "loss_fn", params, hyper, batch, key, state)
@@ -80,7 +80,7 @@ class PredictionProblem(AbstractPredictionProblem):
     has_state: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def init(self, hyper, key):
-        return _init(self.init_fn, hyper, key)
+        return start(self.init_fn, hyper, key)
 
     def predict(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.predict_fn, "predict_fn", params, hyper, batch, key, state)
@@ -118,7 +118,7 @@ class LeastSquaresProblem(AbstractLeastSquaresProblem):
     has_state: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def init(self, hyper, key):
-        return _init(self.init_fn, hyper, key)
+        return start(self.init_fn, hyper, key)
 
     def residual(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.residual_fn, "residual_fn", params, hyper, batch, key, state)
@@ -141,7 +141,7 @@ class FixedPointProblem(AbstractFixedPointProblem):
     has_state: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def init(self, hyper, key):
-        return _init(self.init_fn, hyper, key)
+        return start(self.init_fn, hyper, key)
 
     def step(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.step_fn, "step_fn", params, hyper, batch, key, state)
@@ -164,19 +164,10 @@ class RootProblem(AbstractRootProblem):
     has_state: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def init(self, hyper, key):
-        return _init(self.init_fn, hyper, key)
+        return start(self.init_fn, hyper, key)
 
     def residual(self, params, hyper, batch, *, key=None, **state):
         return _forward(self.residual_fn, "residual_fn", params, hyper, batch, key, state)
-
-
-def _init(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
-    if init_fn is None:
-        raise ValueError(
-            "This problem was made without `init_fn`, so initial params must be given: "
-            "pass `params=...`, or `init_fn=lambda hyper, key: ...` to the problem."
-        )
-    return init_fn(hyper, key)
 
 
 def _forward(

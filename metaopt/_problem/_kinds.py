@@ -1,4 +1,4 @@
-"""The kinds of inner problem. Each states its optimality."""
+"""The kinds of inner problem. Each states its field."""
 
 import abc
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 
 from .._tree import split_trainable
-from ._base import AbstractProblem
+from ._base import AbstractProblem, Evaluation
 from ._call import call, check_like, check_scalar
 
 
@@ -47,6 +47,9 @@ class AbstractInnerProblem(AbstractProblem):
     them are right in every adjoint.
     """
 
+    has_loss = True
+    field_name = "the gradient of the inner loss"
+
     @abc.abstractmethod
     def loss(self, *args: Any, **kwargs: Any) -> Any:
         """The inner loss, `loss(params, hyper, batch)`: a floating-point scalar."""
@@ -56,14 +59,16 @@ class AbstractInnerProblem(AbstractProblem):
         check_scalar(out.value, "the inner loss")
         return out
 
-    def optimality(self, params, hyper, batch, key, state):
+    def field(self, params, hyper, batch, key, state):
         trainable, rest = split_trainable(params)
 
         def loss(trainable):
-            p = eqx.combine(trainable, rest)
-            return self.evaluate(p, hyper, batch, key, state).value
+            full = eqx.combine(trainable, rest)
+            out = self.evaluate(full, hyper, batch, key, state)
+            return out.value, out
 
-        return jax.grad(loss)(trainable)
+        (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return gradient, out
 
     @property
     def tags(self):
@@ -80,6 +85,8 @@ class AbstractFixedPointProblem(AbstractProblem):
     and `has_state` are as in [`metaopt.AbstractInnerProblem`][].
     """
 
+    field_name = "the step of the fixed-point problem"
+
     @abc.abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """The map whose fixed point is sought, `step(params, hyper, batch)`."""
@@ -89,12 +96,13 @@ class AbstractFixedPointProblem(AbstractProblem):
         check_like(out.value, params, "the step of the fixed-point problem")
         return out
 
-    def optimality(self, params, hyper, batch, key, state):
-        new = self.evaluate(params, hyper, batch, key, state).value
-        new, old = split_trainable(new)[0], split_trainable(params)[0]
+    def field(self, params, hyper, batch, key, state):
+        out = self.evaluate(params, hyper, batch, key, state)
+        new, old = split_trainable(out.value)[0], split_trainable(params)[0]
         # In this order the Jacobian is the identity minus that of the step, so that the
         # Neumann series of a contraction converges.
-        return jax.tree.map(jnp.subtract, old, new)
+        vector = jax.tree.map(jnp.subtract, old, new)
+        return vector, Evaluation(None, out.state, out.aux)
 
     @property
     def tags(self):
@@ -109,6 +117,8 @@ class AbstractRootProblem(AbstractProblem):
     and `has_state` are as in [`metaopt.AbstractInnerProblem`][].
     """
 
+    field_name = "the residual"
+
     @abc.abstractmethod
     def residual(self, *args: Any, **kwargs: Any) -> Any:
         """The function whose root is sought, `residual(params, hyper, batch)`."""
@@ -118,8 +128,9 @@ class AbstractRootProblem(AbstractProblem):
         check_like(out.value, params, "the residual of the root problem")
         return out
 
-    def optimality(self, params, hyper, batch, key, state):
-        return split_trainable(self.evaluate(params, hyper, batch, key, state).value)[0]
+    def field(self, params, hyper, batch, key, state):
+        out = self.evaluate(params, hyper, batch, key, state)
+        return split_trainable(out.value)[0], Evaluation(None, out.state, out.aux)
 
     @property
     def tags(self):

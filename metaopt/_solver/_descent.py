@@ -1,6 +1,8 @@
 """Descent by any optax transform."""
 
+import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from .._model_state import AbstractStatePolicy
-from .._problem import AbstractInnerProblem
+from .._problem import AbstractProblem
 from .._rewrite import carry_conditions
 from .._tree import split_trainable, tree_norm, tree_sum_abs
-from .._types import Hyper
+from .._types import Batch, Hyper, Key, ModelState, Params
 from .._validate import check_count, check_tolerance
 from ._base import AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
@@ -43,6 +45,14 @@ class Descent(AbstractIterativeSolver):
     )
     ```
 
+    The steps follow the field of any inner problem, as if it were a gradient: that of a
+    loss; `params - step(params)` of a fixed point, which with `optax.sgd(rate)` is Picard
+    iteration relaxed by `rate`; the residual of a root; the gradients of the players of a
+    game, who move at the same time. Without a loss, steps of any size need not converge:
+    the Jacobian of the field needs eigenvalues with positive real parts, as in a monotone
+    problem. Transforms that compare losses are then refused: line searches,
+    `optax.lbfgs`, Polyak steps and `reduce_on_plateau`.
+
     Derivatives pass through the transform. Where an elementary operation in its update
     has no finite derivative (the square root in Adam at a gradient entry of exactly
     zero) it is taken as zero, and forward values are unchanged. That includes schedules,
@@ -57,16 +67,16 @@ class Descent(AbstractIterativeSolver):
 
     - `transform`: an optax gradient transformation, or a function `hyper -> transform`.
     - `num_steps`: the number of steps, and the most that are taken.
-    - `atol`: stop once the Euclidean norm of the gradient is at most this; `None` takes
-        all the steps. Needs inner data without minibatches.
+    - `atol`: stop once the Euclidean norm of the gradient (or field) is at most this;
+        `None` takes all the steps. Needs inner data without minibatches.
     - `state_policy`: what becomes of model state, if the problem has any:
         [`metaopt.CarriedState`][], [`metaopt.FrozenState`][] or
         [`metaopt.PerStepState`][].
 
     **Raises:**
 
-    `ValueError` for arguments out of range, and where the inner problem is not a loss
-    to minimise.
+    `ValueError` for arguments out of range, and where the transform asks for a loss and the
+    inner problem has none.
     """
 
     transform: Transform | Callable[[Hyper], Transform]
@@ -114,11 +124,6 @@ class Descent(AbstractIterativeSolver):
         return not _is_transform(self.transform)
 
     def check(self, problem, data):
-        if not isinstance(problem, AbstractInnerProblem):
-            raise ValueError(
-                f"`Descent` minimises a loss, and `{type(problem).__name__}` has none. "
-                "Use `metaopt.Picard` or `metaopt.OptimistixSolver`."
-            )
         check_state_policy(self, problem)
         data.check(self.num_steps)
         check_stopping(self, data, "atol")
@@ -138,36 +143,22 @@ class Descent(AbstractIterativeSolver):
 
     def step(self, problem, params, solver_state, hyper, batch, key, model_state):
         trainable, static = split_trainable(params)
-
-        def loss(trainable):
-            full = eqx.combine(trainable, static)
-            out = problem.evaluate(full, hyper, batch, key, model_state)
-            return out.value, out
-
-        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        gradient, out = problem.field(params, hyper, batch, key, model_state)
 
         # Built outside: what the user computes from `hyper` keeps its own derivatives.
         transform = self._build(hyper)
-
-        # Line searches hand on to it what else they are given, by name.
-        def value_of(trainable, *, obj_fn=None, grad_fn=None):
-            del obj_fn, grad_fn
-            return loss(trainable)[0]
+        functions = _functions(problem, static, hyper, batch, key, model_state)
 
         def update(gradient, solver_state, trainable, value):
-            extra = {
-                "value": value,
-                "grad": gradient,
-                "value_fn": value_of,
-                # The names that Sophia and SAM (`opaque_mode`) have for them.
-                "obj_fn": value_of,
-                "grad_fn": lambda trainable, _=None: jax.grad(value_of)(trainable),
-            }
+            extra = {"grad": gradient, **functions}
+            if problem.has_loss:
+                extra["value"] = value
             taken = _taken(transform.update, extra)
-            return transform.update(gradient, solver_state, trainable, **taken)
+            with _loss_needed(problem):
+                return transform.update(gradient, solver_state, trainable, **taken)
 
         updates, solver_state, num_flat = carry_conditions(with_usable_slopes(update))(
-            gradient, solver_state, trainable, value
+            gradient, solver_state, trainable, out.value
         )
         trainable = optax.apply_updates(trainable, updates)
         converged = None
@@ -176,7 +167,7 @@ class Descent(AbstractIterativeSolver):
         # Not the loss: the gradient is there, and a loss that nobody reads costs nothing.
         monitor = tree_sum_abs(jax.lax.stop_gradient(gradient))
         output = StepOutput(
-            monitor, converged, out.state, out.aux, loss=value, num_flat=num_flat
+            monitor, converged, out.state, out.aux, loss=out.value, num_flat=num_flat
         )
         return eqx.combine(trainable, static), solver_state, output
 
@@ -192,6 +183,58 @@ class Descent(AbstractIterativeSolver):
                     f"such as `optax.sgd(0.1)`; it returned {transform!r}."
                 )
         return optax.with_extra_args_support(transform)
+
+
+def _functions(
+    problem: AbstractProblem,
+    static: Params,
+    hyper: Hyper,
+    batch: Batch,
+    key: Key,
+    model_state: ModelState,
+) -> dict[str, Callable]:
+    """The loss and the field as functions of the trainable params, by the names under
+    which transforms ask for them."""
+
+    # Line searches hand on to it what else they are given, by name.
+    def value_of(trainable, *, obj_fn=None, grad_fn=None):
+        del obj_fn, grad_fn
+        if not problem.has_loss:
+            raise _NoLoss
+        full = eqx.combine(trainable, static)
+        return problem.evaluate(full, hyper, batch, key, model_state).value
+
+    def gradient_of(trainable, _=None):
+        full = eqx.combine(trainable, static)
+        return problem.field(full, hyper, batch, key, model_state)[0]
+
+    # The names that Sophia and SAM (`opaque_mode`) have for them are the last two.
+    return {"value_fn": value_of, "obj_fn": value_of, "grad_fn": gradient_of}
+
+
+# Python's text for an argument of that name that was not given.
+_MISSING_LOSS = r"missing \d+ required .*'value'"
+
+
+class _NoLoss(Exception):
+    """A transform asked for a loss, and the inner problem has none."""
+
+
+@contextlib.contextmanager
+def _loss_needed(problem: AbstractProblem):
+    """Names the problem where a transform asks for a loss that it does not have."""
+    try:
+        yield
+    except (_NoLoss, TypeError) as error:
+        asked = isinstance(error, _NoLoss) or re.search(_MISSING_LOSS, str(error))
+        if problem.has_loss or not asked:
+            raise
+        raise ValueError(
+            f"The transform of `Descent` asks for a loss, and `{type(problem).__name__}` "
+            "has none. Line searches, `optax.lbfgs`, Polyak steps and the like compare "
+            "losses: use a transform of the gradient alone, such as `optax.sgd` or "
+            "`optax.adam`."
+        ) from error
 
 
 def _taken(function: Callable, extra: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._data import AbstractData
 from .._detach import detached
-from .._problem import AbstractInnerProblem, AbstractProblem
+from .._problem import AbstractProblem
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import tree_scaled_norm, tree_widened
 from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
@@ -101,7 +101,7 @@ class InnerSolve(eqx.Module):
         """The outcome with the inner loss at the solution, failed where that is not finite:
         gradients, which steps look at, can be finite where the loss is not."""
         problem = self.problem
-        if outcome.loss is not None or not isinstance(problem, AbstractInnerProblem):
+        if outcome.loss is not None or not problem.has_loss:
             return outcome
         batch, key = self._last_draw(outcome)
 

@@ -15,7 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._problem import AbstractFixedPointProblem, AbstractInnerProblem
+from .._problem import AbstractFixedPointProblem
 from .._results import RESULTS, where_result
 from .._rewrite import carry_conditions
 from .._tree import split_trainable, tree_all_finite
@@ -135,7 +135,7 @@ class JaxoptSolver(AbstractDirectSolver):
 
         names = inspect.signature(self._cls()).parameters
         smooth = (
-            isinstance(problem, AbstractInnerProblem)
+            problem.has_loss
             and "fun" in names
             and self.arguments is None
             and not any(name in names for name in _NON_SMOOTH)
@@ -202,6 +202,8 @@ class JaxoptSolver(AbstractDirectSolver):
 
     def _build(self, problem, hyper, batch, key) -> tuple[Any, dict[str, Any]]:
         def value(params):
+            if name == "optimality_fun":
+                return problem.optimality(params, hyper, batch, key, None)
             return problem.evaluate(params, hyper, batch, key, None).value
 
         cls = self._cls()
@@ -211,6 +213,11 @@ class JaxoptSolver(AbstractDirectSolver):
             raise ValueError(
                 f"`jaxopt.{cls.__name__}` solves fixed-point problems, and "
                 f"`{type(problem).__name__}` is none."
+            )
+        if name == "fun" and not problem.has_loss:
+            raise ValueError(
+                f"`jaxopt.{cls.__name__}` minimises a loss, and "
+                f"`{type(problem).__name__}` has none."
             )
         if name is not None:
             options[name] = value

@@ -9,11 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 
-from .._problem import (
-    AbstractFixedPointProblem,
-    AbstractInnerProblem,
-    AbstractLeastSquaresProblem,
-)
+from .._problem import AbstractFixedPointProblem, AbstractLeastSquaresProblem
 from .._results import RESULTS
 from .._rewrite import carry_conditions
 from .._tree import split_trainable
@@ -90,7 +86,7 @@ class OptimistixSolver(AbstractDirectSolver):
     def check(self, problem, data):
         data.check(1)
         refuse_state(self, problem)
-        if isinstance(problem, AbstractInnerProblem):
+        if problem.has_loss:
             fits = isinstance(self.solver, (_Minimiser, _RootFinder))
             want = "an optimistix minimiser such as `BFGS`, or a root finder"
             if isinstance(problem, AbstractLeastSquaresProblem):
@@ -129,9 +125,7 @@ class OptimistixSolver(AbstractDirectSolver):
                 out, _ = problem.evaluate_predictions(full, hyper, batch, key, model_state)
                 return split_trainable(out)[0]
 
-        elif isinstance(problem, AbstractInnerProblem) and isinstance(
-            self.solver, _Minimiser
-        ):
+        elif problem.has_loss and isinstance(self.solver, _Minimiser):
             entry = optx.minimise
             fn = lambda y, _: evaluate(y).value
         elif isinstance(problem, AbstractFixedPointProblem) and isinstance(

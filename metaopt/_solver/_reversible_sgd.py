@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._model_state import AbstractStatePolicy
-from .._problem import AbstractInnerProblem, AbstractProblem, Evaluation
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import split_trainable, tree_all_finite, tree_dtype
-from .._types import Batch, Hyper, Key, ModelState, Params, Vector
+from .._types import Hyper
 from .._validate import check_count
 from ._base import StepOutput
 from ._common import check_state_policy, problem_optimality
@@ -156,10 +155,10 @@ class ReversibleSGD(AbstractExactMomentum):
         return False
 
     def check(self, problem, data):
-        if not isinstance(problem, AbstractInnerProblem):
+        if not problem.has_loss:
             raise ValueError(
                 f"`ReversibleSGD` minimises a loss, and `{type(problem).__name__}` has "
-                "none. Use `metaopt.Picard` or `metaopt.OptimistixSolver`."
+                "none. Use `metaopt.Descent`, which follows the field of any problem."
             )
         check_state_policy(self, problem)
         data.check(self.num_steps)
@@ -184,9 +183,8 @@ class ReversibleSGD(AbstractExactMomentum):
         state: ReversibleState = solver_state
         trainable, static = split_trainable(params)
         point = self.params_at(state.exact, trainable)
-        out, gradient = self.evaluate(
-            problem, eqx.combine(point, static), hyper, batch, key, model_state
-        )
+        full = eqx.combine(point, static)
+        gradient, out = problem.field(full, hyper, batch, key, model_state)
         rate, momentum = (
             jax.lax.dynamic_index_in_dim(values, state.count, keepdims=False)
             for values in self.schedules(hyper)
@@ -261,35 +259,6 @@ class ReversibleSGD(AbstractExactMomentum):
         """
         where = lambda solver: (solver.learning_rate, solver.momentum)
         return eqx.tree_at(where, self, (rates, momenta))
-
-    def evaluate(
-        self,
-        problem: AbstractProblem,
-        params: Params,
-        hyper: Hyper,
-        batch: Batch,
-        key: Key,
-        model_state: ModelState,
-    ) -> tuple[Evaluation, Vector]:
-        """The loss and its gradient, by one function in both directions.
-
-        **Arguments:**
-
-        - `problem`, `params`, `hyper`, `batch`, `key`, `model_state`: as for `step`.
-
-        **Returns:**
-
-        A [`metaopt.Evaluation`][] and the gradient.
-        """
-        trainable, static = split_trainable(params)
-
-        def loss(trainable):
-            full = eqx.combine(trainable, static)
-            out = problem.evaluate(full, hyper, batch, key, model_state)
-            return out.value, out
-
-        (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return out, gradient
 
     def _check_shape(self, values: Any, name: str) -> None:
         shape = jnp.shape(values)

@@ -65,9 +65,7 @@ class MomentumRun(AbstractRun):
             full_hyper, full_state = eqx.combine(others, (static_hyper, static_state))
             full = eqx.combine(params, loop.static_params)
             batch, key = loop.drawn(draw)
-            out, gradient = solver.evaluate(
-                loop.problem, full, full_hyper, batch, key, full_state
-            )
+            gradient, out = loop.problem.field(full, full_hyper, batch, key, full_state)
             return out.value, split_trainable(out.aux)[0], gradient
 
         first = jax.tree.map(lambda leaf: leaf[0], loop.draws)
