@@ -124,7 +124,9 @@ def test_descent_of_a_fixed_point_is_relaxed_picard():
 
 
 @pytest.mark.parametrize(
-    "transform", [optax.sgd(0.1), optax.sgd(0.1, 0.5), optax.adam(0.05)], ids=str
+    "transform",
+    [optax.sgd(0.1), optax.sgd(0.1, 0.5), optax.adam(0.05)],
+    ids=["sgd", "momentum", "adam"],
 )
 @pytest.mark.parametrize("name", ["fixed point", "root"])
 def test_implicit_derivatives_at_what_descent_reaches(name, transform):
