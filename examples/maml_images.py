@@ -179,11 +179,12 @@ class Curve:
         seconds = self.points[-1][2] if self.points else 0
         self.seconds_before = seconds - time.process_time()
 
-    def follow(self, step, state):
+    def follow(self, run):
+        step = run.num_steps
         last = self.points[-1][0] if self.points else 0
         if step // self.every > last // self.every:
             valid, num_valid = self.setting.valid, self.setting.num_valid
-            score = self.setting.measure(state.meta, valid, num_valid, TEST_STEPS)
+            score = self.setting.measure(run.hyper, valid, num_valid, TEST_STEPS)
             seconds = self.seconds_before + time.process_time()
             self.points.append([step, score.mean, seconds])
             self.path.write_text(json.dumps(self.points))
@@ -197,12 +198,14 @@ def learn(setting):
         setting.maml,
         setting.model,
         setting.episodes,
-        optimizer=optax.adam(optax.cosine_decay_schedule(rate, setting.steps)),
+        outer=optax.adam(optax.cosine_decay_schedule(rate, setting.steps)),
         num_steps=setting.steps,
         key=setting.train_key,
-        checkpoint=setting.out / f"{setting.run}.npz",
-        progress=True,
-        callback=curve.follow,
+        callbacks=[
+            mo.callbacks.Progress(),
+            mo.callbacks.Checkpoint(setting.out / f"{setting.run}.npz", every=500),
+            curve.follow,
+        ],
     )
     return solution, curve.points
 

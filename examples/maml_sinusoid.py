@@ -86,9 +86,9 @@ def picture(out, histories, learned, tasks):
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     axes = axes.ravel()
     for name, history in histories.items():
-        window = max(1, len(history.loss) // 100)
-        count = len(history.loss) // window
-        means = history.loss[: count * window].reshape(count, window).mean(axis=1)
+        window = max(1, len(history.outer_loss) // 100)
+        count = len(history.outer_loss) // window
+        means = history.outer_loss[: count * window].reshape(count, window).mean(axis=1)
         axes[0].plot(window * np.arange(1, count + 1), means, label=name)
     axes[0].set(
         title="While it learns", xlabel="meta-step", ylabel="query loss", yscale="log"
@@ -126,11 +126,11 @@ def main():
             learner,
             start,
             sinusoids,
-            optimizer=optax.adam(1e-3),
+            outer=optax.adam(1e-3),
             num_steps=steps,
             steps_per_call=100,
             key=train_key,
-            progress=True,
+            callbacks=[mo.callbacks.Progress()],
         )
         scores = [
             mo.few_shot.evaluate(measured, solution.meta, test, measure, num_steps=n)

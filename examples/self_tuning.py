@@ -219,8 +219,8 @@ def self_tune(setting: Setting):
     problem = mo.BilevelProblem(setting.inner, cross_entropy)
     curve = []
 
-    def follow(step, state, info):
-        params = solver.params_at(state)
+    def follow(run):
+        params = solver.params_at(run.state)
         curve.append(float(_cross_entropy(params, None, setting.valid)))
 
     solution = mo.solve_bilevel(
@@ -231,8 +231,7 @@ def self_tune(setting: Setting):
         solver=solver,
         num_steps=setting.outer_steps,
         key=setting.key,
-        progress=True,
-        callback=follow,
+        callbacks=[mo.callbacks.Progress(), follow],
     )
     print(solution)
     few = [jax.tree.map(lambda a: a[:500], part) for part in (setting.train, setting.valid)]
@@ -259,7 +258,7 @@ def perturb_only(setting: Setting):
         solver=self_tuning_solver(setting, optax.set_to_zero()),
         num_steps=setting.outer_steps,
         key=setting.key,
-        progress=True,
+        callbacks=[mo.callbacks.Progress()],
     )
 
 
@@ -293,7 +292,7 @@ def implicit(setting: Setting):
         ),
         num_steps=outer_steps,
         key=setting.key,
-        progress=True,
+        callbacks=[mo.callbacks.Progress()],
         throw=False,
     )
     rows = setting.sizes[0] / setting.batch_size  # the linear system is of all rows

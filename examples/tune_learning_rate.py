@@ -132,7 +132,7 @@ def tune(problem, hyper, train, valid, rate: float, steps: int, key):
         solver=solver,
         num_steps=steps,
         key=key,
-        progress=True,
+        callbacks=[mo.callbacks.Progress()],
     )
     print(solution)
     return solution

@@ -107,8 +107,8 @@ def tune(inner, hyper, train, valid, test, steps, key):
     test_losses = []
     measure = eqx.filter_jit(cross_entropy)
 
-    def follow(step, state, info):
-        test_losses.append(float(measure(state.params, None, test)))
+    def follow(run):
+        test_losses.append(float(measure(run.params, None, test)))
 
     solution = mo.solve_bilevel(
         mo.BilevelProblem(inner, cross_entropy),
@@ -123,8 +123,7 @@ def tune(inner, hyper, train, valid, test, steps, key):
         ),
         num_steps=steps,
         key=key,
-        progress=True,
-        callback=follow,
+        callbacks=[mo.callbacks.Progress(), follow],
     )
     print(solution)
     return solution, np.asarray(test_losses)

@@ -1,14 +1,14 @@
 """`solve_bilevel`, which tunes the outer variables of a bilevel problem."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 
-from ._bilevel import AbstractBilevelSolver, BilevelStep
+from ._bilevel import AbstractBilevelSolver
 from ._data import AbstractData
-from ._outer import drive, Feed, Run
+from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
 from ._problem import BilevelProblem
 from ._raise import attach_solution, raise_on_failure
 from ._report import BilevelSolution
@@ -20,13 +20,12 @@ from ._validate import (
     canonical_hyper,
     canonical_key,
     canonical_params,
-    check_callback,
     check_count,
     check_kind,
     check_not_compiled,
     check_tolerance,
 )
-from .callbacks import AbstractCallback, Progress
+from .callbacks import AbstractCallback
 
 
 def solve_bilevel(
@@ -44,8 +43,6 @@ def solve_bilevel(
     atol: float | None = None,
     steps_per_call: int = 1,
     callbacks: Sequence[AbstractCallback | Callable[[Run], Any]] = (),
-    progress: bool = False,
-    callback: Callable[[int, Any, BilevelStep], Any] | None = None,
     throw: bool = True,
 ) -> BilevelSolution:
     """Solves a bilevel problem: tunes `hyper` for the outer loss.
@@ -60,7 +57,7 @@ def solve_bilevel(
         in it. Python floats become arrays.
     - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, a
         source of batches such as [`metaopt.Minibatches`][], or an iterable that yields
-        either for each *outer* step (of the same shapes each time). A loader that can be
+        either for each *outer* step (each shape is compiled once). A loader that can be
         started anew is, whenever it is exhausted. For one batch for each *inner* step
         write [`metaopt.InnerBatches`][]`(loader, num_steps)`.
     - `solver`: how the outer problem is driven, such as [`metaopt.NestedSolver`][].
@@ -77,14 +74,11 @@ def solve_bilevel(
         Python in between. More of them save the time between steps, which counts where a
         step takes less than a few milliseconds; callbacks see the last of each call. The
         numbers are the same bit for bit. Of an iterator the data of a whole call is pulled
-        before it, of the same shapes.
+        before it; a call ends where its shapes change.
     - `callbacks`: called between calls, such as [`metaopt.callbacks.Checkpoint`][]; a
         function is called with the [`metaopt.Run`][] after each call. One ends the run by
         returning `True` or raising `StopIteration`. Any other error that it raises has
         what was reached as its attribute `solution`.
-    - `progress`: whether to show a progress bar, [`metaopt.callbacks.Progress`][].
-    - `callback`: a function called between calls as `callback(step, state, info)`, with a
-        [`metaopt.BilevelStep`][] for `info`, beside `callbacks`.
     - `throw`: whether a failure raises. If not, the run goes on past steps that fail,
         leaves `hyper` alone where the hypergradient is not finite, and says so.
 
@@ -102,9 +96,8 @@ def solve_bilevel(
     check_kind(solver, AbstractBilevelSolver, "solver", "metaopt.NestedSolver(...)")
     check_count(num_steps, "num_steps")
     check_tolerance(atol, "atol")
-    check_callback(callback)
     check_count(steps_per_call, "steps_per_call")
-    watching = _callbacks(callbacks, callback, progress)
+    watching = as_callbacks(callbacks)
     check_not_compiled(hyper, params)
     hyper = canonical_hyper(hyper)
     if params is not None:
@@ -114,7 +107,7 @@ def solve_bilevel(
             "`state` has the key and the model state of its run: hand over no others."
         )
     key = canonical_key(key)
-    feeds = Feed(train, "train"), Feed(valid, "valid")
+    feeds = data_feed(train, "train"), data_feed(valid, "valid")
     start = solver.init(
         problem,
         hyper,
@@ -126,7 +119,8 @@ def solve_bilevel(
     if state is not None:
         _check_goes_on(state, start)
         start = state
-    run = Run(problem, solver, feeds, start, num_steps)
+    run = Run(_Body(problem, solver), feeds, start, num_steps)
+    reached = lambda: _solution(problem, solver, run, *(feed.now for feed in feeds))
     try:
         drive(
             run,
@@ -137,53 +131,40 @@ def solve_bilevel(
         )
     except Exception as error:
         if run.num_taken:
-            attach_solution(error, lambda: _solution(run))
+            attach_solution(error, reached)
         raise
-    solution = _solution(run)
+    solution = reached()
     return raise_on_failure(solution, solution.result, throw and not run.interrupted)
 
 
-class _EachCall(AbstractCallback):
-    """A function of a run."""
+class _Body(AbstractBody):
+    """The step of a bilevel solver."""
 
-    def __init__(self, function: Callable[[Run], Any]):
-        self.function = function
+    problem: BilevelProblem
+    solver: AbstractBilevelSolver
 
-    def see(self, run):
-        return self.function(run)
+    @property
+    def exact(self):
+        return _Body(self.problem, self.solver.exact)
 
-
-class _EachStep(AbstractCallback):
-    """A function of the number of the step, the state and the report on the step."""
-
-    def __init__(self, function: Callable[[int, Any, BilevelStep], Any]):
-        self.function = function
-
-    def see(self, run):
-        return self.function(run.num_steps - 1, run.state, run.info)
-
-
-def _callbacks(
-    callbacks: Any, callback: Callable[..., Any] | None, progress: bool
-) -> list[AbstractCallback]:
-    if isinstance(callbacks, AbstractCallback) or not isinstance(callbacks, Iterable):
-        raise ValueError(
-            "`callbacks` must be a list, such as `[metaopt.callbacks.Progress()]`; got "
-            f"{type(callbacks).__name__}."
+    def step(self, state, *data):
+        state, info = self.solver.step(self.problem, state, *data)
+        report = info.report
+        columns = report.scalars()
+        return state, StepRecord(
+            columns,
+            result=report.result,
+            reason=report.result,
+            updated=info.updated,
+            is_rough="tolerance" in columns,
+            info=info,
         )
-    out: list[AbstractCallback] = [Progress()] if progress else []
-    for one in callbacks:
-        if isinstance(one, type) or not (
-            isinstance(one, AbstractCallback) or callable(one)
-        ):
-            raise ValueError(
-                "`callbacks` must hold callbacks, such as `metaopt.callbacks.Progress()`, "
-                f"or functions of a run; got {one!r}."
-            )
-        out.append(one if isinstance(one, AbstractCallback) else _EachCall(one))
-    if callback is not None:
-        out.append(_EachStep(callback))
-    return out
+
+    def hyper(self, state):
+        return self.solver.hyper(state)
+
+    def solution(self, state):
+        return self.solver.solution(state)
 
 
 def _check_goes_on(state: Any, start: Any) -> None:
@@ -201,24 +182,29 @@ def _check_goes_on(state: Any, start: Any) -> None:
         )
 
 
-def _solution(run: Run) -> BilevelSolution:
+def _solution(
+    problem: BilevelProblem,
+    solver: AbstractBilevelSolver,
+    run: Run,
+    train: AbstractData,
+    valid: AbstractData,
+) -> BilevelSolution:
     """The solution as far as it was reached."""
-    train, valid = (feed.now for feed in run.feeds)
     state = run.state
-    value, outcome = _evaluate(run.solver, run.problem, state, train, valid)
+    value, outcome = _evaluate(solver, problem, state, train, valid)
     # The last `hyper` has not been solved for before.
     lost = mask_result(~jnp.isfinite(value), RESULTS.outer_nonfinite)
     return BilevelSolution(
-        hyper=run.solver.hyper(state),
+        hyper=run.hyper,
         params=outcome.params,
         model_state=outcome.model_state,
         outer_loss=value,
         history=run.history,
         result=first_failure(run.result, outcome.result, lost),
-        report=run.report,
+        report=None if run.info is None else run.info.report,
         state=state,
         num_skipped=run.num_skipped,
-        warm_started=run.solver.warm_starts,
+        warm_started=solver.warm_starts,
         best=run.best,
     )
 

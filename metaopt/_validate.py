@@ -1,6 +1,5 @@
 """Checks of what users hand over, made once at the public boundary."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -232,25 +231,6 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
         )
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
-
-
-def check_callback(callback: Any) -> None:
-    """Raises a `ValueError` unless `callback` can be called with three arguments."""
-    if callback is None:
-        return
-    fits = callable(callback)
-    if fits:
-        try:
-            inspect.signature(callback).bind(None, None, None)
-        except TypeError:
-            fits = False
-        except ValueError:  # some callables have no signature
-            pass
-    if not fits:
-        raise ValueError(
-            "`callback` must be a function `callback(step, state, info)`; got "
-            f"{callback!r}."
-        )
 
 
 def check_not_compiled(hyper: Any, params: Any) -> None:

@@ -93,10 +93,17 @@ def test_iterator_that_ends_within_a_call():
     assert len(solution.history) == 6
 
 
-def test_batches_of_different_shapes_are_named():
-    data = iter([ROWS[:5], ROWS[:6], ROWS[:5]]), ROWS
-    with pytest.raises(ValueError, match="`train` yields batches of different shapes"):
-        solve(3, NOISY, STOCHASTIC, data, steps_per_call=3)
+def test_calls_end_where_the_shapes_of_batches_change():
+    sizes, seen = [5, 5, 6, 6, 6, 5], []
+
+    def run(steps_per_call, *callbacks):
+        data = iter([ROWS[:size] for size in sizes]), ROWS
+        settings = {"steps_per_call": steps_per_call, "callbacks": callbacks}
+        return solve(6, NOISY, STOCHASTIC, data, **settings)
+
+    cut = run(4, lambda run: seen.append(run.num_steps))
+    assert seen == [2, 5, 6]
+    assert_same_run(cut, run(1))
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 5])
@@ -404,5 +411,5 @@ def test_step_that_failed_is_logged_and_numbered():
     seen = []
     problem = mo.BilevelProblem(PROBLEM.inner, lambda p, h, b: jnp.sum(p) * jnp.nan)
     with pytest.raises(mo.SolveError):
-        solve(4, problem, callback=lambda step, *_: seen.append(step))
-    assert seen == [0]
+        solve(4, problem, callbacks=[lambda run: seen.append(run.num_steps)])
+    assert seen == [1]

@@ -53,9 +53,9 @@ def test_outer_steps_trace_once(inner, adjoint, start):
     problem, inner_loss, outer_loss = counted_problem()
     counts, hypers = [], []
 
-    def callback(step, state, info):
+    def callback(run):
         counts.append((inner_loss.count, outer_loss.count))
-        hypers.append(np.asarray(state.hyper))
+        hypers.append(np.asarray(run.hyper))
 
     mo.solve_bilevel(
         problem,
@@ -64,7 +64,7 @@ def test_outer_steps_trace_once(inner, adjoint, start):
         params=case.params,
         solver=mo.NestedSolver(inner, adjoint, optax.adam(0.1), start),
         num_steps=20,
-        callback=callback,
+        callbacks=[callback],
     )
     assert counts[0] > (0, 0)
     assert counts == 20 * counts[:1]
@@ -101,7 +101,7 @@ def test_minibatches_from_an_iterator_trace_once():
         params=case.params,
         solver=mo.NestedSolver(DESCENT, mo.OneStepAdjoint(), optax.sgd(0.1)),
         num_steps=3,
-        callback=lambda *_: counts.append(inner_loss.count),
+        callbacks=[lambda run: counts.append(inner_loss.count)],
     )
     assert counts == 3 * counts[:1]
 

@@ -16,6 +16,7 @@ import pytest
 import metaopt as mo
 
 
+Checkpoint = mo.callbacks.Checkpoint
 few_shot: Any = mo.few_shot  # whose arguments are of the wrong type in some tests
 NUM_TASKS, NUM_SHOTS = 4, 5
 
@@ -519,7 +520,7 @@ def test_training_with_running_statistics():
         learner,
         model,
         lambda key: TASKS,
-        optimizer=optax.adam(1e-2),
+        outer=optax.adam(1e-2),
         num_steps=3,
         model_state=state,
     )
@@ -720,7 +721,7 @@ CLASSIFIER = eqx.nn.MLP(64, 3, 8, 1, key=jax.random.key(0))
 
 def trained(**settings: Any):
     settings = {
-        "optimizer": optax.adam(1e-2),
+        "outer": optax.adam(1e-2),
         "num_steps": 6,
         "steps_per_call": 3,
     } | settings
@@ -730,7 +731,7 @@ def trained(**settings: Any):
 
 def test_training_is_the_same_however_it_is_cut(tmp_path):
     whole = trained()
-    assert whole.history.loss.shape == whole.history.num_failed.shape == (6,)
+    assert whole.history.outer_loss.shape == whole.history.num_failed.shape == (6,)
     assert int(whole.state.num_steps) == 6
     # In calls of another length: the same numbers but for rounding.
     assert_close(arrays(trained(steps_per_call=2).meta), arrays(whole.meta), 1e-9)
@@ -738,12 +739,14 @@ def test_training_is_the_same_however_it_is_cut(tmp_path):
     half = trained(num_steps=3)
     assert_same(trained(state=half.state).state, whole.state)
     path = tmp_path / "folder" / "run.npz"
-    trained(num_steps=3, checkpoint=path)
-    again = trained(checkpoint=path)
+    trained(num_steps=3, callbacks=[Checkpoint(path)])
+    again = trained(callbacks=[Checkpoint(path)])
     assert_same(again.state, whole.state)
-    np.testing.assert_array_equal(again.history.loss, whole.history.loss[3:])
+    np.testing.assert_array_equal(again.history.outer_loss, whole.history.outer_loss)
     # Nothing is left to do.
-    assert len(trained(checkpoint=path).history.loss) == 0
+    done = trained(callbacks=[Checkpoint(path)])
+    assert_same(done.state, whole.state)
+    assert len(done.history) == 6
 
 
 def assert_same(a, b):
@@ -757,28 +760,28 @@ def assert_same(a, b):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = tmp_path / "run.npz"
-    trained(num_steps=3, checkpoint=path)
+    trained(num_steps=3, callbacks=[Checkpoint(path)])
     other = eqx.nn.MLP(64, 3, 9, 1, key=jax.random.key(0))
-    with pytest.raises(mo.CheckpointError, match=r"`.meta.layers\[0\].weight`"):
+    with pytest.raises(mo.CheckpointError, match=r"`.state.meta.layers\[0\].weight`"):
         few_shot.train(
             LEARNER,
             other,
             EPISODES,
-            optimizer=optax.adam(1e-2),
+            outer=optax.adam(1e-2),
             num_steps=6,
-            checkpoint=path,
+            callbacks=[Checkpoint(path)],
         )
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.npz"
-    whole = trained(checkpoint=path, key=jax.random.key(3))
+    whole = trained(callbacks=[Checkpoint(path)], key=jax.random.key(3))
     with pytest.raises(mo.CheckpointError, match="another `key`"):
-        trained(checkpoint=path)
+        trained(callbacks=[Checkpoint(path)])
     with pytest.raises(mo.CheckpointError, match="has 6 steps, and `num_steps` is 5"):
-        trained(checkpoint=path, key=jax.random.key(3), num_steps=5)
+        trained(callbacks=[Checkpoint(path)], key=jax.random.key(3), num_steps=5)
     with pytest.raises(ValueError, match="Both `state` and the checkpoint"):
-        trained(checkpoint=path, state=whole.state)
+        trained(callbacks=[Checkpoint(path)], state=whole.state)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_seen_before_the_first_step(tmp_path):
@@ -787,32 +790,42 @@ def test_a_checkpoint_that_cannot_be_written_is_seen_before_the_first_step(tmp_p
         raise RuntimeError("The first step was begun.")
 
     (tmp_path / "file").write_bytes(b"content")
-    message = r"`checkpoint` is .*run.npz, which cannot be written: .*file.* Name a file in"
+    message = r"The checkpoint .*run.npz cannot be written: .*file.* Name a file in"
     for path in (tmp_path / "file" / "run.npz", tmp_path / "file" / "deep" / "run.npz"):
         with pytest.raises(ValueError, match=message):
-            trained(tasks=tasks, checkpoint=path)
+            trained(tasks=tasks, callbacks=[Checkpoint(path)])
         with pytest.raises(ValueError, match=message):
-            trained(tasks=tasks, checkpoint=str(path), state=trained(num_steps=1).state)
+            trained(
+                tasks=tasks,
+                callbacks=[Checkpoint(str(path))],
+                state=trained(num_steps=1).state,
+            )
     # A folder that is not there is no mistake, and nothing is left in it.
     with pytest.raises(RuntimeError, match="was begun"):
-        trained(tasks=tasks, checkpoint=tmp_path / "a" / "b" / "run.npz")
+        trained(
+            tasks=tasks,
+            callbacks=[Checkpoint(tmp_path / "a" / "b" / "run.npz")],
+        )
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_checkpoint_in_a_folder_that_is_read_only(tmp_path):
     path = tmp_path / "folder" / "run.npz"
-    whole = trained(num_steps=3, checkpoint=path)
+    whole = trained(num_steps=3, callbacks=[Checkpoint(path)])
     try:
         path.parent.chmod(0o555)
         for other in (path, path.parent / "other.npz", path.parent / "deep" / "run.npz"):
             with pytest.raises(ValueError, match="cannot be written: .*Permission denied"):
-                trained(checkpoint=other)
+                trained(callbacks=[Checkpoint(other)])
         # Of a run that has ended nothing needs to be written.
-        assert_same(trained(num_steps=3, checkpoint=path).state, whole.state)
+        assert_same(
+            trained(num_steps=3, callbacks=[Checkpoint(path)]).state,
+            whole.state,
+        )
         path.parent.chmod(0o000)
         with pytest.raises(ValueError, match="cannot be written: .*Permission denied"):
-            trained(checkpoint=path)
+            trained(callbacks=[Checkpoint(path)])
     finally:
         path.parent.chmod(0o755)
     assert [p.name for p in path.parent.iterdir()] == ["run.npz"]
@@ -825,46 +838,54 @@ def test_a_run_that_failed_fails_again(tmp_path):
         task = EPISODES(key)
         return eqx.tree_at(lambda t: t.query[0], task, task.query[0] / (1 - bad))
 
-    path = tmp_path / "run.npz"
-    reached = []
+    opened, reached = [], []
+
+    class Peek(mo.callbacks.AbstractCallback):
+        def open(self, run):
+            opened.append(run.num_steps)
+
+    settings = {"tasks": tasks, "num_steps": 40, "steps_per_call": 1}
     for _ in range(2):
-        with pytest.raises(mo.SolveError, match="Every task.*\n.*\n*.*not finite|NaN"):
-            trained(tasks=tasks, checkpoint=path, num_steps=40, steps_per_call=1)
-        reached.append(int(mo.load(path, trained(num_steps=1).state).num_steps))
+        watching = Checkpoint(tmp_path / "run.npz"), Peek()
+        with pytest.raises(mo.SolveError, match="Every task") as caught:
+            trained(callbacks=watching, **settings)
+        assert "not finite" in str(caught.value) or "NaN" in str(caught.value)
+        reached.append(int(caught.value.value.state.num_steps))
+    assert opened == [0, reached[0]]
     assert 0 < reached[0] == reached[1] < 40
 
 
 def test_a_run_that_is_interrupted_keeps_what_it_reached(tmp_path):
-    def stop(step, state):
+    def stop(run):
         raise KeyboardInterrupt
 
     path = tmp_path / "run.npz"
-    solution = trained(callback=stop, checkpoint=path)
+    solution = trained(callbacks=[stop, Checkpoint(path)])
     assert solution.result == mo.RESULTS.interrupted
-    assert int(solution.state.num_steps) == len(solution.history.loss) == 3
-    assert_same(trained(checkpoint=path).state, trained().state)
+    assert int(solution.state.num_steps) == len(solution.history.outer_loss) == 3
+    assert_same(trained(callbacks=[Checkpoint(path)]).state, trained().state)
     text = str(solution)
     assert "3, of which 3 now" in text and "interrupted" in text
 
 
 def test_callback_ends_the_run_or_loses_nothing(tmp_path):
-    solution = trained(callback=lambda step, state: True)
-    assert solution.result == mo.RESULTS.successful and len(solution.history.loss) == 3
+    solution = trained(callbacks=[lambda run: True])
+    assert solution.result == mo.RESULTS.successful and len(solution.history) == 3
 
-    def stop(step, state):
+    def stop(run):
         raise StopIteration
 
-    assert len(trained(callback=stop).history.loss) == 3
+    assert len(trained(callbacks=[stop]).history.outer_loss) == 3
 
-    def fail(step, state):
+    def fail(run):
         raise KeyError("mine")
 
     path = tmp_path / "run.npz"
     with pytest.raises(KeyError, match="mine") as info:
-        trained(callback=fail, checkpoint=path)
+        trained(callbacks=[fail, Checkpoint(path)])
     error: Any = info.value
-    assert len(error.solution.history.loss) == 3
-    assert_same(trained(checkpoint=path).state, trained().state)
+    assert len(error.solution.history.outer_loss) == 3
+    assert_same(trained(callbacks=[Checkpoint(path)]).state, trained().state)
 
 
 def test_training_on_what_the_host_draws():
@@ -878,7 +899,7 @@ def test_training_on_what_the_host_draws():
         trained(tasks=few)
     assert int(caught.value.value.state.num_steps) == 5
     np.testing.assert_allclose(
-        caught.value.value.history.loss, whole.history.loss[:5], rtol=1e-9
+        caught.value.value.history.outer_loss, whole.history.outer_loss[:5], rtol=1e-9
     )
 
 
@@ -903,11 +924,11 @@ def test_first_order_steps_can_come_first():
     first = few_shot.MAML(
         cross_entropy, mo.Descent(optax.sgd(0.5), 1), mo.FirstOrderAdjoint()
     )
-    settings = {"optimizer": optax.adam(1e-2), "steps_per_call": 3}
+    settings = {"outer": optax.adam(1e-2), "steps_per_call": 3}
     begun = few_shot.train(first, CLASSIFIER, EPISODES, num_steps=3, **settings)
     annealed = trained(state=begun.state)
     assert int(annealed.state.num_steps) == 6
-    assert_same(annealed.state.optimizer_state[0].count, jnp.asarray(6))
+    assert_same(annealed.state.outer_state[0].count, jnp.asarray(6))
     whole = few_shot.train(first, CLASSIFIER, EPISODES, num_steps=6, **settings)
     for other in (whole, trained()):
         assert not np.allclose(flat(arrays(other.meta)), flat(arrays(annealed.meta)))
@@ -915,7 +936,7 @@ def test_first_order_steps_can_come_first():
 
 def test_a_step_without_any_task_is_not_taken():
     learner = few_shot.MAML(cross_entropy, mo.Descent(optax.sgd(1e200), 3))
-    settings = {"optimizer": optax.adam(1e-2), "num_steps": 2}
+    settings = {"outer": optax.adam(1e-2), "num_steps": 2}
     with pytest.raises(mo.SolveError, match="Every task"):
         few_shot.train(learner, CLASSIFIER, EPISODES, **settings)
     solution = few_shot.train(learner, CLASSIFIER, EPISODES, throw=False, **settings)
@@ -1070,7 +1091,7 @@ def test_rates_cannot_be_read_in_another_way():
             "as in `state=solution.state`; got TrainSolution",
         ),
         # It was once called, after the first steps.
-        (lambda: trained(callback=3), r"`callback` must be a function `callback\(.*got 3"),
+        (lambda: trained(callbacks=[3]), "or functions of one argument, the run; got 3"),
         (
             lambda: trained(state=trained(num_steps=1).state, key=jax.random.key(0)),
             "`state` has the key",
@@ -1080,7 +1101,7 @@ def test_rates_cannot_be_read_in_another_way():
                 LEARNER,
                 eqx.nn.MLP(64, 3, 9, 1, key=jax.random.key(0)),
                 EPISODES,
-                optimizer=optax.adam(1e-2),
+                outer=optax.adam(1e-2),
                 num_steps=2,
                 state=trained(num_steps=1).state,
             ),

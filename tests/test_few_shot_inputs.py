@@ -68,12 +68,14 @@ def test_batches_of_different_shapes():
 
     batches = [cut(4), cut(4), cut(3), cut(4)]
     train = lambda **options: few_shot.train(
-        MAML, MODEL, iter(batches), optimizer=optax.adam(0.1), num_steps=4, **options
+        MAML, MODEL, iter(batches), outer=optax.adam(0.1), num_steps=4, **options
     )
     solution = train()
-    assert len(solution.history.loss) == 4
+    assert len(solution.history.outer_loss) == 4
     wanted = train(steps_per_call=1)
-    np.testing.assert_allclose(solution.history.loss, wanted.history.loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        solution.history.outer_loss, wanted.history.outer_loss, rtol=1e-6
+    )
 
 
 BODY = {
@@ -109,7 +111,7 @@ def test_frozen_part_stays_despite_weight_decay(learner):
         learner,
         BODY,
         lambda key: TASKS,
-        optimizer=optax.adamw(0.1, weight_decay=0.5),
+        outer=optax.adamw(0.1, weight_decay=0.5),
         num_steps=2,
     )
     assert eqx.tree_equal(solution.meta["body"], BODY["body"])

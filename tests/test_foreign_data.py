@@ -200,11 +200,11 @@ def test_warning_about_float64_points_at_the_line_of_the_user():
 
 
 def test_run_refuses_what_it_cannot_do_before_compiling():
-    for callback in (lambda step, state: None, 3):
-        with pytest.raises(
-            ValueError, match=r"`callback` must be a function `callback\(step"
-        ):
-            tuned(BATCH, callback=callback)
+    for callback in (lambda step, state: None, 3, mo.callbacks.Progress):
+        with pytest.raises(ValueError, match="or functions of one argument, the run; got"):
+            tuned(BATCH, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"must be a list, such as .*; got function"):
+        tuned(BATCH, callbacks=lambda run: None)
     with pytest.raises(ValueError, match="inside `jax.jit`"):
         jax.jit(
             lambda p: (

@@ -302,7 +302,7 @@ def test_few_shot_statistics_count_what_is_left_out():
     np.testing.assert_array_equal(stats.num_flat, [6, 6])
     assert "slope of the update at 12 entries" in str(stats)
     solution = mo.few_shot.train(
-        maml, BRANCH, lambda key: tasks, optimizer=optax.sgd(0.1), num_steps=2
+        maml, BRANCH, lambda key: tasks, outer=optax.sgd(0.1), num_steps=2
     )
     flat = solution.history.num_flat
     assert flat is not None and flat[0] == 12 and "left out" in str(solution)

@@ -357,7 +357,7 @@ def test_outer_steps_trace_once(preconditioner):
         ),
         num_steps=3,
         params=START,
-        callback=lambda step, state, info: counts.append(calls[0]),
+        callbacks=[lambda run: counts.append(calls[0])],
     )
     assert counts[0] == counts[-1] > 0
 

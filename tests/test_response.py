@@ -326,7 +326,7 @@ FIXED_POINT = mo.FixedPointProblem(lambda params, hyper, batch: params)
 @pytest.mark.parametrize(
     "problem, schedule, solver, message",
     [
-        (FIXED_POINT, jnp.ones(2), DESCENT, "`problem` must be something like"),
+        (FIXED_POINT, jnp.ones(2), DESCENT, "`problem` must minimise a loss.*has none"),
         (
             Noisy(),
             mo.History({"outer_loss": np.zeros(3)}),
@@ -391,7 +391,7 @@ def test_the_history_records_the_path_of_hyper(tmp_path):
         solver=solver,
         num_steps=3,
         params=jnp.zeros(2),
-        callback=lambda step, state, info: states.append(state.hyper),
+        callbacks=[lambda run: states.append(run.hyper)],
     )
     history: Any = solution.history
     path = history.hyper

@@ -77,30 +77,30 @@ def test_says_that_the_tolerance_was_not_met():
     assert len(info.value.value.history) == 3  # nothing is lost
 
 
-def stopped(step, *_):
+def stopped(run):
     raise StopIteration
 
 
 @pytest.mark.parametrize(
     "callback",
-    [lambda step, *_: step >= 1, lambda step, *_: step >= 1 and stopped(step)],
+    [lambda run: run.num_steps >= 2, lambda run: run.num_steps >= 2 and stopped(run)],
     ids=["returns True", "raises StopIteration"],
 )
 def test_callback_ends_the_run(callback):
     # A tolerance that was not met is no failure of a run that was ended on purpose.
-    solution = solve(callback=callback, num_steps=5, atol=1e-12)
+    solution = solve(callbacks=[callback], num_steps=5, atol=1e-12)
     assert len(solution.history) == 2 and "Successful" in str(solution)
     # What else a callback returns means nothing.
-    assert len(solve(callback=lambda *_: [1], num_steps=3).history) == 3
+    assert len(solve(callbacks=[lambda run: [1]], num_steps=3).history) == 3
 
 
 def test_callback_that_raises_loses_nothing():
-    def callback(step, state, info):
-        if step == 1:
+    def callback(run):
+        if run.num_steps == 2:
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine") as info:
-        solve(callback=callback, num_steps=4)
+        solve(callbacks=[callback], num_steps=4)
     error: Any = info.value
     assert len(error.solution.history) == 2
     assert "attribute `solution`" in error.__notes__[0]
@@ -206,15 +206,14 @@ def test_iterator_of_data_is_pulled_once_for_each_step():
 
 def test_callback_sees_every_step():
     seen = []
-    solve(
-        num_steps=3, callback=lambda i, state, info: seen.append((i, float(state.hyper[0])))
-    )
-    assert [i for i, _ in seen] == [0, 1, 2]
+    see = lambda run: seen.append((run.num_steps, float(run.hyper[0])))
+    solve(num_steps=3, callbacks=[see])
+    assert [i for i, _ in seen] == [1, 2, 3]
     assert seen[0][1] != seen[1][1]
 
 
 def test_progress_bar(capsys):
-    solve(num_steps=3, progress=True)
+    solve(num_steps=3, callbacks=[mo.callbacks.Progress()])
     error = capsys.readouterr().err
     assert "3/3" in error and "loss=" in error
     solve(num_steps=3)
@@ -354,10 +353,10 @@ def test_interrupt_returns_what_was_reached():
         solver = mo.NestedSolver(
             mo.Descent(optax.sgd(0.2), 60), mo.ImplicitAdjoint(), optax.sgd(0.01)
         )
-        tell = lambda i, state, info: print("step", i, flush=True) if i == 5 else None
+        tell = lambda run: run.num_steps == 5 and print("step 5", flush=True)
         solution = mo.solve_bilevel(
             problem, jnp.zeros(2), params=jnp.zeros(2), solver=solver,
-            num_steps=10**9, callback=tell, progress=True,
+            num_steps=10**9, callbacks=[tell, mo.callbacks.Progress()],
         )
         print(len(solution.history) >= 6, bool(jnp.all(jnp.isfinite(solution.hyper))))
         print(solution)
@@ -393,7 +392,7 @@ def test_callback_of_a_failed_step_sees_what_is_returned():
             params=jnp.zeros(2),
             solver=mo.NestedSolver(inner, mo.ImplicitAdjoint(), optax.sgd(0.1)),
             num_steps=3,
-            callback=lambda index, state, info: seen.append(state.hyper),
+            callbacks=[lambda run: seen.append(run.hyper)],
         )
     np.testing.assert_array_equal(seen, [caught.value.value.state.hyper])
     np.testing.assert_array_equal(seen, [jnp.ones(2)])

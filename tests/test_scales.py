@@ -37,7 +37,7 @@ def run(scales, **options) -> list[Any]:
             mo.Descent(optax.sgd(0.5), 20), adjoint, optax.sgd(0.0), start=mo.ColdStart()
         ),
         throw=False,
-        callback=lambda index, state, info: reports.append(info.report),
+        callbacks=[lambda run: reports.append(run.info.report)],
     )
     return reports
 
@@ -64,7 +64,7 @@ def test_estimate_is_as_good_in_later_steps():
             start=mo.ColdStart(),
         ),
         throw=False,
-        callback=lambda index, state, info: reports.append(info.report),
+        callbacks=[lambda run: reports.append(run.info.report)],
     )
     solution = curvatures * target / CURVATURES
     params = solution * (1 - (1 - 0.5 * CURVATURES) ** 200)

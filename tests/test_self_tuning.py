@@ -530,13 +530,14 @@ def test_warmup_and_rounds():
     scale = {"scale": optax.sgd(0.1 / 6e3), "entropy_weight": 1e3}
     solver = made(warmup=2, **settings, **scale)
 
-    def callback(step, state, info):
-        states.append(state)
-        assert info.updated == (step >= 2)
+    def callback(run):
+        states.append(run.state)
+        info = run.info
+        assert info.updated == run.updated == (run.num_steps >= 3)
         assert info.report.outer.hypergradient_norm > 0
         assert info.report.inner.num_steps == 12
 
-    solution = solve(solver=solver, num_steps=4, callback=callback)
+    solution = solve(solver=solver, num_steps=4, callbacks=[callback])
     assert [state.hyper for state in states[:2]] == [-1.0, -1.0]
     assert len({float(state.hyper) for state in states[1:]}) == 3
     widened = np.log(0.3) + np.array([0, 0, 0.1, 0.2])

@@ -26,7 +26,7 @@ def path(inner, start, num_steps=4, adjoint: mo.AbstractAdjoint = mo.UnrolledAdj
         params=0.0,
         solver=solver,
         num_steps=num_steps,
-        callback=lambda step, state, info: seen.append(float(state.params)),
+        callbacks=[lambda run: seen.append(float(run.state.params))],
     )
     return seen, solution
 
@@ -116,15 +116,15 @@ def test_derivative_passes_a_state_and_a_window_holds_it_constant():
     window = jax.grad(lambda h: outer(solve(h, half.value, half.solver_state)))(hyper)
     found = []
 
-    def callback(step, state, info):
-        found.append(np.asarray(state.hyper))
+    def callback(run):
+        found.append(np.asarray(run.hyper))
 
     def held(step):  # a rate of zero for the first step
         return jnp.where(step == 0, 0.0, 1.0)
 
     nested = mo.NestedSolver(solver, mo.UnrolledAdjoint(), optax.sgd(held), mo.Windows())
     mo.solve_bilevel(
-        CURVED, hyper, params=params, solver=nested, num_steps=2, callback=callback
+        CURVED, hyper, params=params, solver=nested, num_steps=2, callbacks=[callback]
     )
     np.testing.assert_allclose(found[0] - found[1], window, rtol=1e-5)
 

@@ -247,7 +247,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
 
         **Arguments:**
 
-        - `state`: the state of a run, as a `callback` of [`metaopt.solve_bilevel`][]
+        - `state`: the state of a run, as a callback of [`metaopt.solve_bilevel`][]
             receives it.
 
         **Returns:**

@@ -2,31 +2,23 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._bilevel import AbstractBilevelSolver, BilevelStep
-from .._problem import BilevelProblem
 from .._raise import ends_run
-from .._report import Best, History, Report
+from .._report import Best, History
 from .._results import RESULTS
-from .._tree import tree_size, tree_where_arrays
 from .._types import Hyper
 from ..callbacks import AbstractCallback
-from ._feed import Feed
+from ._body import AbstractBody
+from ._feed import AbstractFeed
+from ._program import advance, Program, Steps
 from ._static import Static
-
-
-_MAX_RECORDED = 1000  # numbers in `hyper` whose path the history keeps
-
-# Columns that the driver reads and the history does not show.
-_FAILED, _UPDATED, _RESULT = "_failed", "_updated", "_result"
-_CONVERGED = "_converged"
 
 
 class Run:
@@ -38,48 +30,49 @@ class Run:
         failed under `throw`, which the state does not have.
     - `total`: the outer steps that were asked for.
     - `history`: a [`metaopt.History`][] of the steps of this run.
-    - `state`: the state of the bilevel solver. A callback may replace it in `open`.
-    - `hyper`: the outer variables.
-    - `info`: the [`metaopt.BilevelStep`][] of the last outer step, or `None` before one.
+    - `state`: the state of the bilevel solver, or a [`metaopt.few_shot.TrainState`][]. A
+        callback may replace it in `open`.
+    - `hyper`: the outer variables; what is learned over tasks.
+    - `params`: the inner solution of the last outer step; `None` of learning over tasks.
+    - `info`: the report on the last outer step, or `None` before one: a
+        [`metaopt.BilevelStep`][] or a [`metaopt.few_shot.TaskStats`][].
+    - `updated`: whether it updated the outer variables.
     - `evaluated`: the outer variables that it evaluated the outer loss at.
     - `last`: the rows that the last call added to the history: a dictionary of columns.
     - `best`: a [`metaopt.Best`][], where a callback keeps one.
     - `failed`: whether the last step failed under `throw`, which ends the run.
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
+    - `reason`: the first failure within a step that itself did not fail, or that failure.
+    - `num_skipped`: the steps that failed and left the outer variables alone.
     - `seconds`: the wall time since the run began.
-    - `is_first_call`: whether the next steps are yet to be compiled.
     """
 
     def __init__(
-        self,
-        problem: BilevelProblem,
-        solver: AbstractBilevelSolver,
-        feeds: tuple[Feed, Feed],
-        state: Any,
-        total: int,
+        self, body: AbstractBody, feeds: Sequence[AbstractFeed], state: Any, total: int
     ):
-        self.problem = problem
-        self.solver = solver
+        self.body = body
         self.feeds = feeds
         self.total = total
         self.best: Best | None = None
         self.last: dict[str, np.ndarray] = {}
         self.result: Any = RESULTS.successful
+        self.reason: Any = RESULTS.successful
         self.failed = False
         self.interrupted = False
         self.num_skipped = 0
-        self.is_first_call = True
+        self.updated = False
         self.begun = time.perf_counter()
         self._chunks: list[dict[str, np.ndarray]] = []
         self._path: list[list[np.ndarray]] = []  # arrays of `hyper`, stacked over steps
-        self._fixed: dict[bool, tuple[list[Any], Static]] = {}
+        self._bodies: dict[bool, tuple[list[Any], Static]] = {}
         self._data: tuple[list[Any], Static] | None = None  # where none is pulled
-        self._seen: tuple[list[Any], Static] | None = None
+        self._numbers: dict[tuple[type, float], jax.Array] = {}
+        self._shown: Callable[[], tuple[Any, Hyper]] | None = None
         self.state = state
 
     @property
     def state(self) -> Any:
-        """The state of the bilevel solver."""
+        """The state that one outer step hands to the next."""
         return self._rest.joined(self._arrays)
 
     @state.setter
@@ -90,27 +83,27 @@ class Run:
     @property
     def hyper(self) -> Hyper:
         """The outer variables."""
-        return self.solver.hyper(self.state)
+        return self.body.hyper(self.state)
 
     @property
-    def info(self) -> BilevelStep | None:
+    def params(self) -> Any:
+        """The inner solution of the last outer step, or `None`."""
+        return self.body.solution(self.state)
+
+    @property
+    def info(self) -> Any:
         """The report on the last outer step, or `None` before one."""
-        return None if self._seen is None else self._seen[1].joined(self._seen[0])[0]
+        return None if self._shown is None else self._shown()[0]
 
     @property
     def evaluated(self) -> Hyper | None:
         """The outer variables that the last outer step evaluated the outer loss at."""
-        return None if self._seen is None else self._seen[1].joined(self._seen[0])[1]
+        return None if self._shown is None else self._shown()[1]
 
     @property
     def seconds(self) -> float:
         """The wall time since the run began."""
         return time.perf_counter() - self.begun
-
-    @property
-    def report(self) -> Report | None:
-        """The report on the last hypergradient, or `None` before one."""
-        return None if self.info is None else self.info.report
 
     @property
     def num_taken(self) -> int:
@@ -149,35 +142,37 @@ class Run:
         Whether the run converged or failed in one of them.
         """
         begin = time.perf_counter()
-        seen = self._call(count, size, atol, throw, exact=False)
-        if "tolerance" in seen.columns and seen.converged:
+        steps = self._call(count, size, atol, throw, exact=False)
+        if steps.is_rough and steps.converged:
             # A zero of a rough hypergradient is not one of the hypergradient.
-            self._record(seen.without_last(), begin)
+            self._record(steps.without_last(), begin)
             begin = time.perf_counter()
-            seen = self._call(1, 1, atol, throw, exact=True)
-        self._record(seen, begin)
-        self.failed = seen.failed and throw
-        return self.failed or seen.converged
+            steps = self._call(1, 1, atol, throw, exact=True)
+        self._record(steps, begin)
+        self.failed = steps.failed and throw
+        return self.failed or steps.converged
 
     def _call(
         self, count: int, size: int, atol: float | None, throw: bool, exact: bool
-    ) -> "_Seen":
-        if exact not in self._fixed:
-            solver = self.solver.exact if exact else self.solver
-            self._fixed[exact] = Static.split((solver, self.problem))
-        fixed, rest = self._fixed[exact]
+    ) -> Steps:
+        if exact not in self._bodies:
+            self._bodies[exact] = Static.split(self.body.exact if exact else self.body)
+        body, rest = self._bodies[exact]
         data, data_rest = self._taken(count, size)
         pulled = tuple(feed.is_pulled for feed in self.feeds)
-        program = _Program(rest, self._rest, data_rest, pulled, size, throw, exact)
-        # Arrays, so that no number of steps and no tolerance is compiled anew.
-        limits = np.asarray(count), np.asarray(-1.0 if atol is None else atol)
-        out = _advance(program, fixed, self._arrays, data, *limits)
-        arrays, rows, info, taken, traced = out
-        # Waits for the device here, so that an interrupt finds finished steps.
-        rows, taken = jax.device_get((rows, taken))
-        self._arrays, self._seen = arrays, (info, traced.info)
-        self.is_first_call = False
-        return _Seen.of(traced, rows, int(taken))
+        program = Program(rest, self._rest, data_rest, pulled, size, throw)
+        limit = -1.0 if atol is None else atol
+        numbers = self._on_device(count), self._on_device(limit)
+        out = advance(program, body, self._arrays, data, *numbers)
+        self._arrays, self._shown, steps = out
+        return steps
+
+    def _on_device(self, number: float) -> jax.Array:
+        # To put it there takes longer than a small step.
+        place = type(number), number
+        if place not in self._numbers:
+            self._numbers[place] = jnp.asarray(number)
+        return self._numbers[place]
 
     def _taken(self, count: int, size: int) -> tuple[list[Any], Static]:
         """The data of the next steps."""
@@ -188,27 +183,24 @@ class Run:
             self._data = split
         return split
 
-    def _record(self, seen: "_Seen", begin: float) -> None:
-        if not seen.num_steps:
+    def _record(self, steps: Steps, begin: float) -> None:
+        count = steps.num_steps
+        if not count:
             return
-        each = (time.perf_counter() - begin) / seen.num_steps
-        columns = dict(seen.columns)
-        failed, updated = columns.pop(_FAILED), columns.pop(_UPDATED)
-        codes = columns.pop(_RESULT)
-        del columns[_CONVERGED]
-        columns["seconds"] = np.full(seen.num_steps, each)
-        self.num_steps += seen.num_steps
+        each = (time.perf_counter() - begin) / count
+        self.last = steps.columns | {"seconds": np.full(count, each)}
+        self._chunks.append(self.last)
+        if steps.path:
+            self._path.append(steps.path)
+        self.num_steps += count
         for feed in self.feeds:
-            feed.use(seen.num_steps)
-        self._chunks.append(columns)
-        self.last = columns
-        if seen.path:
-            self._path.append(seen.path)
-        self.num_skipped += int(np.sum((failed > 0) & (updated == 0)))
-        if np.any(failed) and not _is_failure(self.result):
-            code = np.asarray(codes[np.argmax(failed > 0)], np.int32)
-            success: Any = RESULTS.successful
-            self.result = eqx.tree_at(lambda item: item._value, success, code)
+            feed.use(count)
+        marks = steps.marks
+        self.updated = bool(marks.updated[-1])
+        if np.any(marks.failed):
+            self.num_skipped += int(np.sum((marks.failed > 0) & (marks.updated == 0)))
+            self.result = _first(self.result, marks.result)
+        self.reason = _first(self.reason, marks.reason)
 
 
 def drive(
@@ -227,12 +219,16 @@ def drive(
             for callback in callbacks:
                 callback.open(run)
                 opened.callback(callback.close, run)
+            for feed in run.feeds:
+                feed.begin(run.num_steps)
             while run.num_steps < run.total and not ended:
                 count = min(steps_per_call, run.total - run.num_steps)
                 for feed in run.feeds:
                     count = feed.pull(count)
                 if not count:
-                    if not _is_failure(run.result):
+                    if any(feed.interrupted for feed in run.feeds):
+                        raise KeyboardInterrupt
+                    if not is_failure(run.result):
                         run.result = RESULTS.outer_data_exhausted
                     break
                 ended = run.advance(count, steps_per_call, atol, throw)
@@ -241,143 +237,10 @@ def drive(
                 ended = ended or any(answers)
         except KeyboardInterrupt:
             run.interrupted = True
-            if not _is_failure(run.result):
+            if not is_failure(run.result):
                 run.result = RESULTS.interrupted
-    if atol is not None and not ended and not _is_failure(run.result):
+    if atol is not None and not ended and not is_failure(run.result):
         run.result = RESULTS.outer_max_steps
-
-
-class _Program(NamedTuple):
-    """The static part of a compiled call.
-
-    `pulled` tells for each loss whether every step has data of its own, `size` is the
-    largest number of steps, `throw` says that a step that fails is the last.
-    """
-
-    fixed: Static
-    state: Static
-    data: Static
-    pulled: tuple[bool, ...]
-    size: int
-    throw: bool
-    exact: bool
-
-
-class _Traced(NamedTuple):
-    """The static part of what a compiled call returns."""
-
-    floats: tuple[str, ...]
-    ints: tuple[str, ...]
-    info: Static
-
-
-@eqx.filter_jit
-def _advance(
-    program: _Program,
-    fixed: list[Any],
-    arrays: list[Any],
-    data: list[Any],
-    count: Any,
-    limit: Any,
-) -> Any:
-    """Up to `count` outer steps; fewer where one converges, or fails under `throw`."""
-    solver, problem = program.fixed.joined(fixed)
-    sources = program.data.joined(data)
-    static: list[Any] = []
-
-    def step(arrays, index):
-        own = [
-            jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, source)
-            if pulled
-            else source
-            for source, pulled in zip(sources, program.pulled)
-        ]
-        state = program.state.joined(arrays)
-        new, info = solver.step(problem, state, *own)
-        columns = info.report.scalars()
-        failed = info.report.result != RESULTS.successful
-        converged = columns["hypergradient_norm"].astype(float) <= limit
-        # A step that fails under `throw`, or has to be taken again, is not kept.
-        undone = failed if program.throw else jnp.zeros((), bool)
-        if "tolerance" in columns:
-            undone = undone | converged
-        new = tree_where_arrays(jnp.logical_not(undone), new, state)
-        columns[_FAILED] = failed.astype(int)
-        columns[_UPDATED] = info.updated.astype(int)
-        columns[_RESULT] = info.report.result._value
-        columns[_CONVERGED] = converged.astype(int)
-        floats, ints = _by_kind(columns)
-        hyper = eqx.filter(solver.hyper(new), eqx.is_inexact_array)
-        path = jax.tree.leaves(hyper) if tree_size(hyper) <= _MAX_RECORDED else []
-        ends = converged | failed if program.throw else converged
-        info_arrays, info_rest = Static.split((info, solver.hyper(state)))
-        static[:] = [tuple(floats), tuple(ints), info_rest]
-        rows = _stack(floats), _stack(ints), path
-        new_arrays, _ = Static.split(new)
-        return new_arrays, rows, info_arrays, ends
-
-    first = jnp.zeros((), int)
-    # Traced once: its shapes are known before the loop that repeats it.
-    closed: Any = eqx.filter_closure_convert(step, arrays, first)
-    _, rows, info, _ = jax.tree.map(
-        lambda struct: jnp.zeros(struct.shape, struct.dtype), closed.out_struct
-    )
-    rows = jax.tree.map(lambda a: jnp.zeros((program.size, *a.shape), a.dtype), rows)
-
-    def go_on(carry):
-        index, ends, *_ = carry
-        return (index < count) & jnp.logical_not(ends)
-
-    def body(carry):
-        index, _, arrays, rows, _ = carry
-        arrays, row, info, ends = closed(arrays, index)
-        rows = jax.tree.map(lambda all, one: all.at[index].set(one), rows, row)
-        return index + 1, ends, arrays, rows, info
-
-    start = first, jnp.zeros((), bool), arrays, rows, info
-    taken, _, arrays, rows, info = jax.lax.while_loop(go_on, body, start)
-    return arrays, rows, info, taken, _Traced(*static)
-
-
-def _by_kind(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The columns of floats and those of ints, each in the widest dtype there is."""
-    floats, ints = {}, {}
-    for name, x in columns.items():
-        is_float = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        (floats if is_float else ints)[name] = x.astype(float if is_float else int)
-    return floats, ints
-
-
-def _stack(columns: dict[str, Any]) -> Any:
-    # One array for all of them, so that the host reads it at once.
-    return jnp.stack(list(columns.values()))
-
-
-class _Seen(NamedTuple):
-    """The steps of one call, on the host."""
-
-    columns: dict[str, np.ndarray]
-    path: list[np.ndarray]
-    num_steps: int
-    converged: bool
-    failed: bool
-
-    @classmethod
-    def of(cls, traced: _Traced, rows: Any, num_steps: int) -> "_Seen":
-        floats, ints, path = jax.tree.map(lambda a: a[:num_steps], rows)
-        columns = dict(zip(traced.floats, floats.T)) | dict(zip(traced.ints, ints.T))
-        return cls(
-            columns,
-            path,
-            num_steps,
-            converged=bool(columns[_CONVERGED][-1]),
-            failed=bool(columns[_FAILED][-1]),
-        )
-
-    def without_last(self) -> "_Seen":
-        """The same without the last step."""
-        columns, path = jax.tree.map(lambda a: a[:-1], (self.columns, self.path))
-        return _Seen(columns, path, self.num_steps - 1, self.converged, self.failed)
 
 
 def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -395,5 +258,19 @@ def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     }
 
 
-def _is_failure(result: Any) -> bool:
+def is_failure(result: Any) -> bool:
+    """Whether a result is one."""
     return bool(result != RESULTS.successful)
+
+
+_SUCCESS: Any = RESULTS.successful
+_SUCCESS_CODE = np.asarray(_SUCCESS._value)
+
+
+def _first(result: Any, codes: np.ndarray) -> Any:
+    """That result, or if it is a success the first of these codes that is none."""
+    failures = codes[codes != _SUCCESS_CODE]
+    if not failures.size or is_failure(result):
+        return result
+    code = np.asarray(failures[0], np.int32)
+    return eqx.tree_at(lambda item: item._value, _SUCCESS, code)

@@ -1,6 +1,8 @@
 """The data of the outer loop: fixed, or pulled for every outer step."""
 
-from collections.abc import Iterator
+import abc
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -13,81 +15,153 @@ from .._tree import same_structs
 from .._validate import canonical_arrays, is_loader
 
 
-class Feed:
-    """The data of one of the two losses: fixed, or pulled for every outer step.
+class AbstractFeed(abc.ABC):
+    """One source of data of the outer loop.
 
     **Attributes:**
 
-    - `now`: the data of the last outer step, or of the first one before that.
     - `is_pulled`: whether each outer step has data of its own.
+    - `interrupted`: whether Ctrl-C came while it waited for data.
     """
 
-    def __init__(self, data: Any, name: str):
-        self.name = name
-        self.source = restarted(data) if _is_pulled(data) else None
-        self.is_pulled = self.source is not None
-        self.now: AbstractData
-        if self.source is None:
-            self.now = self._check(data)
-        else:
-            try:
-                self.now = self._check(next(self.source))
-            except StopIteration:
-                raise ValueError(
-                    f"`{name}` is an iterator or loader that yields nothing."
-                ) from None
-        self.waiting = [self.now]  # pulled, and not used yet
+    is_pulled = False
+    interrupted = False
 
+    @abc.abstractmethod
+    def begin(self, num_steps: int) -> None:
+        """Called before the first outer step of a run, with those taken before it."""
+
+    @abc.abstractmethod
     def pull(self, count: int) -> int:
-        """Pulls data for as many outer steps as there is, up to `count`."""
-        if self.source is None:
-            return count
-        while len(self.waiting) < count:
-            try:
-                self.waiting.append(self._check(next(self.source)))
-            except StopIteration:
-                break
-        return min(len(self.waiting), count)
+        """Pulls data for as many outer steps as one call can take, up to `count`."""
 
-    def take(self, count: int, size: int) -> AbstractData:
+    @abc.abstractmethod
+    def take(self, count: int, size: int) -> Any:
         """The data of the next `count` outer steps, which stays until it is used.
 
         **Returns:**
 
-        What is fixed as it is; what is pulled stacked along a new first axis of length
-        `size`, whose entries past `count` are never read.
-
-        **Raises:**
-
-        `ValueError` where the shapes of two steps differ.
+        Data that is fixed as it is; data that is pulled stacked along a new first axis of
+        length `size`, whose entries past `count` are never read.
         """
+
+    @abc.abstractmethod
+    def use(self, count: int) -> None:
+        """Goes on to the data after that of `count` outer steps."""
+
+
+class Fixed(AbstractFeed):
+    """The same data at every outer step.
+
+    **Attributes:**
+
+    - `now`: the data.
+    """
+
+    def __init__(self, data: Any):
+        self.now = data
+
+    def begin(self, num_steps):
+        pass
+
+    def pull(self, count):
+        return count
+
+    def take(self, count, size):
+        return self.now
+
+    def use(self, count):
+        pass
+
+
+class Pulled(AbstractFeed):
+    """Data that an iterator yields for every outer step.
+
+    Steps that are taken in one call have data of the same shapes: a call ends where they
+    change, and each shape is compiled once.
+
+    **Arguments:**
+
+    - `start`: `start(num_steps)`, an iterator that goes on after so many outer steps.
+    - `check`: a function of an item that returns it as arrays.
+
+    **Attributes:**
+
+    - `now`: the data of the last outer step, or `None` before it.
+    """
+
+    is_pulled = True
+
+    def __init__(self, start: Callable[[int], Iterator[Any]], check: Callable[[Any], Any]):
+        self.start = start
+        self.check = check
+        self.source: Iterator[Any] | None = None
+        self.now: Any = None
+        self.waiting: list[Any] = []  # pulled, and not used yet
+
+    def begin(self, num_steps):
         if self.source is None:
-            return self.now
+            self.source = self.start(num_steps)
+
+    def peek(self) -> bool:
+        """Pulls the data of the first outer step before the run, into `now`.
+
+        **Returns:**
+
+        Whether there is any.
+        """
+        self.begin(0)
+        there = self.pull(1) > 0
+        self.now = self.waiting[0] if there else None
+        return there
+
+    def pull(self, count):
+        assert self.source is not None
+        try:
+            while len(self.waiting) < count and not self.interrupted:
+                self.waiting.append(self.check(next(self.source)))
+        except StopIteration:
+            pass
+        except KeyboardInterrupt:
+            # The steps on what has been pulled are taken first.
+            self.interrupted = True
+        arrays = [eqx.filter(data, eqx.is_array) for data in self.waiting[:count]]
+        alike = lambda other: same_structs(arrays[0], other)
+        return len(arrays[:1]) + sum(1 for _ in itertools.takewhile(alike, arrays[1:]))
+
+    def take(self, count, size):
         parts = [eqx.partition(data, eqx.is_array) for data in self.waiting[:count]]
         arrays = [part[0] for part in parts]
-        if not all(same_structs(arrays[0], other) for other in arrays[1:]):
-            raise ValueError(
-                f"`{self.name}` yields batches of different shapes or dtypes, and steps "
-                "taken in one call need the same. Write `steps_per_call=1`, or make the "
-                "batches alike."
-            )
         arrays += [arrays[-1]] * (size - count)
         return eqx.combine(jax.tree.map(_stacked, *arrays), parts[0][1])
 
-    def use(self, count: int) -> None:
-        """Goes on to the data after that of `count` outer steps."""
-        if self.source is not None and count:
+    def use(self, count):
+        if count:
             self.now = self.waiting[count - 1]
             self.waiting = self.waiting[count:]
 
-    def _check(self, data: Any) -> AbstractData:
-        return as_data(canonical_arrays(data, self.name), self.name)
+
+def data_feed(data: Any, name: str) -> Fixed | Pulled:
+    """The data of one of the two losses as a feed.
+
+    **Raises:**
+
+    `ValueError` for an iterator or loader that yields nothing.
+    """
+
+    def check(data: Any) -> AbstractData:
+        return as_data(canonical_arrays(data, name), name)
+
+    if not isinstance(data, Iterator) and not is_loader(data):
+        return Fixed(check(data))
+    feed = Pulled(lambda num_steps: restarted(data), check)
+    if not feed.peek():
+        if feed.interrupted:
+            raise KeyboardInterrupt
+        raise ValueError(f"`{name}` is an iterator or loader that yields nothing.")
+    return feed
 
 
 def _stacked(*leaves: Any) -> Any:
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
     return np.stack(leaves) if on_host else jnp.stack(leaves)
-
-
-def _is_pulled(data: Any) -> bool:
-    return isinstance(data, Iterator) or is_loader(data)

@@ -6,11 +6,13 @@ import equinox as eqx
 import jax
 
 
+@jax.tree_util.register_static
 class Static:
     """A pytree without arrays, hashed once for all calls of a compiled function.
 
     At every call such arguments are hashed and compared, which takes longer than a small
-    step. One object is equal to itself at once.
+    step. One object is equal to itself at once. As a pytree it has no leaves, so that a
+    compiled function may return one.
     """
 
     def __init__(self, tree: Any):
@@ -37,8 +39,13 @@ class Static:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Static) and self.key == other.key)
 
+    @property
+    def tree(self) -> Any:
+        """The pytree."""
+        leaves, structure = self.key
+        return jax.tree.unflatten(structure, leaves)
+
     def joined(self, arrays: list[Any]) -> Any:
         """The pytree that was split, with these arrays."""
-        leaves, structure = self.key
-        rest, inner = jax.tree.unflatten(structure, leaves)
+        rest, inner = self.tree
         return eqx.combine(jax.tree.unflatten(inner, arrays), rest)

@@ -43,14 +43,15 @@ class Checkpoint(AbstractCallback):
         self.path = Path(path)
         self.every = every
         self._written = 0  # outer steps in the file
-        self._kept: tuple[int, Any] = 0, RESULTS.successful  # of the steps to be written
+        # Of the steps to be written.
+        self._kept: tuple[int, Any, Any] = 0, RESULTS.successful, RESULTS.successful
 
     def open(self, run):
-        check_writable(self.path)
         self._written = 0
-        self._kept = run.num_skipped, run.result
+        self._kept = run.num_skipped, run.result, run.reason
         # `Path.exists` raises where it may not look.
         if not os.path.exists(self.path):
+            check_writable(self.path)
             return
         if run.num_steps:
             raise ValueError(
@@ -58,12 +59,14 @@ class Checkpoint(AbstractCallback):
                 "Hand over one of them, or name a file that is not there yet."
             )
         self._take_up(run)
+        if run.num_steps < run.total:
+            check_writable(self.path)
         self._written = run.num_steps
-        self._kept = run.num_skipped, run.result
+        self._kept = run.num_skipped, run.result, run.reason
 
     def see(self, run):
         if not run.failed:
-            self._kept = run.num_skipped, run.result
+            self._kept = run.num_skipped, run.result, run.reason
         if run.num_steps - run.failed - self._written >= self.every:
             self._write(run)
 
@@ -76,22 +79,23 @@ class Checkpoint(AbstractCallback):
         path = jax.tree.leaves(eqx.filter(history.hyper, is_float_array))
         count = len(history) - run.failed
         rows = jax.tree.map(lambda a: a[:count], (dict(history.columns), path))
-        num_skipped, result = self._kept
-        notes = _Notes(np.asarray(num_skipped), result, _best_or(run))
-        save(self.path, (state, *rows, notes))
+        num_skipped, result, reason = self._kept
+        notes = np.asarray(num_skipped), result, reason, _best_or(run)
+        save(self.path, _Content(state, *rows, *notes))
         self._written = run.num_steps - run.failed
 
     def _take_up(self, run: Any) -> None:
         columns: dict[str, np.ndarray] = {}
         path: list[np.ndarray] = []
         for name, kind, shape in described(self.path):
-            if match := re.fullmatch(r"\[1\]\['(\w+)'\]", name):
+            if match := re.fullmatch(r"\.columns\['(\w+)'\]", name):
                 columns[match[1]] = np.zeros(shape, kind)
-            elif re.fullmatch(r"\[2\]\[\d+\]", name):
+            elif re.fullmatch(r"\.path\[\d+\]", name):
                 path.append(np.zeros(shape, kind))
         success: Any = RESULTS.successful
-        notes = _Notes(np.asarray(0), success, _best_or(run))
-        state, columns, path, notes = load(self.path, (run.state, columns, path, notes))
+        notes = np.asarray(0), success, success, _best_or(run)
+        content = load(self.path, _Content(run.state, columns, path, *notes))
+        state = content.state
         if int(state.num_steps) > run.total:
             raise CheckpointError(
                 f"{self.path} has {int(state.num_steps)} steps, and `num_steps` is "
@@ -103,26 +107,31 @@ class Checkpoint(AbstractCallback):
                 f"{self.path} is of a run with another `key`. Hand over the same, or name "
                 "another file."
             )
-        run.restore(state, columns, path)
-        run.num_skipped, run.result = int(notes.num_skipped), notes.result
-        best = notes.best
+        run.restore(state, content.columns, content.path)
+        run.num_skipped = int(content.num_skipped)
+        run.result, run.reason = content.result, content.reason
+        best = content.best
         if best.step >= 0:
             loss, step = float(best.outer_loss), int(best.step)
             run.best = Best(best.hyper, best.params, loss, step)
 
 
-class _Notes(eqx.Module):
-    """The part of a run that is neither its state nor its history."""
+class _Content(eqx.Module):
+    """The content of a file, whose errors call its arrays by these names."""
 
+    state: Any
+    columns: dict[str, np.ndarray]  # of the history
+    path: list[np.ndarray]  # of `hyper`
     num_skipped: np.ndarray
     result: RESULTS
+    reason: RESULTS
     best: Best  # of step -1 where nobody keeps one
 
 
 def _best_or(run: Any) -> Best:
     best = run.best
     if best is None:
-        best = Best(run.hyper, run.solver.solution(run.state), float("nan"), -1)
+        best = Best(run.hyper, run.params, float("nan"), -1)
     numbers = np.asarray(best.outer_loss, np.float64), np.asarray(best.step, np.int64)
     return Best(best.hyper, best.params, *numbers)  # pyright: ignore[reportArgumentType]
 

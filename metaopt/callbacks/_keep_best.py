@@ -15,9 +15,8 @@ class KeepBest(AbstractCallback):
     """
 
     def see(self, run):
-        if not run.info.updated:
+        if not run.updated:
             return  # the params in the state are then of another step
-        loss = float(run.info.report.outer.loss)
+        loss = float(run.last["outer_loss"][-1])
         if run.best is None or loss < run.best.outer_loss:
-            params = run.solver.solution(run.state)
-            run.best = Best(run.evaluated, params, loss, run.num_steps - 1)
+            run.best = Best(run.evaluated, run.params, loss, run.num_steps - 1)

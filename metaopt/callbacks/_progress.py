@@ -31,10 +31,9 @@ class Progress(AbstractCallback):
             self._compiled = True
             text = f"The first call, with compilation, took {run.seconds:.1f} s."
             self._bar.write(text, file=sys.stderr)
-        outer = run.info.report.outer
         self._bar.set_postfix(
-            loss=f"{float(outer.loss):.4g}",
-            gradient=f"{float(outer.hypergradient_norm):.2g}",
+            loss=f"{run.last['outer_loss'][-1]:.4g}",
+            gradient=f"{run.last['hypergradient_norm'][-1]:.2g}",
             refresh=False,
         )
 

@@ -12,7 +12,6 @@ from ._settings import (
     with_learned_rates as with_learned_rates,
 )
 from ._solution import (
-    TrainHistory as TrainHistory,
     TrainSolution as TrainSolution,
     TrainState as TrainState,
 )

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from .._report import flat_text, is_positive, table, verdict
+from .._report import Best, flat_text, History, is_positive, table, verdict
 from .._results import RESULTS
 from .._types import IntScalar, Key, ModelState
 
@@ -17,33 +17,16 @@ class TrainState(eqx.Module):
 
     - `meta`: what is learned.
     - `model_state`: the model state, or `None`.
-    - `optimizer_state`: that of the optimizer.
+    - `outer_state`: the state of the optimizer.
     - `num_steps`: how many meta-steps were taken.
     - `key`: the randomness of the run.
     """
 
     meta: Any
     model_state: ModelState
-    optimizer_state: Any
+    outer_state: Any
     num_steps: IntScalar
     key: Key
-
-
-class TrainHistory(eqx.Module):
-    """The reports of all meta-steps, one entry for each, as NumPy arrays.
-
-    **Attributes:**
-
-    - `loss`: the mean query loss over the batch of tasks, as `value_and_grad` returns it.
-    - `num_failed`: how many tasks failed.
-    - `reason`: why the first task that failed did; successful where none did.
-    - `num_flat`: the sum over tasks of that of [`metaopt.few_shot.TaskStats`][].
-    """
-
-    loss: np.ndarray
-    num_failed: np.ndarray
-    reason: RESULTS
-    num_flat: np.ndarray | None = None
 
 
 class TrainSolution(eqx.Module):
@@ -53,24 +36,35 @@ class TrainSolution(eqx.Module):
 
     - `meta`: what was learned.
     - `model_state`: the model state, or `None`.
-    - `history`: the steps since the run began, or was taken up again.
-    - `state`: to go on from.
+    - `history`: a [`metaopt.History`][] with a row for each meta-step: `outer_loss`, the
+        mean query loss over the batch of tasks; `hypergradient_norm`, the norm of the
+        meta-gradient; `num_failed`, the tasks that failed; `num_flat`, the sum over tasks
+        of that of [`metaopt.few_shot.TaskStats`][]; and `seconds`.
     - `result`: how the run ended.
+    - `reason`: why the first task that failed did; successful where none did.
+    - `state`: to go on from.
+    - `best`: the [`metaopt.Best`][] that [`metaopt.callbacks.KeepBest`][] kept, or `None`.
     - `seconds`: how long it took, compilation included.
     """
 
     meta: Any
     model_state: ModelState
-    history: TrainHistory
-    state: TrainState
+    history: History
     result: RESULTS
+    reason: RESULTS
+    state: TrainState
+    best: Best | None
     seconds: float
 
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        losses, num_failed = self.history.loss, int(self.history.num_failed.sum())
+        history = self.history
+        losses, num_failed = history.outer_loss, 0
+        num_flat = None
+        if len(history):
+            num_failed, num_flat = int(history.num_failed.sum()), history.num_flat
         rows = [
             ("meta-steps", f"{int(self.state.num_steps)}, of which {len(losses)} now"),
             ("tasks that failed", f"{num_failed}"),
@@ -80,11 +74,11 @@ class TrainSolution(eqx.Module):
         if np.any(np.isfinite(losses)):
             rows.insert(1, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
             rows.insert(2, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
-        if is_positive(self.history.num_flat):
-            rows.append(("left out", flat_text(self.history.num_flat)))
+        if is_positive(num_flat):
+            rows.append(("left out", flat_text(num_flat)))
         text = verdict(self.result)
         if num_failed:
-            text += f" Tasks that failed are left out. {verdict(self.history.reason)}"
+            text += f" Tasks that failed are left out. {verdict(self.reason)}"
         return table("Learning over tasks", rows, text)
 
 
