@@ -78,10 +78,10 @@ class Checkpoint(AbstractCallback):
         history, state = run.history, run.state
         path = jax.tree.leaves(eqx.filter(history.hyper, is_float_array))
         count = len(history) - run.failed
-        rows = jax.tree.map(lambda a: a[:count], (dict(history.columns), path))
+        columns, path = jax.tree.map(lambda a: a[:count], (dict(history.columns), path))
         num_skipped, result, reason = self._kept
         notes = np.asarray(num_skipped), result, reason, _best_or(run)
-        save(self.path, _Content(state, *rows, *notes))
+        save(self.path, _Content(state, columns, path, *notes))
         self._written = run.num_steps - run.failed
 
     def _take_up(self, run: Any) -> None:
