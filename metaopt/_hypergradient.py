@@ -11,6 +11,7 @@ from ._problem import BilevelProblem
 from ._raise import raise_on_failure
 from ._report import Report
 from ._solver import AbstractSolver
+from ._trace_once import tracing_once
 from ._types import (
     Hyper,
     Key,
@@ -28,6 +29,7 @@ from ._validate import (
 )
 
 
+@tracing_once()
 def hypergradient(
     problem: BilevelProblem,
     hyper: Hyper,

@@ -14,6 +14,7 @@ from ._raise import attach_solution, raise_on_failure
 from ._report import BilevelSolution
 from ._results import first_failure, mask_result, RESULTS
 from ._solver import Outcome
+from ._trace_once import tracing_once
 from ._tree import same_structs
 from ._types import FloatScalar, Hyper, Key, ModelState, Params
 from ._validate import (
@@ -28,6 +29,7 @@ from ._validate import (
 from .callbacks import AbstractCallback
 
 
+@tracing_once()
 def solve_bilevel(
     problem: BilevelProblem,
     hyper: Hyper,

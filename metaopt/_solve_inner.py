@@ -15,6 +15,7 @@ from ._raise import raise_on_failure
 from ._reach import guarded, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
+from ._trace_once import tracing_once
 from ._tree import split_trainable
 from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
@@ -29,6 +30,7 @@ from ._validate import (
 )
 
 
+@tracing_once()
 def solve_inner(
     problem: AbstractProblem,
     hyper: Hyper,

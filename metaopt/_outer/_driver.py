@@ -13,12 +13,12 @@ import numpy as np
 from .._raise import ends_run
 from .._report import Best, History
 from .._results import RESULTS
+from .._static import Static
 from .._types import Hyper
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
 from ._program import advance, Program, Steps
-from ._static import Static
 
 
 class Run:

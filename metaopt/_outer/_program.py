@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._results import RESULTS
+from .._static import Static
 from .._tree import tree_size
 from .._types import Hyper
 from ._row import Cell, Row, Shown
-from ._static import Static
 
 
 _MAX_RECORDED = 1000  # numbers in `hyper` whose path the history keeps

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._model_state import StepStates
+from .._trace_once import call_once
 from .._tree import leaf_names, split_trainable
 from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem, Evaluation
@@ -100,7 +101,7 @@ def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> A
     """
     check_signature(fn, name, ("params", "hyper", "batch"), optional)
     try:
-        return fn(params, hyper, batch, **optional)
+        return call_once(fn, params, hyper, batch, **optional)
     except Exception as error:
         if isinstance(error, _MISPLACED) and _works(fn, hyper, params, batch, **optional):
             raise ValueError(
