@@ -36,6 +36,7 @@ from ._bilevel import (
     AbstractBilevelSolver as AbstractBilevelSolver,
     AbstractStart as AbstractStart,
     AbstractTolerance as AbstractTolerance,
+    BilevelEvaluation as BilevelEvaluation,
     BilevelStep as BilevelStep,
     ColdStart as ColdStart,
     DeltaSTN as DeltaSTN,

@@ -2,6 +2,7 @@
 
 from ._base import (
     AbstractBilevelSolver as AbstractBilevelSolver,
+    BilevelEvaluation as BilevelEvaluation,
     BilevelStep as BilevelStep,
 )
 from ._best_response_method import (
