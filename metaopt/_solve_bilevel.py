@@ -68,7 +68,8 @@ def solve_bilevel(
         and what is in `hyper` and `params`. Hand over the same problem, solver and data;
         of an iterator one that goes on where it was; a loader is started anew. The history
         is that of the new steps.
-    - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
+    - `atol`: stop once the Euclidean norm of the hypergradient is at most this; under a
+        single-loop solver that of the change of the params and of its own variables, too.
     - `steps_per_call`: how many outer steps are compiled into one call, without a word to
         Python in between. More of them save the time between steps, which counts where a
         step takes less than a few milliseconds; callbacks see the last of each call. The
