@@ -113,24 +113,6 @@ def without_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
     return [a and not b for a, b in zip(acts, slopes, strict=True)]
 
 
-def check_inner_loss(loss: Callable[[PyTree], PyTree], params: PyTree) -> None:
-    """Raises a `ValueError` unless the inner loss depends on the params."""
-    if not depends(loss, params):
-        raise ValueError(
-            "The inner loss does not depend on `params`, so there is nothing to "
-            "solve. Compute it from its first argument."
-        )
-
-
-def check_outer_loss(loss: Callable[[PyTree], PyTree], params: PyTree) -> None:
-    """Raises a `ValueError` unless the outer loss depends on the params."""
-    if not depends(loss, params):
-        raise ValueError(
-            "The outer loss does not depend on `params`, so the inner problem has no "
-            "effect on it. Compute it from its first argument."
-        )
-
-
 def evaluate_tracing_scale(
     fn: Callable[[jax.Array], tuple[PyTree, PyTree]], dtype
 ) -> tuple[PyTree, PyTree, PyTree]:

@@ -11,17 +11,20 @@ import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
 from ._data import AbstractData, BatchSequence
-from ._dependence import (
-    check_inner_loss,
-    check_outer_loss,
-    evaluate_tracing_scale,
-    leaves_with_influence,
-)
+from ._dependence import evaluate_tracing_scale, leaves_with_influence
 from ._loop_error import loops_explained
 from ._problem import BilevelProblem, initialise
-from ._reach import held_message, split_unreached, zero_message
+from ._promises import (
+    check_inner_loss,
+    check_outer_loss,
+    check_seen,
+    check_tunable,
+    judged,
+    trainable_names,
+)
+from ._reach import zero_message
 from ._report import InnerInfo, OuterInfo, Report
-from ._results import first_failure, mask_result, RESULTS, voids_hypergradient
+from ._results import voids_hypergradient
 from ._solver import AbstractSolver, Earlier, InnerSolve, LoopState, Outcome
 from ._tree import nan_where, split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
 from ._types import (
@@ -153,7 +156,8 @@ class Objective(eqx.Module):
         norm = tree_scaled_norm(gradient)
         outcome = self.solve.checked(output.outcome, hyper)
         output = dataclasses.replace(output, outcome=outcome)
-        result = _judge(output, norm)
+        is_finite = jnp.isfinite(output.value), jnp.isfinite(norm)
+        result = judged(outcome.result, *is_finite, output.result)
         # Where there is no solution there is no hypergradient: a linear solver that
         # stops at once can leave a zero that looks like one.
         gradient = _nan_where(voids_hypergradient(result), gradient)
@@ -259,6 +263,7 @@ class Objective(eqx.Module):
         """Each way in which a leaf acts must be seen: a leaf that the outer loss reads
         as well would hide that its way through the inner solution is not."""
         outcome = lambda h: self.primal(h)[1]
+        message = lambda names: zero_message(names, adjoint)
         reached = jax.tree.leaves(solution)
         if adjoint.sees_inner_loss:
             acts = lambda h: _solution_of(outcome(h))
@@ -268,20 +273,11 @@ class Objective(eqx.Module):
                 acts = lambda h: list(
                     itertools.compress(jax.tree.leaves(_solution_of(outcome(h))), read)
                 )
-            zero, *_ = split_unreached(reached, acts, hyper)
-            if zero:
-                raise ValueError(zero_message(zero, adjoint))
+            check_seen(reached, acts, hyper, message)
         reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
-        zero, idle, held = split_unreached(reached, lambda h: self.primal(h)[0], hyper)
-        if zero:
-            raise ValueError(zero_message(zero, adjoint))
-        if held and len(idle) + len(held) == len(reached):
-            raise ValueError(held_message(held))
-        if len(idle) == len(reached):
-            raise ValueError(
-                "Neither loss depends on `hyper`, and nor does the inner solver: there "
-                "is nothing to tune. Compute the inner or the outer loss from `hyper`."
-            )
+        idle, held = check_seen(reached, lambda h: self.primal(h)[0], hyper, message)
+        also = ", and nor does the inner solver"
+        check_tunable(trainable_names(hyper), idle, held, also=also)
         return idle, held
 
     def _read_by_outer(self, hyper: Hyper) -> list[bool]:
@@ -313,18 +309,6 @@ def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
 def _solution_of(outcome: Outcome) -> Any:
     """The part of an inner solve that the outer loss sees."""
     return eqx.filter((outcome.params, outcome.model_state), eqx.is_inexact_array)
-
-
-def _judge(output: HypergradientOutput, norm: FloatScalar) -> Any:
-    """The first failure on the way of the data."""
-    outer_failed = jnp.logical_not(jnp.isfinite(output.value))
-    gradient_failed = jnp.logical_not(jnp.isfinite(norm))
-    return first_failure(
-        output.outcome.result,
-        mask_result(outer_failed, RESULTS.outer_nonfinite),
-        output.result,
-        mask_result(gradient_failed, RESULTS.hypergradient_nonfinite),
-    )
 
 
 def _report(

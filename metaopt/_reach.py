@@ -7,42 +7,12 @@ import equinox as eqx
 import jax
 
 from ._adjoint import AbstractAdjoint
-from ._dependence import influences, leaves_with_influence
+from ._dependence import influences
 from ._detach import forbid_derivative, unknown_derivative
+from ._promises import no_derivative_message, trainable_names
 from ._solver import Outcome
-from ._tree import leaf_names, split_trainable
-from ._types import Hyper, PyTree
-
-
-def trainable_names(hyper: Hyper, root: str = "hyper") -> list[str]:
-    """The name of each leaf of `hyper` that can be tuned."""
-    return leaf_names(split_trainable(hyper)[0], root)
-
-
-def split_unreached(
-    reached: Sequence[bool], primal: Callable[[Hyper], PyTree], hyper: Hyper
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Names of leaves that are zero by construction, of those without influence, and of
-    those whose only influence is held constant by a `stop_gradient` of the user.
-
-    **Arguments:**
-
-    - `reached`: for each trainable leaf, whether the derivative can see it.
-    - `primal`: what is differentiated; arrays out.
-    - `hyper`: the outer variables.
-    """
-    names = trainable_names(hyper)
-    if all(reached):
-        return (), (), ()
-    trainable, static = split_trainable(hyper)
-    of_trainable = lambda trainable: primal(eqx.combine(trainable, static))
-    matters = leaves_with_influence(of_trainable, trainable)
-    acts = leaves_with_influence(of_trainable, trainable, despite_stop_gradient=True)
-    rows = list(zip(names, reached, matters, acts, strict=True))
-    zero = tuple(f"`{n}`" for n, seen, matters, _ in rows if matters and not seen)
-    idle = tuple(n for n, seen, matters, acts in rows if not (acts or matters or seen))
-    held = tuple(n for n, seen, matters, acts in rows if acts and not (matters or seen))
-    return zero, idle, held
+from ._tree import split_trainable
+from ._types import Hyper
 
 
 def zero_message(
@@ -66,30 +36,13 @@ def zero_message(
             "constant. Use `metaopt.UnrolledAdjoint()`."
         )
     if adjoint.sees_path:
-        return (
-            f"The derivative with respect to {listed} is zero by construction: it acts on "
-            "the result only through operations that have no derivative (rounding, "
-            "comparisons, `argmax`, accuracies, updates by sign, random draws such as "
-            "those of dropout). Use a smooth measure in their place, tune it from samples "
-            "with `metaopt.SelfTuningSolver`, or keep it out of `hyper`."
-        )
+        return no_derivative_message(names)
     return (
         f"The derivative with respect to {listed} is zero by construction under `{kind}`: "
         "it acts on the inner solution only through what this adjoint does not see (the "
         "inner solver's settings, the initial params, an operation with no derivative). "
         "Use `metaopt.UnrolledAdjoint()` or `metaopt.ForwardAdjoint()`, let it enter the "
         "inner loss, or hold it constant there with `jax.lax.stop_gradient`."
-    )
-
-
-def held_message(names: Sequence[str]) -> str:
-    """The text of the error where every leaf of `hyper` is held constant."""
-    return (
-        f"`{'`, `'.join(names)}` acts on the losses only behind `jax.lax.stop_gradient`, "
-        "as the rate of `equinox.nn.Dropout` does: it has influence and no derivative, "
-        "so there is nothing that a hypergradient could tune. Use "
-        "`metaopt.SelfTuningSolver`, which tunes such leaves from samples, or take the "
-        "`stop_gradient` away."
     )
 
 

@@ -134,6 +134,12 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The linear system of the implicit hypergradient is singular or holds infinite "
         "or NaN values. Add regularisation or `damping`, or use `UnrolledAdjoint`."
     )
+    extra_nonfinite = _Void(
+        "The variables that a single-loop method keeps beside the params (`extra`, such as "
+        "the solution of a linear system) became infinite or NaN although the params are "
+        "finite. Lower the step size of the method for them, or add regularisation to the "
+        "inner problem."
+    )
     # -- the outer problem
     outer_nonfinite = _Void(
         "The outer loss is infinite or NaN although the inner solution is finite. Look "

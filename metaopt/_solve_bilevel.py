@@ -6,17 +6,16 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from ._bilevel import AbstractBilevelSolver
+from ._bilevel import AbstractBilevelSolver, BilevelEvaluation
 from ._data import AbstractData
 from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
 from ._problem import BilevelProblem
 from ._raise import attach_solution, raise_on_failure
 from ._report import BilevelSolution
 from ._results import first_failure, mask_result, RESULTS
-from ._solver import Outcome
 from ._trace_once import tracing_once
 from ._tree import same_structs
-from ._types import FloatScalar, Hyper, Key, ModelState, Params
+from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
     canonical_hyper,
     canonical_key,
@@ -71,7 +70,8 @@ def solve_bilevel(
         and what is in `hyper` and `params`. Hand over the same problem, solver and data;
         of an iterator one that goes on where it was; a loader is started anew. The history
         is that of the new steps.
-    - `atol`: stop once the Euclidean norm of the hypergradient is at most this.
+    - `atol`: stop once the Euclidean norm of the hypergradient is at most this; under a
+        single-loop solver that of the change of the params and of its own variables, too.
     - `steps_per_call`: how many outer steps are compiled into one call, without a word to
         Python in between. More of them save the time between steps, which counts where a
         step takes less than a few milliseconds; callbacks see the last of each call. The
@@ -145,20 +145,18 @@ class _Body(AbstractBody):
     problem: BilevelProblem
     solver: AbstractBilevelSolver
 
-    @property
-    def exact(self):
-        return _Body(self.problem, self.solver.exact)
+    def exact(self, info):
+        return _Body(self.problem, info.exact)
 
     def step(self, state, *data):
         state, info = self.solver.step(self.problem, state, *data)
         report = info.report
-        columns = report.scalars()
         return state, StepRecord(
-            columns,
+            report.scalars(),
             result=report.result,
             reason=report.result,
             updated=info.updated,
-            is_rough="tolerance" in columns,
+            is_rough=info.exact is not None,
             info=info,
         )
 
@@ -193,20 +191,20 @@ def _solution(
 ) -> BilevelSolution:
     """The solution as far as it was reached."""
     state = run.state
-    value, outcome = _evaluate(solver, problem, state, train, valid)
+    last = _evaluate(solver, problem, state, train, valid)
     # The last `hyper` has not been solved for before.
-    lost = mask_result(~jnp.isfinite(value), RESULTS.outer_nonfinite)
+    lost = mask_result(~jnp.isfinite(last.outer_loss), RESULTS.outer_nonfinite)
     return BilevelSolution(
         hyper=run.hyper,
-        params=outcome.params,
-        model_state=outcome.model_state,
-        outer_loss=value,
+        params=last.params,
+        model_state=last.model_state,
+        outer_loss=last.outer_loss,
         history=run.history,
-        result=first_failure(run.result, outcome.result, lost),
+        result=first_failure(run.result, last.result, lost),
         report=None if run.info is None else run.info.report,
         state=state,
         num_skipped=run.num_skipped,
-        warm_started=solver.warm_starts,
+        warm_started=last.warm_started,
         best=run.best,
     )
 
@@ -218,5 +216,5 @@ def _evaluate(
     state: Any,
     train: AbstractData,
     valid: AbstractData,
-) -> tuple[FloatScalar, Outcome]:
+) -> BilevelEvaluation:
     return solver.evaluate(problem, state, train, valid)

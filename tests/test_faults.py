@@ -279,6 +279,7 @@ def test_scale_of_the_loss_does_not_matter(scale):
         inner = mo.Descent(optax.sgd(0.1 / scale), num_steps=num_steps)
         gradient, report = call(problem, inner=inner, throw=False)
         assert code(report) == expected
+        assert report.inner.residual is not None
         assert jnp.isfinite(report.inner.residual)
         assert (num_steps == 300) or report.inner.residual > 0
         np.testing.assert_allclose(gradient, 2 * (1 - 0.8**num_steps), rtol=1e-9)

@@ -2,6 +2,7 @@
 
 from ._base import (
     AbstractBilevelSolver as AbstractBilevelSolver,
+    BilevelEvaluation as BilevelEvaluation,
     BilevelStep as BilevelStep,
 )
 from ._best_response_method import (
@@ -9,6 +10,7 @@ from ._best_response_method import (
     DeltaSTN as DeltaSTN,
     STN as STN,
 )
+from ._drawn import DrawnBatches as DrawnBatches
 from ._nested import NestedSolver as NestedSolver, NestedState as NestedState
 from ._perturbed import (
     Coordinates as Coordinates,
@@ -20,6 +22,12 @@ from ._self_tuning import (
     SelfTuningSolver as SelfTuningSolver,
 )
 from ._self_tuning_steps import SelfTuningState as SelfTuningState
+from ._single_loop import AbstractSingleLoopSolver as AbstractSingleLoopSolver
+from ._single_loop_parts import (
+    SingleLoopInfo as SingleLoopInfo,
+    SingleLoopState as SingleLoopState,
+    SingleLoopUpdate as SingleLoopUpdate,
+)
 from ._start import (
     AbstractStart as AbstractStart,
     ColdStart as ColdStart,

@@ -8,7 +8,7 @@ import equinox as eqx
 from .._data import AbstractData
 from .._problem import BilevelProblem
 from .._report import Report
-from .._solver import Outcome
+from .._results import RESULTS
 from .._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 
 
@@ -20,27 +20,46 @@ class BilevelStep(eqx.Module):
     - `report`: the report on the hypergradient.
     - `updated`: whether `hyper` was updated; it is left alone where the hypergradient
         is not finite, and while a solver warms up.
+    - `exact`: a bilevel solver for the same state whose steps are as exact as they get,
+        where this step was less exact on request; else `None`. A small hypergradient ends
+        a run only after a step of that solver.
     """
 
     report: Report
     updated: BoolScalar
+    exact: Any = None
+
+
+class BilevelEvaluation(eqx.Module):
+    """The outer loss at the `hyper` of a state, and the params that it is evaluated at.
+
+    **Attributes:**
+
+    - `outer_loss`: the outer loss.
+    - `params`, `model_state`: the inner solution there.
+    - `result`: how the inner solve went, for a solver that solves once more.
+    - `warm_started`: whether the params owe something to the `hyper` of earlier outer
+        steps.
+    """
+
+    outer_loss: FloatScalar
+    params: Params
+    model_state: ModelState = None
+    result: Any = eqx.field(default_factory=lambda: RESULTS.successful)
+    warm_started: bool = eqx.field(default=True, static=True)
 
 
 class AbstractBilevelSolver(eqx.Module):
-    """A driver of the outer problem: a state, and a step that is compiled once.
+    """A solver of the outer problem: a state, and a step that is compiled once.
 
-    [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand.
+    [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand. For a method that
+    takes a few inner steps for each outer one subclass
+    [`metaopt.AbstractSingleLoopSolver`][] instead, which keeps what metaopt promises of
+    derivatives and numbers.
+
+    A state is a pytree with the attributes `key` and `num_steps`: the randomness of the
+    run, and the outer steps taken.
     """
-
-    @property
-    @abc.abstractmethod
-    def warm_starts(self) -> bool:
-        """Whether the inner solution owes something to earlier outer steps."""
-
-    @property
-    @abc.abstractmethod
-    def exact(self) -> "AbstractBilevelSolver":
-        """The same, or one with the same state whose steps leave no accuracy out."""
 
     @abc.abstractmethod
     def init(
@@ -95,8 +114,8 @@ class AbstractBilevelSolver(eqx.Module):
         state: Any,
         train: AbstractData,
         valid: AbstractData,
-    ) -> tuple[FloatScalar, Outcome]:
-        """Solves the inner problem at the `hyper` of the state.
+    ) -> BilevelEvaluation:
+        """Evaluate the outer loss at the `hyper` of the state, at the end of a run.
 
         **Arguments:**
 
@@ -104,7 +123,7 @@ class AbstractBilevelSolver(eqx.Module):
 
         **Returns:**
 
-        The outer loss there, and the [`metaopt.Outcome`][] of the inner solve.
+        A [`metaopt.BilevelEvaluation`][].
         """
 
     @abc.abstractmethod

@@ -11,12 +11,14 @@ import optax
 from .._adjoint import AbstractAdjoint
 from .._objective import Continued, Objective
 from .._problem import BilevelProblem, initialise
+from .._promises import all_finite, keep_where
 from .._report import InnerInfo
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
-from .._tree import split_trainable, tree_all_finite, tree_strong, tree_where_arrays
+from .._tree import split_trainable, tree_strong
 from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
 from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
-from ._base import AbstractBilevelSolver, BilevelStep
+from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
+from ._optimizer_step import optimizer_step
 from ._start import AbstractStart, ColdStart
 from ._tolerance import AbstractTolerance
 
@@ -96,14 +98,6 @@ class NestedSolver(AbstractBilevelSolver):
                 "`metaopt.ImplicitAdjoint()`."
             )
 
-    @property
-    def warm_starts(self):
-        return self.start.goes_on
-
-    @property
-    def exact(self):
-        return dataclasses.replace(self, tolerance=None)
-
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         init_key, key = jax.random.split(key)
         given, first_model_state = params, model_state
@@ -132,14 +126,11 @@ class NestedSolver(AbstractBilevelSolver):
             self.adjoint, state.hyper, state.carry
         )
         trainable, static = split_trainable(state.hyper)
-        outer = optax.with_extra_args_support(self.outer)
-        updates, outer_state = outer.update(
-            gradient, state.outer_state, trainable, value=output.value
+        tuned, outer_state = optimizer_step(
+            self.outer, gradient, state.outer_state, trainable, output.value
         )
-        # A hypergradient that is not finite must not reach `hyper`, nor the moments of
-        # the outer optimizer, nor the next start.
-        good = tree_all_finite(gradient) & jnp.isfinite(output.value)
-        keep = lambda new, old: tree_where_arrays(good, new, old)
+        good = all_finite(gradient, output.value)
+        keep = keep_where(good)
         solver_state = state.solver_state
         if solver_state is not None:
             reached = output.outcome.solver_state
@@ -151,9 +142,7 @@ class NestedSolver(AbstractBilevelSolver):
                 )
             solver_state = keep(reached, solver_state)
         new_state = NestedState(
-            hyper=eqx.combine(
-                keep(optax.apply_updates(trainable, updates), trainable), static
-            ),
+            hyper=eqx.combine(keep(tuned, trainable), static),
             params=keep(output.outcome.params, state.params),
             model_state=keep(output.outcome.model_state, state.model_state),
             solver_state=solver_state,
@@ -165,11 +154,21 @@ class NestedSolver(AbstractBilevelSolver):
             num_steps=state.num_steps + 1,
         )
         inner = self._told_of_start(report.inner, problem, state)
-        return new_state, BilevelStep(dataclasses.replace(report, inner=inner), good)
+        # A zero of a rough hypergradient is not one of the hypergradient.
+        exact = None if tolerance is None else dataclasses.replace(self, tolerance=None)
+        report = dataclasses.replace(report, inner=inner)
+        return new_state, BilevelStep(report, good, exact)
 
     def evaluate(self, problem, state, train, valid):
         objective = self._objective(problem, state, train, valid)
-        return objective.primal(state.hyper)
+        value, outcome = objective.primal(state.hyper)
+        return BilevelEvaluation(
+            outer_loss=value,
+            params=outcome.params,
+            model_state=outcome.model_state,
+            result=outcome.result,
+            warm_started=self.start.goes_on,
+        )
 
     def hyper(self, state):
         return state.hyper

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from .._best_response import best_responses, ordinary, self_tuning
-from .._data import AbstractData, BatchSequence
+from .._data import AbstractData
 from .._problem import initialise
+from .._promises import BothLosses, judged
 from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
-from .._results import first_failure, mask_result, RESULTS
-from .._solver import Outcome
+from .._results import mask_result, RESULTS
 from .._tree import split_trainable, tree_strong
 from .._types import BoolScalar, Key, Params, PyTree
 from .._validate import check_count, check_kind, check_params, check_tolerance
-from ._base import AbstractBilevelSolver, BilevelStep
+from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._best_response_method import AbstractBestResponseMethod, STN
+from ._drawn import check_drawn, draw, draw_one
 from ._perturbed import Coordinates, cut
 from ._scale import check_scales, initial_log_scale
 from ._self_tuning_checks import check_losses
@@ -150,14 +151,6 @@ class SelfTuningSolver(AbstractBilevelSolver):
         self.num_rounds = num_rounds
         self.warmup = warmup
 
-    @property
-    def warm_starts(self):
-        return True
-
-    @property
-    def exact(self):
-        return self
-
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         self.steps.method.check(problem)
         self._check_data(train, valid)
@@ -183,8 +176,8 @@ class SelfTuningSolver(AbstractBilevelSolver):
             problem,
             params,
             hyper,
-            cut(_one_batch(train, check_key), size, "train"),
-            cut(_one_batch(valid, check_key), size, "valid"),
+            cut(draw_one(train, check_key), size, "train"),
+            cut(draw_one(valid, check_key), size, "valid"),
             check_key,
             model_state,
         )
@@ -194,16 +187,16 @@ class SelfTuningSolver(AbstractBilevelSolver):
 
     def step(self, problem, state, train, valid):
         self._check_data(train, valid)  # of an iterator, the first alone is known to `init`
-        unreached, left_out, answered = unreached_leaves(
+        at = BothLosses(
             problem,
             state.params,
             state.hyper,
-            _one_batch(train, state.key),
-            _one_batch(valid, state.key),
+            draw_one(train, state.key),
+            draw_one(valid, state.key),
             state.key,
             state.model_state,
-            state.drawn,
         )
+        unreached, left_out, answered = unreached_leaves(at, state.drawn)
         key = jax.random.fold_in(state.key, state.num_steps)
         train_key, valid_key, key = jax.random.split(key, 3)
         train_draws = _planned(train, train_key, self.num_rounds, self.train_steps)
@@ -261,19 +254,9 @@ class SelfTuningSolver(AbstractBilevelSolver):
         params = self.params_at(state)
         key = jax.random.fold_in(state.key, state.num_steps)
         value, _ = problem.evaluate_outer(
-            params, state.hyper, _one_batch(valid, key), key, state.model_state
+            params, state.hyper, draw_one(valid, key), key, state.model_state
         )
-        success: Any = RESULTS.successful
-        outcome = Outcome(
-            params=params,
-            model_state=state.model_state,
-            aux=None,
-            result=success,
-            num_steps=state.num_steps * (self.num_rounds * self.train_steps),
-            losses=None,
-            failed_step=jnp.asarray(-1),
-        )
-        return value, outcome
+        return BilevelEvaluation(value, params, state.model_state)
 
     def hyper(self, state):
         return state.hyper
@@ -295,12 +278,10 @@ class SelfTuningSolver(AbstractBilevelSolver):
         )
         lost = jnp.logical_not(trained.good)
         failed_step = jnp.where(jnp.any(lost), jnp.argmax(lost), -1)
-        bad_value = jnp.logical_not(jnp.all(jnp.isfinite(validated.value)))
-        bad_gradient = jnp.logical_not(jnp.all(validated.good))
-        result = first_failure(
+        result = judged(
             mask_result(jnp.any(lost), RESULTS.inner_nonfinite),
-            mask_result(bad_value, RESULTS.outer_nonfinite),
-            mask_result(bad_gradient, RESULTS.hypergradient_nonfinite),
+            jnp.all(jnp.isfinite(validated.value)),
+            jnp.all(validated.good),
         )
         report = Report(
             result=result,
@@ -319,14 +300,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
     def _check_data(self, train: AbstractData, valid: AbstractData) -> None:
         used = self.num_rounds * self.train_steps, self.num_rounds * self.valid_steps
         for data, name, count in zip((train, valid), ("train", "valid"), used):
-            data.check(count)
-            if isinstance(data, BatchSequence) and data.num_batches > count:
-                raise ValueError(
-                    f"`{name}` is a `BatchSequence` of {data.num_batches} batches, and "
-                    f"each outer step would use the same first {count} of them. Use "
-                    "`Minibatches`, or give `solve_bilevel` an iterator that yields a "
-                    f"`BatchSequence` of {count} for each outer step."
-                )
+            check_drawn(data, name, count)
 
 
 class ResponseInfo(AbstractDerivativeInfo):
@@ -350,11 +324,7 @@ class ResponseInfo(AbstractDerivativeInfo):
 
 
 def _planned(data: AbstractData, key: Key, num_rounds: int, num_steps: int) -> PyTree:
-    plan = data.plan(key, num_rounds * num_steps)
+    plan = draw(data, key, num_rounds * num_steps).plan
     return jax.tree.map(
         lambda leaf: leaf.reshape(num_rounds, num_steps, *leaf.shape[1:]), plan
     )
-
-
-def _one_batch(data: AbstractData, key: Key) -> Any:
-    return data.batch(jax.tree.map(lambda leaf: leaf[0], data.plan(key, 1)))

@@ -11,12 +11,8 @@ from jaxtyping import Array, Float
 
 from .._best_response import moved, response_filter
 from .._problem import BilevelProblem
-from .._tree import (
-    split_trainable,
-    tree_all_finite,
-    tree_scaled_norm,
-    tree_where_arrays,
-)
+from .._promises import all_finite, keep_where
+from .._tree import split_trainable, tree_scaled_norm
 from .._types import (
     Batch,
     BoolScalar,
@@ -27,9 +23,9 @@ from .._types import (
     ModelState,
     Params,
     PyTree,
-    Vector,
 )
 from ._best_response_method import AbstractBestResponseMethod
+from ._optimizer_step import optimizer_step
 from ._perturbed import Coordinates, cut, perturb, PerturbedBatch
 
 
@@ -133,16 +129,16 @@ class SelfTuningSteps(eqx.Module):
         is_response = response_filter(trainable)
         response_gradient, general_gradient = eqx.partition(gradient, is_response)
         response, general = eqx.partition(trainable, is_response)
-        general, general_state = _updated(
+        general, general_state = optimizer_step(
             self.params, general_gradient, state.general_state, general, value
         )
-        response, response_state = _updated(
+        response, response_state = optimizer_step(
             self.response, response_gradient, state.response_state, response, value
         )
         norm = tree_scaled_norm(gradient)
         params = eqx.combine(general, response, static)
-        good = jnp.isfinite(norm) & jnp.isfinite(value) & tree_all_finite(params)
-        keep = lambda new, old: tree_where_arrays(good, new, old)
+        good = all_finite(norm, value, params)
+        keep = keep_where(good)
         new = dataclasses.replace(
             state,
             params=keep(params, state.params),
@@ -169,23 +165,22 @@ class SelfTuningSteps(eqx.Module):
         )
         gradient = coordinates.trainable(out.hyper)
         trainable, rest = split_trainable(state.hyper)
-        new_trainable, hyper_state = _updated(
+        new_trainable, hyper_state = optimizer_step(
             self.hyper, gradient, state.hyper_state, trainable, out.value
         )
         new_hyper = eqx.combine(new_trainable, rest)
         change = coordinates.seen(coordinates.vector(new_hyper) - hyper)
         params = moved(state.params, change)
         norm = tree_scaled_norm(out.hyper)
-        good = jnp.isfinite(norm) & jnp.isfinite(out.value)
         # A step that is too long can overflow on the way of the params, too.
-        good &= tree_all_finite((new_hyper, params))
-        keep = lambda new, old: tree_where_arrays(moves & good, new, old)
+        good = all_finite(norm, out.value, new_hyper, params)
+        keep = keep_where(moves & good)
         log_scale, scale_state = state.log_scale, state.scale_state
         if self.scale is not None:
             # The entropy of the perturbation is the sum of these, but for a constant.
             of_scale = out.log_scale - self.entropy_weight
             of_scale = jnp.where(jnp.isfinite(of_scale), coordinates.seen(of_scale), 0)
-            new_log_scale, scale_state = _updated(
+            new_log_scale, scale_state = optimizer_step(
                 self.scale, of_scale, scale_state, log_scale, out.value
             )
             low, high = (jnp.log(bound) for bound in self.scale_bounds)
@@ -230,16 +225,3 @@ class Validated(eqx.Module):
     norm: FloatScalar
     num_zeros: IntScalar
     good: BoolScalar
-
-
-def _updated(
-    transform: optax.GradientTransformation,
-    gradient: Vector,
-    state: PyTree,
-    variables: Vector,
-    value: FloatScalar,
-) -> tuple[Any, PyTree]:
-    """Variables after one step of their optimizer, and its state."""
-    optimizer = optax.with_extra_args_support(transform)
-    updates, state = optimizer.update(gradient, state, variables, value=value)
-    return optax.apply_updates(variables, updates), state

@@ -36,10 +36,10 @@ class StepRecord(eqx.Module):
 class AbstractBody(eqx.Module):
     """The body of the outer loop. Its states have `num_steps` and `key`."""
 
-    @property
     @abc.abstractmethod
-    def exact(self) -> "AbstractBody":
-        """One with the same states whose steps are not rough."""
+    def exact(self, info: Any) -> "AbstractBody":
+        """One with the same states whose steps are not rough; `info` is that of a step that
+        was."""
 
     @abc.abstractmethod
     def step(self, state: Any, *data: Any) -> tuple[Any, StepRecord]:

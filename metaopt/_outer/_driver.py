@@ -156,7 +156,8 @@ class Run:
         self, count: int, size: int, atol: float | None, throw: bool, exact: bool
     ) -> Steps:
         if exact not in self._bodies:
-            self._bodies[exact] = Static.split(self.body.exact if exact else self.body)
+            driven = self.body.exact(self.info) if exact else self.body
+            self._bodies[exact] = Static.split(driven)
         body, rest = self._bodies[exact]
         data, data_rest = self._taken(count, size)
         pulled = tuple(feed.is_pulled for feed in self.feeds)

@@ -209,6 +209,8 @@ def _step(
     new, record = driven.step(old, *sources)
     failed = record.result != RESULTS.successful
     converged = record.columns["hypergradient_norm"].astype(float) <= limit
+    if "change" in record.columns:  # of a solver without inner solve
+        converged &= record.columns["change"].astype(float) <= limit
     ends = converged | failed if program.throw else converged
     # A step that fails under `throw`, or has to be taken again, is not kept.
     undone = failed if program.throw else jnp.zeros((), bool)

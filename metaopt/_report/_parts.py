@@ -84,7 +84,8 @@ class InnerInfo(AbstractInfo):
         where the inner problem has none.
     - `residual`: the norm of the optimality (of the gradient of the inner loss) at the
         inner solution; on the batch of the last step where the adjoint follows the path
-        of the solver, on all of the data where it is implicit.
+        of the solver, on all of the data where it is implicit; `None` where a single-loop
+        method does not compute it.
     - `num_steps`: the steps that the inner solver took.
     - `failed_step`: the first inner step at which the gradient or the params were not
         finite, or -1; `num_steps` where that is the loss at the solution alone.
@@ -95,7 +96,7 @@ class InnerInfo(AbstractInfo):
     """
 
     loss: FloatScalar | None
-    residual: FloatScalar
+    residual: FloatScalar | None
     num_steps: IntScalar
     failed_step: IntScalar
     carried: str = eqx.field(default="", static=True)
@@ -105,10 +106,12 @@ class InnerInfo(AbstractInfo):
         rows = [("inner steps", number(self.num_steps))]
         if self.loss is not None:
             rows.append(("inner loss", number(self.loss)))
-        rows.append(("inner residual", number(self.residual)))
+        if self.residual is not None:
+            rows.append(("inner residual", number(self.residual)))
         if is_known(self.failed_step) and np.any(np.asarray(self.failed_step) >= 0):
             rows.append(("failed at step", number(self.failed_step)))
         return rows
 
     def scalars(self):
-        return {"inner_residual": self.residual, "num_inner_steps": self.num_steps}
+        known = {} if self.residual is None else {"inner_residual": self.residual}
+        return {**known, "num_inner_steps": self.num_steps}

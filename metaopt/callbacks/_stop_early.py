@@ -17,8 +17,9 @@ class StopEarly(AbstractCallback):
 
     - `patience`: the number of outer steps without a lower outer loss than ever before.
     - `min_decrease`: how much lower it has to be to count, in the units of the loss.
-    - `atol`: ends once the Euclidean norm of the hypergradient, at the last step of a
-        compiled call, is at most this. Not for a solver with a `tolerance`.
+    - `atol`: ends once the Euclidean norm of the hypergradient (under a single-loop solver
+        that of its change of the params, too), at the last step of a compiled call, is at
+        most this. Not for a solver with a `tolerance`.
     - `seconds`: the wall time of the run, looked at between compiled calls.
 
     **Raises:**
@@ -71,7 +72,9 @@ class StopEarly(AbstractCallback):
                 "of the hypergradient, under the `tolerance` of the solver. Write "
                 "`solve_bilevel(..., atol=...)`, which takes an exact step before it ends."
             )
-        return bool(run.last["hypergradient_norm"][-1] <= self.atol)
+        # The second of a solver without inner solve.
+        names = [n for n in ("hypergradient_norm", "change") if n in run.last]
+        return all(bool(run.last[name][-1] <= self.atol) for name in names)
 
     def _look_at(self, losses: np.ndarray) -> None:
         for loss in losses:

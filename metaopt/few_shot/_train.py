@@ -148,8 +148,7 @@ class _Body(AbstractBody):
     outer: optax.GradientTransformation
     draw: Callable[[Key], Any] | None  # where the batches are not handed over
 
-    @property
-    def exact(self):
+    def exact(self, info):
         return self
 
     def step(self, state, *data):

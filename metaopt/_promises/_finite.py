@@ -1,0 +1,46 @@
+"""Numbers that are not finite: a result code, and a step that is not taken."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._results import first_failure, mask_result, RESULTS
+from .._tree import tree_all_finite, tree_where_arrays
+from .._types import BoolScalar, PyTree
+
+
+def judged(
+    inner: Any,
+    outer_is_finite: BoolScalar,
+    gradient_is_finite: BoolScalar,
+    linear: Any = RESULTS.successful,
+) -> Any:
+    """The first failure on the way of the data.
+
+    **Arguments:**
+
+    - `inner`, `linear`: the results of the inner solve and of the linear system.
+    - `outer_is_finite`: whether the outer loss is finite.
+    - `gradient_is_finite`: whether the hypergradient is.
+    """
+    return first_failure(
+        inner,
+        mask_result(jnp.logical_not(outer_is_finite), RESULTS.outer_nonfinite),
+        linear,
+        mask_result(jnp.logical_not(gradient_is_finite), RESULTS.hypergradient_nonfinite),
+    )
+
+
+def all_finite(*trees: PyTree) -> BoolScalar:
+    """Whether no floating-point number in these is infinite or NaN."""
+    return tree_all_finite(trees)
+
+
+def keep_where(good: BoolScalar) -> Callable[[PyTree, PyTree], PyTree]:
+    """A function of a new and an old pytree, which returns the new one where `good` holds.
+
+    A number that is not finite must reach neither `hyper`, nor the moments of its
+    optimizer, nor the start of the next step.
+    """
+    return lambda new, old: tree_where_arrays(good, new, old)
