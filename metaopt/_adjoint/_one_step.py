@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from .._detach import detached
 from .._solver import AbstractBestIterateSolver, ReversiblePicard
 from .._tree import padding
-from ._base import AbstractPathAdjoint, check_iterative, counted_anew
+from ._bias import Bias
+from ._path import AbstractPathAdjoint, check_iterative, counted_anew
+from ._reach import AbstractReach, AtSolution
 
 
 class OneStepAdjoint(AbstractPathAdjoint):
@@ -21,17 +23,11 @@ class OneStepAdjoint(AbstractPathAdjoint):
     more often than the length. The initial params are out of its reach.
     """
 
-    sees_path: ClassVar[bool] = False
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = AtSolution()
 
     @property
-    def left_out(self):
-        return ("all steps but the last",)
-
-    def error_bound(self, hyper, outer_slope):
-        return None
+    def bias(self):
+        return Bias(("all steps but the last",))
 
     def check(self, solver, data):
         check_iterative(self, solver)

@@ -18,6 +18,7 @@ from ._common import (
 )
 from ._descent import Descent as Descent
 from ._earlier import can_go_on as can_go_on, Earlier as Earlier
+from ._exact_momentum import AbstractExactMomentum as AbstractExactMomentum
 from ._examples import Examples as Examples
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,

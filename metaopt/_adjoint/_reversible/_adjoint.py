@@ -13,12 +13,11 @@ from ..._solver import AbstractSolver, InnerSolve, ReversiblePicard, ReversibleS
 from ..._tree import split_trainable, tree_add
 from ..._types import Hyper, ModelState, Params
 from ..._validate import check_tolerance
-from .._base import (
-    AbstractAdjoint,
-    HypergradientOutput,
-)
+from .._base import AbstractAdjoint, HypergradientOutput
+from .._bias import Bias
 from .._explosion import judge_path
 from .._info import ReversibleInfo
+from .._reach import AbstractReach, AlongPath
 from ._coupled import CoupledRun
 from ._derivative import once, with_reverse_derivative
 from ._momentum import MomentumRun
@@ -71,9 +70,11 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     max_drift: float = eqx.field(default=1e-2, static=True)
 
-    sees_path: ClassVar[bool] = True
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
+    reach: ClassVar[AbstractReach] = AlongPath()
+
+    @property
+    def bias(self):
+        return Bias()
 
     def __check_init__(self):
         check_tolerance(self.max_drift, "max_drift", infinite=True, optional=False)
@@ -93,9 +94,6 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f"`{type(policy).__name__}`. Write `state_policy=metaopt.FrozenState()`, "
                 "or use `metaopt.UnrolledAdjoint()`."
             )
-
-    def init(self, params):
-        return None
 
     def solve(self, inner, params, hyper, model_state, throw):
         inputs = Inputs(
@@ -117,7 +115,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             reached = eqx.tree_at(lambda r: r.losses, reached, losses)
         return outcome_of(inner.loop(params), reached, rest, model_state)
 
-    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+    def hypergradient(self, inner, outer, start, hyper, carry):
         solver = inner.solver
         trainable, static_hyper = split_trainable(hyper)
         static_start: Any = None
@@ -152,7 +150,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         value, pull, aux = jax.vjp(
             outer_loss, reached.params, state, trainable, has_aux=True
         )
-        in_params, in_state, direct = pull(scale.astype(value.dtype))
+        in_params, in_state, direct = pull(jnp.ones((), value.dtype))
         # Arrays that the problem holds are not differentiated here.
         fixed = jax.tree.map(lambda _: False, run.evaluate)
         undone = run.undo(inputs, record, Reached(in_params, None, None), (fixed, True))
