@@ -96,6 +96,7 @@ from ._linear import (
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditionedSolver as AbstractPreconditionedSolver,
     AbstractPreconditioner as AbstractPreconditioner,
+    AbstractPreparedSolver as AbstractPreparedSolver,
     AbstractToleranceSolver as AbstractToleranceSolver,
     BiCGStab as BiCGStab,
     CG as CG,

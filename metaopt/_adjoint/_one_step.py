@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._detach import detached
-from .._solver import AbstractBestIterateSolver, ReversiblePicard
+from .._solver import AbstractMixingSolver
 from .._tree import padding
 from ._bias import Bias
 from ._path import AbstractPathAdjoint, check_iterative, counted_anew
@@ -31,7 +31,7 @@ class OneStepAdjoint(AbstractPathAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
-        if isinstance(solver, AbstractBestIterateSolver | ReversiblePicard):
+        if isinstance(solver, AbstractMixingSolver):
             raise ValueError(
                 f"The last step of `{type(solver).__name__}` mixes the map with earlier "
                 "steps, so that its derivative is not the one-step estimate. Use "

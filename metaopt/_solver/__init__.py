@@ -5,6 +5,7 @@ from ._base import (
     AbstractBestIterateSolver as AbstractBestIterateSolver,
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
+    AbstractMixingSolver as AbstractMixingSolver,
     AbstractSolver as AbstractSolver,
     Composition as Composition,
     Optimality as Optimality,
@@ -22,6 +23,7 @@ from ._exact_momentum import AbstractExactMomentum as AbstractExactMomentum
 from ._examples import Examples as Examples
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
+    AbstractSingleMapSolver as AbstractSingleMapSolver,
 )
 from ._gauge import (
     measured as measured,

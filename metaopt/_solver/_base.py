@@ -235,7 +235,14 @@ class AbstractIterativeSolver(AbstractSolver):
         """
 
 
-class AbstractBestIterateSolver(AbstractIterativeSolver):
+class AbstractMixingSolver(AbstractIterativeSolver):
+    """A solver by steps, each of which mixes earlier iterates or maps into the new one.
+
+    The derivative of its last step alone is therefore no one-step estimate.
+    """
+
+
+class AbstractBestIterateSolver(AbstractMixingSolver):
     """A solver by steps that answers with the best of its iterates, not the last."""
 
     @abc.abstractmethod

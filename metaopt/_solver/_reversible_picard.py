@@ -8,11 +8,12 @@ from .._model_state import AbstractStatePolicy
 from .._tree import split_trainable, tree_sub
 from .._types import FloatScalar, IntScalar, Vector
 from .._validate import check_tolerance
+from ._base import AbstractMixingSolver
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun
 
 
-class ReversiblePicard(AbstractFixedPointSolver):
+class ReversiblePicard(AbstractFixedPointSolver, AbstractMixingSolver):
     r"""Solves a fixed-point problem by relaxed Picard iteration of two iterates, each of
     which moves towards the map of the other, so that every step can be undone.
 
