@@ -25,16 +25,19 @@ from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
     AbstractSingleMapSolver as AbstractSingleMapSolver,
 )
-from ._gauge import (
-    measured as measured,
-    new_gauge as new_gauge,
-    rounding_variances as rounding_variances,
-)
+from ._gauge import new_gauge as new_gauge
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
 from ._loop import Loop as Loop, LoopState as LoopState
 from ._newton_krylov import NewtonKrylov as NewtonKrylov
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
+from ._reversible import (
+    AbstractReversibleSolver as AbstractReversibleSolver,
+    Inputs as Inputs,
+    once as once,
+    outcome_of as outcome_of,
+    Reached as Reached,
+)
 from ._reversible_picard import ReversiblePicard as ReversiblePicard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD
