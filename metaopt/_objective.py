@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adjoint import AbstractAdjoint, HypergradientOutput
-from ._data import AbstractData, BatchSequence
+from ._data import AbstractData
 from ._dependence import (
     check_inner_loss,
     check_outer_loss,
@@ -83,11 +83,11 @@ class Objective(eqx.Module):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
         inner.check(problem.inner, train)
         valid.check(1)
-        if isinstance(valid, BatchSequence):
+        if valid.num_batches is not None:
             raise ValueError(
-                "`valid` is a `BatchSequence`, which has a batch for each inner step; the "
-                "outer loss is evaluated once. Use plain arrays or `Minibatches`, or give "
-                "`solve_bilevel` an iterator."
+                f"`valid` is a `{type(valid).__name__}`, which has a batch for each inner "
+                "step; the outer loss is evaluated once. Use plain arrays or "
+                "`Minibatches`, or give `solve_bilevel` an iterator."
             )
         self.problem = problem
         earlier = None

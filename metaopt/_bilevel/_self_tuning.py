@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._best_response import best_responses, ordinary, self_tuning
-from .._data import AbstractData, BatchSequence
+from .._data import AbstractData
 from .._problem import initialise
 from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
 from .._results import first_failure, mask_result, RESULTS
@@ -320,7 +320,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
         used = self.num_rounds * self.train_steps, self.num_rounds * self.valid_steps
         for data, name, count in zip((train, valid), ("train", "valid"), used):
             data.check(count)
-            if isinstance(data, BatchSequence) and data.num_batches > count:
+            if data.num_batches is not None and data.num_batches > count:
                 raise ValueError(
                     f"`{name}` is a `BatchSequence` of {data.num_batches} batches, and "
                     f"each outer step would use the same first {count} of them. Use "
