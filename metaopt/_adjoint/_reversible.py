@@ -1,12 +1,13 @@
 """The adjoint that undoes the steps of a solver."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._results import first_failure, mask_result
+from .._results import first_failure, mask_result, RESULTS
 from .._solver import (
     AbstractReversibleSolver,
     InnerSolve,
@@ -14,12 +15,14 @@ from .._solver import (
     once,
     outcome_of,
     Reached,
+    Undone,
 )
 from .._tree import split_trainable, tree_add
+from .._types import FloatScalar, Vector
 from .._validate import check_tolerance
 from ._base import AbstractAdjoint, HypergradientOutput
 from ._bias import Bias
-from ._explosion import judge_path
+from ._explosion import Growth, judge_path
 from ._info import ReversibleInfo
 from ._reach import AbstractReach, AlongPath
 
@@ -150,12 +153,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         (through_start,) = pull_to_hyper(
             (into.params, tree_add(into_state, in_state), into.settings)
         )
-        growth = None
-        result = mask_result(jnp.logical_not(undone.succeeded), run.failure)
-        if undone.measured is not None:
-            at_start = lambda: outer(full_params, hyper, model_state)[0]
-            growth, exploded = judge_path(undone.measured, value, at_start, params)
-            result = first_failure(result, exploded)
+        at_start = lambda: outer(full_params, hyper, model_state)[0]
+        growth, exploded = _judged(undone, value, at_start, params)
+        failed = mask_result(jnp.logical_not(undone.succeeded), run.failure)
         return HypergradientOutput(
             value=value,
             aux=aux,
@@ -163,7 +163,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             through_solution=tree_add(through_start, into_hyper),
             outcome=outcome,
             inner_residual=inner.last_residual(outcome, hyper),
-            result=result,
+            result=first_failure(failed, exploded),
             info=ReversibleInfo(
                 returned_to_start=undone.returned_to_start,
                 stored_bits=undone.stored_bits,
@@ -185,3 +185,12 @@ class ReversibleAdjoint(AbstractAdjoint):
                 "anew: `metaopt.WarmStart()`, or no `solver_state`."
             )
         return solver
+
+
+def _judged(
+    undone: Undone, value: FloatScalar, at_start: Callable[[], FloatScalar], params: Vector
+) -> tuple[Growth | None, RESULTS]:
+    """Say whether the derivative explodes, where a run has measured it."""
+    if undone.measured is None:
+        return None, first_failure()
+    return judge_path(undone.measured, value, at_start, params)

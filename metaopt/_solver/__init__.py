@@ -38,6 +38,7 @@ from ._reversible import (
     once as once,
     outcome_of as outcome_of,
     Reached as Reached,
+    Undone as Undone,
 )
 from ._reversible_picard import ReversiblePicard as ReversiblePicard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD

@@ -10,4 +10,5 @@ from ._run import (
     Inputs as Inputs,
     outcome_of as outcome_of,
     Reached as Reached,
+    Undone as Undone,
 )
