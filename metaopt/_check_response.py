@@ -17,7 +17,6 @@ from ._implicit import (
     AbstractCurvature,
     cheapest_curvature,
     ImplicitSystem,
-    stationary_solver,
 )
 from ._linear import AbstractLinearSolver
 from ._problem import AbstractProblem, BilevelProblem
@@ -209,7 +208,7 @@ def check_response(
     if curvature is None:
         curvature = cheapest_curvature(problem.inner)
     if linear_solver is None:
-        linear_solver = stationary_solver(curvature, rtol=1e-2)
+        linear_solver = curvature.stationary_solver(1e-2)
     check_kind(curvature, AbstractCurvature, "curvature", "metaopt.GaussNewton()")
     check_kind(linear_solver, AbstractLinearSolver, "linear_solver", "metaopt.CG()")
     measured = _measure(

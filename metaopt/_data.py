@@ -30,6 +30,11 @@ class AbstractData(eqx.Module):
     def varies(self) -> bool:
         """Whether two steps can see different batches."""
 
+    @property
+    @abc.abstractmethod
+    def num_batches(self) -> int | None:
+        """The number of batches, where there is one for each step; else `None`."""
+
     @abc.abstractmethod
     def check(self, num_steps: int) -> None:
         """Raises a `ValueError` if the source cannot serve `num_steps` steps."""
@@ -60,6 +65,10 @@ class FullBatch(AbstractData):
     @property
     def varies(self):
         return False
+
+    @property
+    def num_batches(self):
+        return None
 
     def check(self, num_steps):
         _check_arrays(self.arrays, "the data")
@@ -99,6 +108,10 @@ class Minibatches(AbstractData):
     @property
     def varies(self):
         return True
+
+    @property
+    def num_batches(self):
+        return None
 
     def check(self, num_steps):
         _check_arrays(self.arrays, "the data of `Minibatches`")

@@ -142,6 +142,10 @@ class _Draws(AbstractData):
     def varies(self):
         return self.data.varies
 
+    @property
+    def num_batches(self):
+        return self.data.num_batches
+
     def check(self, num_steps):
         self.data.check(num_steps)
 

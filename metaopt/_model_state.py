@@ -1,6 +1,7 @@
 """Policies for a model's state (running statistics) in the inner loop."""
 
 import abc
+from typing import ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -10,12 +11,22 @@ from ._types import IntScalar, ModelState
 from ._validate import check_count
 
 
+if TYPE_CHECKING:
+    # As Equinox advises: pyright knows `ClassVar` by this name only.
+    from typing import ClassVar as AbstractClassVar
+else:
+    from equinox import AbstractClassVar
+
+
 class AbstractStatePolicy(eqx.Module):
     """A policy for model state in the steps of an inner solver.
 
     A choice that changes results and that must be made by name: an inner problem with
     `has_state = True` is refused by a solver that was not given one.
     """
+
+    is_constant: AbstractClassVar[bool]
+    """Whether the model state at the solution is that at the start."""
 
     @abc.abstractmethod
     def begin(self, state: ModelState, num_steps: int) -> ModelState:
@@ -37,6 +48,8 @@ class AbstractStatePolicy(eqx.Module):
 class CarriedState(AbstractStatePolicy):
     """Each step sees the state that the step before it left. The usual training."""
 
+    is_constant: ClassVar[bool] = False
+
     def begin(self, state, num_steps):
         return _one(state)
 
@@ -52,6 +65,8 @@ class CarriedState(AbstractStatePolicy):
 
 class FrozenState(AbstractStatePolicy):
     """Every step sees the initial state; updates are dropped."""
+
+    is_constant: ClassVar[bool] = True
 
     def begin(self, state, num_steps):
         return _one(state)
@@ -133,6 +148,8 @@ class PerStepState(AbstractStatePolicy):
     begins where it was left, and the solution has all of them; steps beyond the last
     slot share it.
     """
+
+    is_constant: ClassVar[bool] = False
 
     def begin(self, state, num_steps):
         return state if isinstance(state, StepStates) else _stacked(state, num_steps)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._adjoint import AbstractAdjoint, chosen, HypergradientOutput
-from ._data import AbstractData, BatchSequence
+from ._adjoint import AbstractAdjoint, HypergradientOutput
+from ._data import AbstractData
 from ._dependence import evaluate_tracing_scale, leaves_with_influence
 from ._loop_error import loops_explained
 from ._problem import BilevelProblem, initialise
@@ -20,12 +19,12 @@ from ._promises import (
     check_seen,
     check_tunable,
     judged,
+    split_unreached,
     trainable_names,
 )
-from ._reach import zero_message
 from ._report import InnerInfo, OuterInfo, Report
 from ._results import voids_hypergradient
-from ._solver import AbstractSolver, Earlier, InnerSolve, LoopState, Outcome
+from ._solver import AbstractSolver, Earlier, InnerSolve, Outcome
 from ._tree import nan_where, split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
 from ._types import (
     Aux,
@@ -87,11 +86,11 @@ class Objective(eqx.Module):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
         inner.check(problem.inner, train)
         valid.check(1)
-        if isinstance(valid, BatchSequence):
+        if valid.num_batches is not None:
             raise ValueError(
-                "`valid` is a `BatchSequence`, which has a batch for each inner step; the "
-                "outer loss is evaluated once. Use plain arrays or `Minibatches`, or give "
-                "`solve_bilevel` an iterator."
+                f"`valid` is a `{type(valid).__name__}`, which has a batch for each inner "
+                "step; the outer loss is evaluated once. Use plain arrays or "
+                "`Minibatches`, or give `solve_bilevel` an iterator."
             )
         self.problem = problem
         earlier = None
@@ -183,55 +182,34 @@ class Objective(eqx.Module):
         """
         adjoint.check(self.solve.solver, self.solve.data)
         self._check_inner_loss(hyper)
-        name = type(adjoint).__name__
-        resolved = chosen(
-            adjoint,
-            self.solve.solver,
-            lambda: self._loop_start(hyper),
-            lambda candidate: self.program(candidate, carry),
-            hyper,
-        )
-        if resolved is not adjoint:
-            adjoint, name = resolved, repr(resolved)
         static_output: Any = None
 
         def scaled(scale):
             nonlocal static_output
+
+            def outer(params, hyper, model_state):
+                value, aux = self.outer(params, hyper, model_state)
+                return value * scale.astype(value.dtype), aux
+
             with self._loops_explained(adjoint, hyper):
-                output = adjoint.hypergradient(
-                    self.solve, self.outer, self.start, hyper, carry, scale
-                )
+                output = adjoint.hypergradient(self.solve, outer, self.start, hyper, carry)
             parts = (output.through_solution, output.direct)
             arrays, static_output = eqx.partition(output, eqx.is_array)
             return parts, arrays
 
-        # Traced once, the two parts tell by themselves which leaves they cannot reach.
+        # A part of the hypergradient that does not depend on a factor of the outer loss
+        # is zero by construction.
         parts, arrays, reached = evaluate_tracing_scale(scaled, jnp.float32)
         output = eqx.combine(arrays, static_output)
         self._check_outer_loss(output.outcome, hyper)
         idle, held = self._check_reached(adjoint, hyper, *reached)
+        chosen = output.chosen
+        name = type(adjoint).__name__ if chosen is None else repr(chosen)
         return name, output, parts, idle, held
-
-    def program(self, adjoint: AbstractAdjoint, carry: Any) -> Callable[[Hyper], Any]:
-        """The hypergradient as a function of `hyper`, without any checks."""
-
-        def gradient(hyper):
-            one = jnp.ones((), jnp.float32)
-            with self._loops_explained(adjoint, hyper):
-                output = adjoint.hypergradient(
-                    self.solve, self.outer, self.start, hyper, carry, one
-                )
-            return eqx.filter(output, eqx.is_array)
-
-        return gradient
 
     def _loops_explained(self, adjoint: AbstractAdjoint, hyper: Hyper):
         outer = lambda *args: self.outer(*args)[0]
         return loops_explained(self.solve, adjoint, self.start, hyper, outer)
-
-    def _loop_start(self, hyper: Hyper) -> LoopState:
-        params, model_state = self.start(hyper)
-        return self.solve.loop(params).start(params, hyper, model_state)
 
     def _check_inner_loss(self, hyper: Hyper) -> None:
         problem, data = self.problem.inner, self.solve.data
@@ -262,23 +240,28 @@ class Objective(eqx.Module):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Each way in which a leaf acts must be seen: a leaf that the outer loss reads
         as well would hide that its way through the inner solution is not."""
-        outcome = lambda h: self.primal(h)[1]
-        message = lambda names: zero_message(names, adjoint)
-        reached = jax.tree.leaves(solution)
-        if adjoint.sees_inner_loss:
-            acts = lambda h: _solution_of(outcome(h))
-            if not all(reached):
-                # What the outer loss does not read, or holds constant, is not asked for.
-                read = self._read_by_outer(hyper)
-                acts = lambda h: list(
-                    itertools.compress(jax.tree.leaves(_solution_of(outcome(h))), read)
-                )
-            check_seen(reached, acts, hyper, message)
+        name, reached = type(adjoint).__name__, jax.tree.leaves(solution)
+        adjoint.reach.check_solution(lambda: self._unreached(reached, hyper), name)
         reached = [a or b for a, b in zip(reached, jax.tree.leaves(direct), strict=True)]
+        message = lambda names: adjoint.reach.zero_message(names, name)
         idle, held = check_seen(reached, lambda h: self.primal(h)[0], hyper, message)
         also = ", and nor does the inner solver"
         check_tunable(trainable_names(hyper), idle, held, also=also)
         return idle, held
+
+    def _unreached(self, reached: list[bool], hyper: Hyper) -> tuple[str, ...]:
+        """Names of the leaves that act on the outer loss by way of the inner solution,
+        and whose derivative by that way is zero by construction."""
+        if all(reached):
+            return ()
+        # The outer loss may not read some of a solution, or hold it constant.
+        read = self._read_by_outer(hyper)
+
+        def acts(hyper):
+            solution = jax.tree.leaves(_solution_of(self.primal(hyper)[1]))
+            return list(itertools.compress(solution, read))
+
+        return split_unreached(reached, acts, hyper)[0]
 
     def _read_by_outer(self, hyper: Hyper) -> list[bool]:
         """For each floating-point array of a solution, whether the outer loss reads it."""

@@ -124,6 +124,10 @@ class _InStages(AbstractData):
     def varies(self):
         return True
 
+    @property
+    def num_batches(self):
+        return self.data.num_batches
+
     def check(self, num_steps):
         self.data.check(num_steps)
 

@@ -6,17 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ._adjoint import AbstractAdjoint, chosen
+from ._adjoint import AbstractAdjoint
 from ._data import AbstractData, as_data
-from ._detach import forbid_derivative
 from ._loop_error import loops_explained
 from ._problem import AbstractProblem, initialise
 from ._raise import raise_on_failure
-from ._reach import guarded, START_MESSAGE
 from ._report import Solution
 from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
 from ._trace_once import tracing_once
-from ._tree import split_trainable
 from ._types import Hyper, Key, ModelState, Params
 from ._validate import (
     ADJOINT_EXAMPLE,
@@ -157,9 +154,8 @@ def _solve(
     solver.check(problem, data)
     adjoint.check(solver, data)
     init_key, solve_key = jax.random.split(key)
-    if not adjoint.sees_path:
-        message = START_MESSAGE.format(adjoint=type(adjoint).__name__)
-        params, solver_state = forbid_derivative((params, solver_state), message)
+    name = type(adjoint).__name__
+    params, solver_state = adjoint.reach.guarded_start((params, solver_state), name)
     earlier = None if solver_state is None else Earlier(solver_state)
     inner = InnerSolve(problem, solver, data, solve_key, earlier=earlier)
 
@@ -170,27 +166,6 @@ def _solve(
         check_params(initial)
         return initial, state
 
-    def loop_start():
-        initial, state = start(hyper)
-        return inner.loop(initial).start(initial, hyper, state)
-
-    def program(adjoint):
-        def gradient(hyper):
-            trainable, static = split_trainable(hyper)
-
-            def solution(trainable):
-                full = eqx.combine(trainable, static)
-                initial, state = start(full)
-                outcome = adjoint.solve(inner, initial, full, state, throw)
-                return split_trainable(outcome.params)[0]
-
-            value, pullback = jax.vjp(solution, trainable)
-            return value, pullback(value)
-
-        return gradient
-
-    adjoint = chosen(adjoint, solver, loop_start, program, hyper)
-
     def run(hyper):
         initial, state = start(hyper)
         outcome = adjoint.solve(inner, initial, hyper, state, throw)
@@ -200,7 +175,10 @@ def _solve(
 
     with loops_explained(inner, adjoint, start, hyper):
         outcome = inner.checked(
-            guarded(adjoint, run, hyper, throw, problem.outer_name), hyper
+            adjoint.reach.guarded(
+                run, hyper, adjoint=name, root=problem.outer_name, throw=throw
+            ),
+            hyper,
         )
     return Solution(
         value=outcome.params,

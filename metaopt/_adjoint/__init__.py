@@ -2,14 +2,11 @@
 
 from ._base import (
     AbstractAdjoint as AbstractAdjoint,
-    AbstractPathAdjoint as AbstractPathAdjoint,
+    AbstractSystemAdjoint as AbstractSystemAdjoint,
+    first_carry as first_carry,
     HypergradientOutput as HypergradientOutput,
 )
-from ._choose import (
-    chosen as chosen,
-    exact_adjoints as exact_adjoints,
-    temporary_bytes as temporary_bytes,
-)
+from ._bias import Bias as Bias
 from ._explosion import Growth as Growth
 from ._first_order import FirstOrderAdjoint as FirstOrderAdjoint
 from ._forward import ForwardAdjoint as ForwardAdjoint
@@ -28,11 +25,22 @@ from ._memory import (
     RecomputeSteps as RecomputeSteps,
     StoreAll as StoreAll,
     StoreUpdates as StoreUpdates,
+    temporary_bytes as temporary_bytes,
 )
 from ._one_step import OneStepAdjoint as OneStepAdjoint
+from ._path import AbstractPathAdjoint as AbstractPathAdjoint
+from ._reach import (
+    AbstractReach as AbstractReach,
+    AlongPath as AlongPath,
+    AtSolution as AtSolution,
+    InnerGradientsHeld as InnerGradientsHeld,
+)
 from ._reversible import ReversibleAdjoint as ReversibleAdjoint
 from ._truncated import (
     TruncatedAdjoint as TruncatedAdjoint,
     TruncationBound as TruncationBound,
 )
-from ._unrolled import UnrolledAdjoint as UnrolledAdjoint
+from ._unrolled import (
+    exact_adjoints as exact_adjoints,
+    UnrolledAdjoint as UnrolledAdjoint,
+)

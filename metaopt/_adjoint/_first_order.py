@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from .._detach import stop_gradient
 from .._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
 from .._tree import split_trainable, tree_sub
-from ._base import AbstractPathAdjoint, check_iterative
+from ._bias import Bias
+from ._path import AbstractPathAdjoint, check_iterative
+from ._reach import AbstractReach, InnerGradientsHeld
 
 
 class FirstOrderAdjoint(AbstractPathAdjoint):
@@ -22,17 +24,11 @@ class FirstOrderAdjoint(AbstractPathAdjoint):
     out of its reach.
     """
 
-    sees_path: ClassVar[bool] = True
-    sees_inner_loss: ClassVar[bool] = False
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = InnerGradientsHeld()
 
     @property
-    def left_out(self):
-        return ("how the inner gradients change",)
-
-    def error_bound(self, hyper, outer_slope):
-        return None
+    def bias(self):
+        return Bias(("how the inner gradients change",))
 
     def check(self, solver, data):
         check_iterative(self, solver)

@@ -10,15 +10,17 @@ from jax.flatten_util import ravel_pytree
 
 from .._dependence import influences, passes_loop
 from .._tree import split_trainable
-from .._types import FloatScalar, Vector
-from ._base import (
-    AbstractAdjoint,
+from .._types import Vector
+from ._base import AbstractAdjoint
+from ._bias import Bias
+from ._path import (
     check_iterative,
     Derivatives,
     in_reverse,
     path_hypergradient,
     PathObjective,
 )
+from ._reach import AbstractReach, AlongPath
 
 
 class ForwardAdjoint(AbstractAdjoint):
@@ -31,10 +33,11 @@ class ForwardAdjoint(AbstractAdjoint):
     closes over as well.
     """
 
-    sees_path: ClassVar[bool] = True
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = False
+    reach: ClassVar[AbstractReach] = AlongPath()
+
+    @property
+    def bias(self):
+        return Bias()
 
     def check(self, solver, data):
         check_iterative(self, solver)
@@ -54,10 +57,7 @@ class ForwardAdjoint(AbstractAdjoint):
         run = eqx.filter_closure_convert(run, *inputs)
         return loop.finish(*_with_forward_derivative(run, inputs))
 
-    def init(self, params):
-        return None
-
-    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+    def hypergradient(self, inner, outer, start, hyper, carry):
         trainable, static = split_trainable(hyper)
 
         def outer_loss(variables):
@@ -69,12 +69,12 @@ class ForwardAdjoint(AbstractAdjoint):
         params, static_params = split_trainable(params)
         loops = passes_loop(outer_loss, (params, trainable))
         differentiate = _by_columns if loops else in_reverse
-        return path_hypergradient(self, differentiate, inner, outer, start, hyper, scale)
+        return path_hypergradient(self, differentiate, inner, outer, start, hyper)
 
 
-def _by_columns(objective: PathObjective, hyper: Vector, scale: FloatScalar) -> Derivatives:
-    """Differentiates `scale` times an objective at `hyper` in forward mode: for an outer
-    loss that reverse mode cannot pass. It is evaluated once for each outer variable, and
+def _by_columns(objective: PathObjective, hyper: Vector) -> Derivatives:
+    """Differentiate an objective at `hyper` in forward mode: for an outer loss that
+    reverse mode cannot pass. It is evaluated once for each outer variable, and
     for each of the two arguments."""
     both = hyper, hyper
 
@@ -90,9 +90,9 @@ def _by_columns(objective: PathObjective, hyper: Vector, scale: FloatScalar) -> 
         jnp.eye(flat.size, dtype=flat.dtype)
     )
     value, arrays = objective(*both)
-    scaled = unravel((scale.astype(rows.dtype) * rows).astype(flat.dtype))
+    slopes = unravel(rows.astype(flat.dtype))
     zeros = jax.tree.map(jnp.zeros_like, both)
-    through, direct = jax.tree.map(lambda use, a, b: a if use else b, used, scaled, zeros)
+    through, direct = jax.tree.map(lambda use, a, b: a if use else b, used, slopes, zeros)
     return value, arrays, through, direct
 
 

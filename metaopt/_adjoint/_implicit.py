@@ -45,14 +45,16 @@ from .._tree import (
 )
 from .._types import FloatScalar, Hyper, Params, Vector
 from .._validate import check_count, check_tolerance
-from ._base import AbstractAdjoint, HypergradientOutput, OuterLoss, Start
+from ._base import AbstractSystemAdjoint, HypergradientOutput, OuterLoss, Start
+from ._bias import Bias
 from ._info import ImplicitInfo
+from ._reach import AbstractReach, AtSolution
 
 
 _PRECONDITIONER = 1  # folded into the key of the solve
 
 
-class ImplicitAdjoint(AbstractAdjoint):
+class ImplicitAdjoint(AbstractSystemAdjoint):
     r"""The implicit function theorem at the inner solution.
 
     With the optimality $g(params, hyper) = 0$ at the solution, the hypergradient is
@@ -105,9 +107,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     newton_steps: int = eqx.field(default=0, static=True)
     error: AbstractErrorEstimate | None = DualWeighted()
     curvature: AbstractCurvature = ExactCurvature()
-    sees_path: ClassVar[bool] = False
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = AtSolution()
 
     def __check_init__(self):
         if not isinstance(self.linear_solver, AbstractLinearSolver):
@@ -128,6 +128,10 @@ class ImplicitAdjoint(AbstractAdjoint):
                 "`curvature` must be `metaopt.ExactCurvature()` or `metaopt.GaussNewton()`"
                 f"; got {self.curvature!r}."
             )
+
+    @property
+    def bias(self):
+        return Bias((*self.curvature.left_out, *self.linear_solver.left_out))
 
     def check(self, solver, data):
         data.full()
@@ -162,11 +166,11 @@ class ImplicitAdjoint(AbstractAdjoint):
         outcome = eqx.tree_at(lambda o: o.params, outcome, params)
         return outcome, system.condition, system.params
 
-    def hypergradient(self, inner, outer, start, hyper, carry, scale):
+    def hypergradient(self, inner, outer, start, hyper, carry):
         params, model_state = start(hyper)
         outcome, condition, point = self._solve(inner, params, hyper, model_state, False)
         narrow = split_trainable(outcome.params)[0]
-        at = self._linearisations(outer, outcome, condition, hyper, scale)
+        at = self._linearisations(outer, outcome, condition, hyper)
         here = at(tree_cast_like(narrow, point))
         if carry is None:
             carry = _Carry(None, None, None)
@@ -202,7 +206,7 @@ class ImplicitAdjoint(AbstractAdjoint):
             and self.error.is_bound
             and tree_structs(narrow) == tree_structs(tree_widened(narrow)),
             left_out=(
-                *self._left_out,
+                *self.bias.left_out,
                 *_unseen_model_state(inner, outer, start, hyper, outcome),
             ),
         )
@@ -225,12 +229,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
 
     @property
-    def _left_out(self) -> tuple[str, ...]:
-        return (*self.curvature.left_out, *self.linear_solver.left_out)
-
-    @property
     def _accuracy(self) -> Accuracy:
-        return Accuracy(self.rtol, self.inner_rtol, self.error, bool(self._left_out))
+        return Accuracy(self.rtol, self.inner_rtol, self.error, bool(self.bias.left_out))
 
     def _linearisations(
         self,
@@ -238,7 +238,6 @@ class ImplicitAdjoint(AbstractAdjoint):
         outcome: Outcome,
         condition: Optimality,
         hyper: Hyper,
-        scale: FloatScalar,
     ) -> Callable[[Vector], Linearisation]:
         """A function that linearises the two losses at params near the solution."""
         outer_variables, static_hyper = split_trainable(hyper)
@@ -251,7 +250,7 @@ class ImplicitAdjoint(AbstractAdjoint):
 
         def at(trainable):
             return Linearisation.at(
-                self.curvature, condition, outer_loss, trainable, outer_variables, scale
+                self.curvature, condition, outer_loss, trainable, outer_variables
             )
 
         return at

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from .._detach import detached
-from .._solver import AbstractBestIterateSolver, ReversiblePicard
+from .._solver import AbstractMixingSolver
 from .._tree import padding
-from ._base import AbstractPathAdjoint, check_iterative, counted_anew
+from ._bias import Bias
+from ._path import AbstractPathAdjoint, check_iterative, counted_anew
+from ._reach import AbstractReach, AtSolution
 
 
 class OneStepAdjoint(AbstractPathAdjoint):
@@ -21,21 +23,15 @@ class OneStepAdjoint(AbstractPathAdjoint):
     more often than the length. The initial params are out of its reach.
     """
 
-    sees_path: ClassVar[bool] = False
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = AtSolution()
 
     @property
-    def left_out(self):
-        return ("all steps but the last",)
-
-    def error_bound(self, hyper, outer_slope):
-        return None
+    def bias(self):
+        return Bias(("all steps but the last",))
 
     def check(self, solver, data):
         check_iterative(self, solver)
-        if isinstance(solver, AbstractBestIterateSolver | ReversiblePicard):
+        if isinstance(solver, AbstractMixingSolver):
             raise ValueError(
                 f"The last step of `{type(solver).__name__}` mixes the map with earlier "
                 "steps, so that its derivative is not the one-step estimate. Use "

@@ -1,5 +1,6 @@
 """Truncated differentiation: reverse mode through the last steps only."""
 
+import functools as ft
 from typing import ClassVar
 
 import equinox as eqx
@@ -11,8 +12,10 @@ from .._implicit import Constant, constant
 from .._solver import AbstractIterativeSolver
 from .._types import FloatScalar, Hyper
 from .._validate import check_count, check_tolerance
-from ._base import AbstractPathAdjoint, check_iterative, counted_anew
+from ._bias import Bias
 from ._memory import AbstractMemoryPlan, StoreAll
+from ._path import AbstractPathAdjoint, check_iterative, counted_anew
+from ._reach import AbstractReach, AtSolution
 
 
 class TruncationBound(eqx.Module):
@@ -45,15 +48,15 @@ class TruncationBound(eqx.Module):
             )
 
     def __call__(
-        self, hyper: Hyper, num_steps: int, outer_slope: FloatScalar
+        self, hyper: Hyper, outer_slope: FloatScalar, num_steps: int
     ) -> FloatScalar:
         r"""The bound.
 
         **Arguments:**
 
         - `hyper`: the outer variables.
-        - `num_steps`: $K$.
         - `outer_slope`: $\|\partial_p F\|$.
+        - `num_steps`: $K$.
         """
         rho = jnp.asarray(constant(self.contraction, hyper), outer_slope.dtype)
         bound = rho**num_steps / (1 - rho) * constant(self.sensitivity, hyper)
@@ -79,10 +82,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     num_steps: int = eqx.field(static=True)
     memory: AbstractMemoryPlan = StoreAll()
     bound: TruncationBound | None = None
-    sees_path: ClassVar[bool] = False
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = AtSolution()
 
     def __check_init__(self):
         check_count(self.num_steps, "num_steps")
@@ -98,13 +98,11 @@ class TruncatedAdjoint(AbstractPathAdjoint):
             )
 
     @property
-    def left_out(self):
-        return (f"all steps but the last {self.num_steps}",)
-
-    def error_bound(self, hyper, outer_slope):
-        if self.bound is None:
-            return None
-        return self.bound(hyper, self.num_steps, outer_slope())
+    def bias(self):
+        bound = self.bound
+        if bound is not None:
+            bound = ft.partial(bound, num_steps=self.num_steps)
+        return Bias((f"all steps but the last {self.num_steps}",), bound)
 
     def check(self, solver, data):
         check_iterative(self, solver)

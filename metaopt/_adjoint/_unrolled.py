@@ -1,12 +1,38 @@
 """Unrolled differentiation: reverse mode through every step."""
 
-from typing import ClassVar
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from ._base import AbstractPathAdjoint, check_iterative
-from ._memory import AbstractMemoryPlan, MemoryBudget, StoreAll
+import equinox as eqx
+import jax
+
+from .._solver import (
+    AbstractExactMomentum,
+    AbstractIterativeSolver,
+    AbstractSolver,
+    InnerSolve,
+)
+from .._tree import split_trainable, tree_num_bytes
+from .._types import Hyper, ModelState, Params
+from ._base import AbstractAdjoint
+from ._bias import Bias
+from ._memory import (
+    AbstractMemoryPlan,
+    Blocks,
+    Candidate,
+    MemoryBudget,
+    OnlineCheckpoints,
+    RecomputeSteps,
+    StoreAll,
+    StoreUpdates,
+)
+from ._path import back_along_path, check_iterative
+from ._reach import AbstractReach, AlongPath
+from ._reversible import ReversibleAdjoint
 
 
-class UnrolledAdjoint(AbstractPathAdjoint):
+class UnrolledAdjoint(AbstractAdjoint):
     """Reverse mode through every step of the inner solver.
 
     Exact for the params that were reached, converged or not, and the only exact choice
@@ -34,10 +60,7 @@ class UnrolledAdjoint(AbstractPathAdjoint):
     """
 
     memory: AbstractMemoryPlan | MemoryBudget
-    sees_path: ClassVar[bool] = True
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
-    meets_cotangents: ClassVar[bool] = True
+    reach: ClassVar[AbstractReach] = AlongPath()
 
     def __init__(self, memory: AbstractMemoryPlan | int | str = StoreAll()):
         if isinstance(memory, (int, str)):
@@ -53,17 +76,101 @@ class UnrolledAdjoint(AbstractPathAdjoint):
             )
 
     @property
-    def left_out(self):
-        return ()
-
-    def error_bound(self, hyper, outer_slope):
-        return None
+    def bias(self):
+        return Bias()
 
     def check(self, solver, data):
         check_iterative(self, solver)
 
     def solve(self, inner, params, hyper, model_state, throw):
-        # A budget becomes a plan before there is anything to solve.
-        assert isinstance(self.memory, AbstractMemoryPlan)
-        loop = self.memory.prepare(inner.loop(params))
-        return loop.run(params, hyper, model_state, self.memory.scan)
+        if isinstance(self.memory, AbstractMemoryPlan):
+            loop = self.memory.prepare(inner.loop(params))
+            return loop.run(params, hyper, model_state, self.memory.scan)
+
+        def program(adjoint):
+            return _pulled_back(adjoint, inner, throw)
+
+        arguments = params, hyper, model_state
+        candidates = _candidates(inner, *arguments)
+        adjoint = self.memory.choose(candidates, program, *arguments)
+        return adjoint.solve(inner, params, hyper, model_state, throw)
+
+    def hypergradient(self, inner, outer, start, hyper, carry):
+        if isinstance(self.memory, AbstractMemoryPlan):
+            return back_along_path(self, inner, outer, start, hyper)
+
+        def program(adjoint):
+            def gradient(hyper):
+                output = adjoint.hypergradient(inner, outer, start, hyper, carry)
+                return eqx.filter(output, eqx.is_array)
+
+            return gradient
+
+        params, model_state = start(hyper)
+        candidates = _candidates(inner, params, hyper, model_state)
+        adjoint = self.memory.choose(candidates, program, hyper)
+        output = adjoint.hypergradient(inner, outer, start, hyper, carry)
+        return dataclasses.replace(output, chosen=adjoint)
+
+
+_PLANS = (
+    Blocks(1),
+    Blocks(1, RecomputeSteps()),
+    Blocks(2),
+    Blocks(2, RecomputeSteps()),
+    Blocks(3),
+    Blocks(3, RecomputeSteps()),
+    Blocks(5, RecomputeSteps()),
+)
+
+
+def exact_adjoints(solver: AbstractSolver) -> list[AbstractAdjoint]:
+    """The adjoints that give the same hypergradient in reverse mode and differ in what
+    they keep, from the fewest operations to the least memory."""
+    return [adjoint for adjoint, _ in _with_num_stored(solver)]
+
+
+def _with_num_stored(
+    solver: AbstractSolver,
+) -> list[tuple[AbstractAdjoint, Callable[[int], int]]]:
+    """The exact adjoints, each with the number of states that it stores at least."""
+    adjoints: list[tuple[AbstractAdjoint, Callable[[int], int]]] = []
+    unrolled = lambda plan: (UnrolledAdjoint(plan), plan.num_stored)
+    adjoints += [unrolled(plan) for plan in (StoreAll(), StoreUpdates(), RecomputeSteps())]
+    if isinstance(solver, AbstractExactMomentum) and solver.keeps_model_state:
+        adjoints.append((ReversibleAdjoint(), lambda length: 0))
+    if isinstance(solver, AbstractIterativeSolver) and solver.stops_early:
+        adjoints.append(unrolled(OnlineCheckpoints()))
+    return adjoints + [unrolled(plan) for plan in _PLANS]
+
+
+def _candidates(
+    inner: InnerSolve, params: Params, hyper: Hyper, model_state: ModelState
+) -> list[Candidate[AbstractAdjoint]]:
+    """The exact adjoints, each with the least memory that it takes for one solve."""
+    loop = inner.loop(params)
+    begin = lambda: loop.start(params, hyper, model_state)
+    size = tree_num_bytes(jax.eval_shape(begin).params)
+    return [
+        Candidate(adjoint, num_stored(loop.num_steps) * size)
+        for adjoint, num_stored in _with_num_stored(inner.solver)
+    ]
+
+
+def _pulled_back(
+    adjoint: AbstractAdjoint, inner: InnerSolve, throw: bool
+) -> Callable[..., Any]:
+    """A function that solves, and pulls the solution back to `hyper`."""
+
+    def gradient(params, hyper, model_state):
+        trainable, static = split_trainable(hyper)
+
+        def solution(trainable):
+            full = eqx.combine(trainable, static)
+            outcome = adjoint.solve(inner, params, full, model_state, throw)
+            return split_trainable(outcome.params)[0]
+
+        value, pullback = jax.vjp(solution, trainable)
+        return value, pullback(value)
+
+    return gradient

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 
-from .._data import AbstractData, BatchSequence
+from .._data import AbstractData
 from .._types import Batch, IntScalar, Key, PyTree
 
 
@@ -45,7 +45,7 @@ def check_drawn(data: AbstractData, name: str, num_batches: int) -> None:
     """Raises a `ValueError` where a source does not have as many batches as each outer
     step draws, or has more."""
     data.check(num_batches)
-    if isinstance(data, BatchSequence) and data.num_batches > num_batches:
+    if data.num_batches is not None and data.num_batches > num_batches:
         raise ValueError(
             f"`{name}` is a `BatchSequence` of {data.num_batches} batches, and "
             f"each outer step would use the same first {num_batches} of them. Use "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._adjoint import AbstractAdjoint
+from .._adjoint import AbstractAdjoint, AbstractSystemAdjoint, first_carry
 from .._objective import Continued, Objective
 from .._problem import BilevelProblem, initialise
 from .._promises import all_finite, keep_where
@@ -90,7 +90,7 @@ class NestedSolver(AbstractBilevelSolver):
             return
         example = "metaopt.PolynomialTolerance()"
         check_kind(self.tolerance, AbstractTolerance, "tolerance", example)
-        if not self.adjoint.heeds_tolerance:
+        if not isinstance(self.adjoint, AbstractSystemAdjoint):
             name = type(self.adjoint).__name__
             raise ValueError(
                 f"`tolerance` would have no effect: `{name}` follows the steps of the "
@@ -114,7 +114,7 @@ class NestedSolver(AbstractBilevelSolver):
             given=given,
             first_model_state=first_model_state if given is not None else model_state,
             outer_state=outer.init(split_trainable(hyper)[0]),
-            carry=self.adjoint.init(params),
+            carry=first_carry(self.adjoint, params),
             key=key,
             num_steps=jnp.zeros((), int),
         )
@@ -213,8 +213,7 @@ class NestedSolver(AbstractBilevelSolver):
         self, inner: InnerInfo, problem: BilevelProblem, state: NestedState
     ) -> InnerInfo:
         """The report on the inner solve, with what its start carries over."""
-        follows = self.start.goes_on and self.adjoint.sees_path
-        left_out = ("the path in earlier outer steps",) if follows else ()
+        left_out = self.adjoint.reach.earlier_path if self.start.goes_on else ()
         tells = self.start.carried and self._remembers(problem, state)
         carried = self.start.carried if tells else ""
         return dataclasses.replace(inner, left_out=left_out, carried=carried)

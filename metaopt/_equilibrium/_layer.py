@@ -278,8 +278,7 @@ class Equilibrium(eqx.Module):
         start = self._start(x) if z is None else z
         as_array = lambda a: jnp.asarray(a) if isinstance(a, float) else a
         start = canonical_arrays(jax.tree.map(as_array, start), "z")
-        if not self.adjoint.sees_path:
-            start = stop_gradient(start)
+        start = self.adjoint.reach.held_start(start)
         problem, moving = cell_problem(self.cell, x, start)
         return problem, moving, start
 

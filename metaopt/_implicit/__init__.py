@@ -9,7 +9,6 @@ from ._curvature import (
 )
 from ._defaults import (
     cheapest_curvature as cheapest_curvature,
-    stationary_solver as stationary_solver,
 )
 from ._derivative import with_implicit_derivative as with_implicit_derivative
 from ._dual_weighted import DualWeighted as DualWeighted

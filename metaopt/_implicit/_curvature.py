@@ -6,6 +6,7 @@ from typing import ClassVar, TYPE_CHECKING
 import equinox as eqx
 import lineax as lx
 
+from .._linear import AbstractLinearSolver, CG, MINRES
 from .._solver import Optimality
 from .._tree import tree_structs
 from .._types import Vector
@@ -29,6 +30,16 @@ class AbstractCurvature(eqx.Module):
     @abc.abstractmethod
     def left_out(self) -> tuple[str, ...]:
         """A description of the terms that the operator leaves out."""
+
+    @abc.abstractmethod
+    def stationary_solver(self, rtol: float) -> AbstractLinearSolver:
+        """A linear solver for the symmetric system at a stationary point, which may be a
+        saddle.
+
+        **Arguments:**
+
+        - `rtol`: the relative residual to solve to.
+        """
 
     @abc.abstractmethod
     def linearise(
@@ -63,6 +74,10 @@ class ExactCurvature(AbstractCurvature):
     @property
     def left_out(self):
         return ()
+
+    def stationary_solver(self, rtol):
+        # The Hessian can be indefinite there.
+        return MINRES(rtol=rtol)
 
     def linearise(self, condition, params, hyper):
         of_params = lambda params: condition(params, hyper)
@@ -102,6 +117,9 @@ class GaussNewton(AbstractCurvature):
     @property
     def left_out(self):
         return ("the curvature of the model",)
+
+    def stationary_solver(self, rtol):
+        return CG(rtol=rtol)
 
     def linearise(self, condition, params, hyper):
         composition = condition.composition

@@ -1,6 +1,5 @@
-"""The curvature and the linear solver for params that need not be a minimum."""
+"""The curvature for params that need not be a minimum."""
 
-from .._linear import AbstractLinearSolver, CG, MINRES
 from .._problem import AbstractPredictionProblem, AbstractProblem
 from ._curvature import AbstractCurvature, ExactCurvature, GaussNewton
 
@@ -11,11 +10,3 @@ def cheapest_curvature(problem: AbstractProblem) -> AbstractCurvature:
     if isinstance(problem, AbstractPredictionProblem):
         return GaussNewton()
     return ExactCurvature()
-
-
-def stationary_solver(curvature: AbstractCurvature, rtol: float) -> AbstractLinearSolver:
-    """Return a linear solver for the symmetric system at a stationary point, which may be
-    a saddle: the Hessian can be indefinite, and a Gauss-Newton operator is not."""
-    if isinstance(curvature, GaussNewton):
-        return CG(rtol=rtol)
-    return MINRES(rtol=rtol)

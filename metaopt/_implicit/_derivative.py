@@ -73,10 +73,8 @@ class _Rule(eqx.Module):
         along = Optimality(residual, condition.tags)
 
         def at(params):
-            one = jnp.ones((), jnp.float32)
-            return Linearisation.at(
-                self.curvature, along, outer_loss, params, varied, one
-            ).solved_with(self.linear_solver)
+            here = Linearisation.at(self.curvature, along, outer_loss, params, varied)
+            return here.solved_with(self.linear_solver)
 
         here = at(params)
         error = self.accuracy.error

@@ -37,7 +37,7 @@ class Linearisation(eqx.Module):
 
     - `system`: the linear system, which holds the point.
     - `value`, `aux`: the outer loss.
-    - `in_params`, `direct`: its derivatives in the params and in `hyper`, times a scale.
+    - `in_params`, `direct`: its derivatives in the params and in `hyper`.
     """
 
     system: ImplicitSystem
@@ -54,7 +54,6 @@ class Linearisation(eqx.Module):
         outer_loss: Callable[[Vector, Vector], Any],
         params: Vector,
         hyper: Vector,
-        scale: FloatScalar,
     ) -> "Linearisation":
         """Differentiate the outer loss and linearise the optimality.
 
@@ -63,10 +62,9 @@ class Linearisation(eqx.Module):
         - `curvature`, `condition`: as for `ImplicitSystem.linearised`.
         - `outer_loss`: `outer_loss(params, hyper)` returns its value and auxiliary output.
         - `params`, `hyper`: the point.
-        - `scale`: multiplies the derivatives of the outer loss.
         """
         value, pullback, aux = jax.vjp(outer_loss, params, hyper, has_aux=True)
-        in_params, direct = pullback(scale.astype(value.dtype))
+        in_params, direct = pullback(jnp.ones((), value.dtype))
         system = ImplicitSystem.linearised(condition, params, hyper, curvature)
         return cls(system, value, aux, in_params, direct)
 

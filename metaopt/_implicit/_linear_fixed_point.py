@@ -23,11 +23,10 @@ from .._problem import FixedPointProblem
 from .._results import first_failure, mask_result, RESULTS
 from .._solver import (
     AbstractFixedPointSolver,
+    AbstractSingleMapSolver,
     Anderson,
-    Broyden,
     Examples,
     InnerSolve,
-    Picard,
 )
 from .._tree import (
     divided,
@@ -81,7 +80,7 @@ class LinearFixedPoint(AbstractToleranceSolver):
             "solver",
             "metaopt.Anderson(rtol=1e-4)",
         )
-        if not isinstance(self.solver, Anderson | Broyden | Picard):
+        if not isinstance(self.solver, AbstractSingleMapSolver):
             raise ValueError(
                 "`solver` must be `metaopt.Anderson`, `metaopt.Broyden` or "
                 f"`metaopt.Picard`, with one product in each step; got `{self.solver!r}`."

@@ -2,7 +2,7 @@
 
 from ._base import (
     AbstractLinearSolver as AbstractLinearSolver,
-    AbstractPreconditionedSolver as AbstractPreconditionedSolver,
+    AbstractPreparedSolver as AbstractPreparedSolver,
     AbstractToleranceSolver as AbstractToleranceSolver,
     check_square as check_square,
     check_structures as check_structures,
@@ -23,11 +23,18 @@ from ._inverse import AbstractInverse as AbstractInverse
 from ._minres import MINRES as MINRES
 from ._neumann import Neumann as Neumann
 from ._normal_cg import NormalCG as NormalCG
+from ._preconditioned import (
+    AbstractPreconditionedSolver as AbstractPreconditionedSolver,
+)
 from ._preconditioner import (
     AbstractPreconditioner as AbstractPreconditioner,
     DiagonalEstimate as DiagonalEstimate,
     LowRank as LowRank,
     SecondMoment as SecondMoment,
 )
-from ._prepare import initial_state as initial_state, prepare as prepare
-from ._shine import SHINE as SHINE, transposed as transposed
+from ._prepare import (
+    initial_state as initial_state,
+    prepare as prepare,
+    transposed as transposed,
+)
+from ._shine import SHINE as SHINE

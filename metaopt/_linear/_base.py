@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from .._results import first_failure, mask_result, RESULTS
 from .._tree import same_structs, tree_axpy, tree_dot, tree_structs, tree_zeros_like
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._types import BoolScalar, FloatScalar, IntScalar, Key, Vector
 from .._validate import check_tolerance
 from .._warn import warn
 
@@ -192,23 +192,48 @@ class AbstractToleranceSolver(AbstractLinearSolver):
         """
 
 
-class AbstractPreconditionedSolver(AbstractLinearSolver):
-    """A linear solver that takes a preconditioner."""
-
-    preconditioner: eqx.AbstractVar[Any]
+class AbstractPreparedSolver(AbstractLinearSolver):
+    """A linear solver that learns of an operator before it solves with it."""
 
     @abc.abstractmethod
-    def damped(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
-        """The operator that is solved with: the one that a preconditioner approximates.
+    def initial_state(self, vector: Vector) -> Any:
+        """The state before the first operator.
 
         **Arguments:**
 
-        - `operator`: a square operator.
+        - `vector`: arrays with the structure that the operators apply to.
 
         **Returns:**
 
-        The operator, and the damping of the solver if it has any.
+        A pytree of arrays, or `None` for a solver that carries nothing from one operator
+        to the next.
         """
+
+    @abc.abstractmethod
+    def prepared(
+        self,
+        operator: lx.AbstractLinearOperator,
+        state: Any,
+        key: Key,
+        solver_state: Any,
+    ) -> tuple[AbstractLinearSolver, Any, IntScalar]:
+        """The solver, ready for an operator.
+
+        **Arguments:**
+
+        - `operator`: the operator that it will solve with.
+        - `state`: that of the operator before; `None` for the first.
+        - `key`: for everything random.
+        - `solver_state`: the state of the inner solver at the solution, or `None`.
+
+        **Returns:**
+
+        A linear solver, the new state, and the number of products that it took.
+        """
+
+    @abc.abstractmethod
+    def transposed(self) -> AbstractLinearSolver:
+        """The solver, once prepared for an operator, for its transpose."""
 
 
 def check_tolerances(rtol: float | None, atol: float) -> None:

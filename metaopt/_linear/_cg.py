@@ -28,7 +28,6 @@ from .._tree import (
 from .._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._validate import check_count, check_tolerance
 from ._base import (
-    AbstractPreconditionedSolver,
     AbstractToleranceSolver,
     check_square,
     check_structures,
@@ -39,6 +38,7 @@ from ._base import (
     steps_left_out,
     Subspace,
 )
+from ._preconditioned import AbstractPreconditionedSolver
 from ._preconditioner import AbstractPreconditioner
 from ._prepare import prepare
 from ._rough_cg import RoughCG

@@ -1,36 +1,20 @@
-"""Getting a linear solver ready for an operator: its preconditioner, say."""
+"""Preparing a linear solver for an operator: its preconditioner, for example."""
 
-import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 
 from .._types import IntScalar, Key, Vector
-from ._base import AbstractLinearSolver, AbstractPreconditionedSolver
-from ._preconditioner import AbstractPreconditioner
-from ._shine import SHINE, with_inverse
-
-
-class Prepared(eqx.Module):
-    """A preconditioner with what it knows of one operator: a function of vectors."""
-
-    preconditioner: AbstractPreconditioner
-    state: Any
-
-    def __call__(self, vector: Vector) -> Vector:
-        return self.preconditioner.apply(self.state, vector)
+from ._base import AbstractLinearSolver, AbstractPreparedSolver
 
 
 def initial_state(solver: AbstractLinearSolver, vector: Vector) -> Any:
-    """The state of the solver's preconditioner before the first solve, or `None`."""
-    if not isinstance(solver, AbstractPreconditionedSolver):
+    """The state of a solver before it is prepared for the first time, or `None`."""
+    if not isinstance(solver, AbstractPreparedSolver):
         return None
-    if not isinstance(solver.preconditioner, AbstractPreconditioner):
-        return None
-    return solver.preconditioner.init(vector)
+    return solver.initial_state(vector)
 
 
 def prepare(
@@ -40,34 +24,29 @@ def prepare(
     key: Key | None = None,
     solver_state: Any = None,
 ) -> tuple[AbstractLinearSolver, Any, IntScalar]:
-    """The solver with all that it knows beforehand, ready for an operator.
+    """Prepare a linear solver for an operator.
 
     **Arguments:**
 
-    - `solver`: any linear solver. One without preconditioner is ready, but for one that
-        takes what the inner solver leaves.
+    - `solver`: any linear solver. One that is not an `AbstractPreparedSolver` is ready.
     - `operator`: what it will solve with.
-    - `state`: the state of the preconditioner; by default its first.
+    - `state`: the state of the solver; by default its first.
     - `key`: for everything random; by default key 0.
     - `solver_state`: the state of the inner solver at the solution, or `None`.
 
     **Returns:**
 
-    The solver, the new state of the preconditioner, and the products that it took.
+    The solver, its new state, and the products that it took.
     """
-    none = jnp.zeros((), jnp.int32)
-    if isinstance(solver, SHINE):
-        return with_inverse(solver, solver_state), None, none
-    if not isinstance(solver, AbstractPreconditionedSolver):
-        return solver, None, none
-    preconditioner = solver.preconditioner
-    if not isinstance(preconditioner, AbstractPreconditioner):
-        return solver, None, none
-    if state is None:
-        state = preconditioner.init(operator.in_structure())
+    if not isinstance(solver, AbstractPreparedSolver):
+        return solver, None, jnp.zeros((), jnp.int32)
     if key is None:
         key = jax.random.key(0)
-    damped = solver.damped(operator)
-    state, num_products = preconditioner.update(damped, state, key, solver_state)
-    ready = dataclasses.replace(solver, preconditioner=Prepared(preconditioner, state))
-    return ready, state, num_products
+    return solver.prepared(operator, state, key, solver_state)
+
+
+def transposed(solver: AbstractLinearSolver) -> AbstractLinearSolver:
+    """The solver for the transpose of the operator that it was prepared for."""
+    if not isinstance(solver, AbstractPreparedSolver):
+        return solver
+    return solver.transposed()

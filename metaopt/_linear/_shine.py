@@ -1,4 +1,4 @@
-"""The inverse that the way to a fixed point has left behind."""
+"""SHINE: reuse the quasi-Newton inverse of the forward solve."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,6 +21,7 @@ from .._types import Vector
 from .._validate import check_kind
 from ._base import (
     AbstractLinearSolver,
+    AbstractPreparedSolver,
     check_square,
     check_structures,
     relative,
@@ -29,7 +30,7 @@ from ._base import (
 from ._inverse import AbstractInverse
 
 
-class SHINE(AbstractLinearSolver):
+class SHINE(AbstractPreparedSolver):
     r"""Shares the inverse with the forward pass: what [`metaopt.Broyden`][] has made of
     $(I - J)^{-1}$ on its way to the fixed point is applied to the right-hand side.
 
@@ -81,6 +82,33 @@ class SHINE(AbstractLinearSolver):
         if self.refine is not None:
             self.refine.check(operator)
 
+    def initial_state(self, vector):
+        return None
+
+    def prepared(self, operator, state, key, solver_state):
+        """Take the inverse in the state of the inner solver, unless it was given one.
+
+        **Arguments:** as for every linear solver that is prepared.
+
+        **Raises:**
+
+        `ValueError` where there is none.
+        """
+        none = jnp.zeros((), jnp.int32)
+        if self.inverse is not None:
+            return self, None, none
+        is_inverse = lambda x: isinstance(x, AbstractInverse)
+        found = filter(is_inverse, jax.tree.leaves(solver_state, is_leaf=is_inverse))
+        inverse = next(found, None)
+        if inverse is None:
+            raise ValueError(_NO_INVERSE)
+        return dataclasses.replace(self, inverse=inverse), None, none
+
+    def transposed(self):
+        if self.inverse is None:
+            return self
+        return dataclasses.replace(self, inverse=self.inverse.transposed())
+
     def solve(self, operator, vector, start=None, tolerance=None):
         """As for every linear solver; the inverse takes the place of a `start`."""
         self.check(operator)
@@ -115,30 +143,6 @@ class SHINE(AbstractLinearSolver):
             0,
             2,
         )
-
-
-def with_inverse(solver: SHINE, solver_state: object) -> SHINE:
-    """The solver with the inverse in the state of a solver of fixed points.
-
-    **Raises:**
-
-    `ValueError` where there is none.
-    """
-    if solver.inverse is not None:
-        return solver
-    is_inverse = lambda x: isinstance(x, AbstractInverse)
-    found = filter(is_inverse, jax.tree.leaves(solver_state, is_leaf=is_inverse))
-    inverse = next(found, None)
-    if inverse is None:
-        raise ValueError(_NO_INVERSE)
-    return dataclasses.replace(solver, inverse=inverse)
-
-
-def transposed(solver: AbstractLinearSolver) -> AbstractLinearSolver:
-    """The same, ready for the transposed operator."""
-    if not isinstance(solver, SHINE) or solver.inverse is None:
-        return solver
-    return dataclasses.replace(solver, inverse=solver.inverse.transposed())
 
 
 _NO_INVERSE = (

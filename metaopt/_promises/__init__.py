@@ -23,4 +23,5 @@ from ._zero import (
     check_seen as check_seen,
     check_start_seen as check_start_seen,
     no_derivative_message as no_derivative_message,
+    split_unreached as split_unreached,
 )

@@ -5,6 +5,7 @@ from ._base import (
     AbstractBestIterateSolver as AbstractBestIterateSolver,
     AbstractDirectSolver as AbstractDirectSolver,
     AbstractIterativeSolver as AbstractIterativeSolver,
+    AbstractMixingSolver as AbstractMixingSolver,
     AbstractSolver as AbstractSolver,
     Composition as Composition,
     Optimality as Optimality,
@@ -18,20 +19,26 @@ from ._common import (
 )
 from ._descent import Descent as Descent
 from ._earlier import can_go_on as can_go_on, Earlier as Earlier
+from ._exact_momentum import AbstractExactMomentum as AbstractExactMomentum
 from ._examples import Examples as Examples
 from ._fixed_point import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
+    AbstractSingleMapSolver as AbstractSingleMapSolver,
 )
-from ._gauge import (
-    measured as measured,
-    new_gauge as new_gauge,
-    rounding_variances as rounding_variances,
-)
+from ._gauge import new_gauge as new_gauge
 from ._inner_solve import InnerSolve as InnerSolve
 from ._jaxopt import JaxoptSolver as JaxoptSolver
 from ._loop import Loop as Loop, LoopState as LoopState
 from ._newton_krylov import NewtonKrylov as NewtonKrylov
 from ._optimistix import OptimistixSolver as OptimistixSolver
 from ._picard import Picard as Picard
+from ._reversible import (
+    AbstractReversibleSolver as AbstractReversibleSolver,
+    Inputs as Inputs,
+    once as once,
+    outcome_of as outcome_of,
+    Reached as Reached,
+    Undone as Undone,
+)
 from ._reversible_picard import ReversiblePicard as ReversiblePicard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD

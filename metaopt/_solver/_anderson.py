@@ -12,6 +12,7 @@ from .._validate import check_count, check_tolerance
 from ._examples import Examples
 from ._fixed_point import (
     AbstractAcceleratedSolver,
+    AbstractSingleMapSolver,
     Applied,
     as_budget,
     check_relaxation,
@@ -19,7 +20,7 @@ from ._fixed_point import (
 )
 
 
-class Anderson(AbstractAcceleratedSolver):
+class Anderson(AbstractAcceleratedSolver, AbstractSingleMapSolver):
     r"""Solves a fixed-point problem by Anderson acceleration (Anderson, 1965; the second
     type, in the form of Walker and Ni, 2011).
 

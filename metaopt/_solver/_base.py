@@ -189,6 +189,11 @@ class AbstractIterativeSolver(AbstractSolver):
     def stops_early(self) -> bool:
         """Whether a tolerance can end the loop before `num_steps`."""
 
+    @property
+    def keeps_model_state(self) -> bool:
+        """Whether the model state at the solution is that at the start."""
+        return self.state_policy is None or self.state_policy.is_constant
+
     @abc.abstractmethod
     def init(self, problem: AbstractProblem, params: Vector, hyper: Hyper) -> Any:
         """The solver's state before the first step (momenta and the like).
@@ -230,7 +235,14 @@ class AbstractIterativeSolver(AbstractSolver):
         """
 
 
-class AbstractBestIterateSolver(AbstractIterativeSolver):
+class AbstractMixingSolver(AbstractIterativeSolver):
+    """A solver by steps, each of which mixes earlier iterates or maps into the new one.
+
+    The derivative of its last step alone is therefore no one-step estimate.
+    """
+
+
+class AbstractBestIterateSolver(AbstractMixingSolver):
     """A solver by steps that answers with the best of its iterates, not the last."""
 
     @abc.abstractmethod

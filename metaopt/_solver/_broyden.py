@@ -13,7 +13,13 @@ from .._tree import tree_add, tree_dtype, tree_put, tree_rooms, tree_sub
 from .._types import IntScalar, Vector
 from .._validate import check_count
 from ._examples import Examples
-from ._fixed_point import AbstractAcceleratedSolver, Applied, as_budget, Progress
+from ._fixed_point import (
+    AbstractAcceleratedSolver,
+    AbstractSingleMapSolver,
+    Applied,
+    as_budget,
+    Progress,
+)
 
 
 _LEAST_CURVATURE = 0.1  # of an update, relative to the squared length of its step
@@ -21,7 +27,7 @@ _GROWTH = 2.0  # of a residual over the best one, from which there is a new begi
 _SHORTEST = 0.1
 
 
-class Broyden(AbstractAcceleratedSolver):
+class Broyden(AbstractAcceleratedSolver, AbstractSingleMapSolver):
     r"""Solves a fixed-point problem by Broyden's method (Broyden, 1965, the first type),
     with a limited memory and safeguards.
 

@@ -1,5 +1,6 @@
 """Momentum in integers: where it is to the last bit, its steps, and the way back."""
 
+import abc
 import functools as ft
 import math
 from collections.abc import Callable, Iterable
@@ -90,6 +91,16 @@ class AbstractExactMomentum(AbstractIterativeSolver):
 
     min_momentum: eqx.AbstractVar[float]
     fraction_bits: eqx.AbstractVar[int | None]
+
+    @abc.abstractmethod
+    def resolved(self, rates: Any, momenta: Any) -> "AbstractExactMomentum":
+        """The same solver with learning rates and momenta that are known.
+
+        **Arguments:**
+
+        - `rates`, `momenta`: arrays of shape `(num_steps,)`; `None` for a solver whose
+            `step` is not called.
+        """
 
     @_promoting
     def begin(self, params: Vector) -> tuple[Exact, BoolScalar]:

@@ -72,7 +72,7 @@ class Begun(eqx.Module):
 
 
 class AbstractFixedPointSolver(AbstractIterativeSolver):
-    """A solver of fixed-point problems that applies the map once in each step."""
+    """A solver of fixed-point problems that applies their map in each step."""
 
     rtol: eqx.AbstractVar[float | None]
     atol: eqx.AbstractVar[float]
@@ -157,6 +157,11 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
             stops=None if self.budget is None else begun.step + 1 >= self.budget,
         )
         return at, output, Begun(begun.step + 1, first)
+
+
+class AbstractSingleMapSolver(AbstractFixedPointSolver):
+    """A solver of fixed-point problems that applies the map once in each step, and takes no
+    derivative of it: a linear map costs it one product in each step."""
 
 
 class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSolver):

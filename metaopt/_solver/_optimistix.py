@@ -1,6 +1,7 @@
 """Any optimistix solver as an inner solver."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,10 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 
-from .._problem import AbstractFixedPointProblem, AbstractLeastSquaresProblem
+from .._problem import (
+    AbstractFixedPointProblem,
+    AbstractLeastSquaresProblem,
+    AbstractProblem,
+    Evaluation,
+)
 from .._results import RESULTS
 from .._rewrite import carry_conditions
 from .._tree import split_trainable
+from .._types import IntScalar, Params, Vector
 from .._validate import check_count
 from ._base import AbstractDirectSolver
 from ._common import direct_outcome, problem_optimality, refuse_state
@@ -110,41 +117,70 @@ class OptimistixSolver(AbstractDirectSolver):
 
     def solve(self, problem, params, hyper, batch, key, model_state):
         trainable, static = split_trainable(params)
+        fixed = hyper, batch, key, model_state
 
         def evaluate(trainable):
-            full = eqx.combine(trainable, static)
-            return problem.evaluate(full, hyper, batch, key, model_state)
+            return problem.evaluate(eqx.combine(trainable, static), *fixed)
 
-        if isinstance(problem, AbstractLeastSquaresProblem) and isinstance(
-            self.solver, _LeastSquares
-        ):
-            entry = optx.least_squares
-
-            def fn(y, _):
-                full = eqx.combine(y, static)
-                out, _ = problem.evaluate_predictions(full, hyper, batch, key, model_state)
-                return split_trainable(out)[0]
-
-        elif problem.has_loss and isinstance(self.solver, _Minimiser):
-            entry = optx.minimise
-            fn = lambda y, _: evaluate(y).value
-        elif isinstance(problem, AbstractFixedPointProblem) and isinstance(
-            self.solver, _FixedPoint
-        ):
-            entry = optx.fixed_point
-            fn = lambda y, _: split_trainable(evaluate(y).value)[0]
-        else:
-            condition = self.optimality(problem, params, hyper, batch, key, model_state)
-            constant = split_trainable(hyper)[0]
-            fn = lambda y, _: condition(y, constant)
-            # A solver that asks for structure (conjugate gradients inside Newton's
-            # method) is told what the kind of the problem promises.
-            entry = ft.partial(optx.root_find, tags=condition.tags)
-
-        solver = with_safe_loops(self.solver)
+        entry, fn = self._stated(problem, params, evaluate, fixed)
         options = self.options
         if callable(options):
             options = _as_options(options(hyper))
+        value, result, num_steps = self._run(entry, fn, trainable, options)
+        return direct_outcome(
+            problem,
+            eqx.combine(value, static),
+            evaluate(value),
+            RESULTS.promote(result),
+            num_steps,
+        )
+
+    def _stated(
+        self,
+        problem: AbstractProblem,
+        params: Params,
+        evaluate: Callable[[Vector], Evaluation],
+        fixed: tuple[Any, ...],
+    ) -> tuple[Callable[..., Any], Callable[[Vector, Any], Any]]:
+        """The entry point of optimistix that fits the solver, and its function.
+
+        **Arguments:**
+
+        - `problem`, `params`: the inner problem and where it starts.
+        - `evaluate`: evaluates the problem at the trainable part of the params.
+        - `fixed`: `hyper`, the batch, the key and the model state.
+        """
+        static = split_trainable(params)[1]
+        kind = self.solver
+        if isinstance(problem, AbstractLeastSquaresProblem):
+            if isinstance(kind, _LeastSquares):
+
+                def residuals(y, _):
+                    full = eqx.combine(y, static)
+                    out, _ = problem.evaluate_predictions(full, *fixed)
+                    return split_trainable(out)[0]
+
+                return optx.least_squares, residuals
+        if problem.has_loss and isinstance(kind, _Minimiser):
+            return optx.minimise, lambda y, _: evaluate(y).value
+        if isinstance(problem, AbstractFixedPointProblem) and isinstance(kind, _FixedPoint):
+            return optx.fixed_point, lambda y, _: split_trainable(evaluate(y).value)[0]
+        condition = self.optimality(problem, params, *fixed)
+        constant = split_trainable(fixed[0])[0]
+        # A solver that asks for structure (conjugate gradients inside Newton's method) is
+        # told what the kind of the problem promises.
+        entry = ft.partial(optx.root_find, tags=condition.tags)
+        return entry, lambda y, _: condition(y, constant)
+
+    def _run(
+        self,
+        entry: Callable[..., Any],
+        fn: Callable[[Vector, Any], Any],
+        trainable: Vector,
+        options: Any,
+    ) -> tuple[Vector, Any, IntScalar]:
+        """Solve, with loops whose conditions read carried booleans and integers."""
+        solver = with_safe_loops(self.solver)
 
         def run(trainable):
             solution = entry(
@@ -158,7 +194,7 @@ class OptimistixSolver(AbstractDirectSolver):
             return solution.value, solution.result, solution.stats["num_steps"]
 
         try:
-            value, result, num_steps = carry_conditions(run)(trainable)
+            return carry_conditions(run)(trainable)
         except KeyError as error:
             name = error.args[0]
             if not isinstance(name, str) or name in (options or {}):
@@ -167,10 +203,3 @@ class OptimistixSolver(AbstractDirectSolver):
                 f"`optimistix.{type(self.solver).__name__}` needs the option `{name}`: "
                 f"write `metaopt.OptimistixSolver(solver, options={{{name!r}: ...}})`."
             ) from error
-        return direct_outcome(
-            problem,
-            eqx.combine(value, static),
-            evaluate(value),
-            RESULTS.promote(result),
-            num_steps,
-        )

@@ -6,10 +6,10 @@ import jax
 from .._model_state import AbstractStatePolicy
 from .._types import IntScalar
 from ._examples import Examples
-from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun, check_relaxation
+from ._fixed_point import AbstractSingleMapSolver, as_budget, Begun, check_relaxation
 
 
-class Picard(AbstractFixedPointSolver):
+class Picard(AbstractSingleMapSolver):
     """Solves a fixed-point problem by applying its step map again and again.
 
     Use it for contractions, and wherever the derivative should follow the path; it

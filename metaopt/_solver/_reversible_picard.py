@@ -1,18 +1,20 @@
 """Picard iteration of two coupled iterates, whose steps can be undone."""
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 
 from .._model_state import AbstractStatePolicy
-from .._tree import split_trainable, tree_sub
-from .._types import FloatScalar, IntScalar, Vector
+from .._tree import split_trainable
+from .._types import IntScalar, Vector
 from .._validate import check_tolerance
+from ._base import AbstractMixingSolver
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun
+from ._reversible import AbstractReversibleSolver, CoupledRun, Coupling
 
 
-class ReversiblePicard(AbstractFixedPointSolver):
+class ReversiblePicard(
+    AbstractFixedPointSolver, AbstractMixingSolver, AbstractReversibleSolver
+):
     r"""Solves a fixed-point problem by relaxed Picard iteration of two iterates, each of
     which moves towards the map of the other, so that every step can be undone.
 
@@ -90,62 +92,20 @@ class ReversiblePicard(AbstractFixedPointSolver):
         at, output, begun = self.applied(
             problem, params, hyper, batch, key, model_state, state.begun
         )
-        companion = self.mixed(state.companion, at.value)
-        new = self.mixed(at.params, at.apply(companion))
+        companion = self._coupling.mixed(state.companion, at.value)
+        new = self._coupling.mixed(at.params, at.apply(companion))
         static = split_trainable(params)[1]
         return eqx.combine(new, static), CoupledState(companion, begun), output
 
-    #
-    # What the adjoint that undoes the steps needs besides
-    #
+    def settings(self, hyper):
+        return ()
 
-    def mixed(self, old: Vector, value: Vector) -> Vector:
-        """Half of a step: one iterate moves towards the map of the other.
+    def reversible_run(self, loop, hyper, model_state, inputs, max_drift):
+        return CoupledRun.of(loop, self._coupling, hyper, model_state, inputs, max_drift)
 
-        **Arguments:**
-
-        - `old`: the iterate.
-        - `value`: the map at the other one.
-        """
-        beta = self.relaxation
-        return jax.tree.map(
-            lambda a, f: ((1 - beta) * a + beta * f).astype(a.dtype), old, value
-        )
-
-    def unmixed(self, new: Vector, value: Vector) -> Vector:
-        """The inverse of `mixed`, with arguments alike."""
-        beta = self.relaxation
-        return jax.tree.map(
-            lambda a, f: ((a - beta * f) / (1 - beta)).astype(a.dtype), new, value
-        )
-
-    def drift(
-        self,
-        start: Vector,
-        ends: tuple[Vector, Vector],
-        found: tuple[Vector, Vector],
-    ) -> FloatScalar:
-        """The distance from the start after undoing the steps.
-
-        **Arguments:**
-
-        - `start`: where both iterates began.
-        - `ends`: the iterates after the last step.
-        - `found`: the iterates once all steps are undone.
-
-        **Returns:**
-
-        The largest distance over the iterates and the examples, relative to the norm of
-        the start or of the end, whichever is larger: the start may well be zero.
-        """
-        examples = Examples.of(start, self.per_example)
-
-        def relative(end, found):
-            distance = examples.norm(tree_sub(found, start))
-            size = jnp.maximum(examples.norm(start), examples.norm(end))
-            return jnp.max(jnp.where(distance == 0, 0, distance / size))
-
-        return jnp.maximum(*map(relative, ends, found))
+    @property
+    def _coupling(self) -> Coupling:
+        return Coupling(self.relaxation, self.per_example)
 
 
 class CoupledState(eqx.Module):

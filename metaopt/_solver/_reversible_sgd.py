@@ -18,6 +18,7 @@ from ._base import StepOutput
 from ._common import check_state_policy, problem_optimality
 from ._exact_momentum import AbstractExactMomentum, ReversibleState
 from ._fixed_point_numbers import straight, wide
+from ._reversible import AbstractReversibleSolver, MomentumRun
 
 
 Schedule = float | jax.Array | np.ndarray | Callable[[Hyper], Any]
@@ -27,7 +28,7 @@ DEFAULT_MIN_MOMENTUM = 0.5
 SMALLEST_MIN_MOMENTUM = 0.1
 
 
-class ReversibleSGD(AbstractExactMomentum):
+class ReversibleSGD(AbstractExactMomentum, AbstractReversibleSolver):
     r"""Gradient descent with momentum, in integers, so that every step can be undone.
 
     With [`metaopt.ReversibleAdjoint`][] it gives exact hypergradients of long runs: the
@@ -187,7 +188,7 @@ class ReversibleSGD(AbstractExactMomentum):
         gradient, out = problem.field(full, hyper, batch, key, model_state)
         rate, momentum = (
             jax.lax.dynamic_index_in_dim(values, state.count, keepdims=False)
-            for values in self.schedules(hyper)
+            for values in self.settings(hyper)
         )
         numerator, excess, allowed = self._rounded(momentum, state.excess)
         state = self._advance(state, numerator, rate, jax.tree.leaves(gradient))
@@ -221,11 +222,10 @@ class ReversibleSGD(AbstractExactMomentum):
         output = StepOutput(out.value, None, out.state, out.aux, result)
         return eqx.combine(point, static), state, output
 
-    #
-    # What the adjoint that undoes the steps needs besides
-    #
+    def reversible_run(self, loop, hyper, model_state, inputs, max_drift):
+        return MomentumRun(self, loop, hyper, model_state, inputs)
 
-    def schedules(self, hyper: Hyper) -> tuple[jax.Array, jax.Array]:
+    def settings(self, hyper: Hyper) -> tuple[jax.Array, jax.Array]:
         """The learning rates and the momenta of all steps, `(num_steps,)` each.
 
         **Arguments:**
@@ -249,14 +249,7 @@ class ReversibleSGD(AbstractExactMomentum):
             out.append(jnp.broadcast_to(values, (self.num_steps,)))
         return out[0], out[1]
 
-    def resolved(self, rates: Any, momenta: Any) -> "ReversibleSGD":
-        """The same solver with learning rates and momenta that are known.
-
-        **Arguments:**
-
-        - `rates`, `momenta`: arrays of shape `(num_steps,)`; `None` for a solver whose
-            `step` is not called.
-        """
+    def resolved(self, rates, momenta):
         where = lambda solver: (solver.learning_rate, solver.momentum)
         return eqx.tree_at(where, self, (rates, momenta))
 

@@ -1,7 +1,7 @@
 """The inner problem of one task: a model that adapts, from where it was left."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -239,6 +239,7 @@ class WithTotalPolicy(AbstractStatePolicy):
     """
 
     policy: AbstractStatePolicy | None
+    is_constant: ClassVar[bool] = False
 
     def begin(self, state, num_steps):
         inner = self.policy and self.policy.begin(state.state, num_steps)

@@ -131,8 +131,8 @@ class MAML(AbstractLearner):
         if isinstance(proximal, int | float):
             check_tolerance(proximal, "proximal")
             proximal = proximal or None  # zero is none
-        if proximal is None and not adjoint.sees_path:
-            raise ValueError(
+        if proximal is None:
+            adjoint.reach.check_path(
                 f"`{type(adjoint).__name__}` does not see where the inner solver starts, "
                 "so that the gradient would be zero by construction. Tie the solution to "
                 "its start by `proximal=2.0`, as implicit MAML does, or use "
@@ -217,12 +217,11 @@ def _checked_weights(
             "`step_weights` need a fixed number of steps, and `inner` may stop before. "
             "Drop its tolerance."
         )
-    if not adjoint.sees_path:
-        raise ValueError(
-            f"`{type(adjoint).__name__}` does not see what the query loss was after each "
-            "step, so that `step_weights` would have next to no gradient. Use "
-            "`metaopt.UnrolledAdjoint()`."
-        )
+    adjoint.reach.check_path(
+        f"`{type(adjoint).__name__}` does not see what the query loss was after each "
+        "step, so that `step_weights` would have next to no gradient. Use "
+        "`metaopt.UnrolledAdjoint()`."
+    )
     shape = np.shape(step_weights)
     if shape != (inner.num_steps,):
         raise ValueError(

@@ -1,13 +1,34 @@
-"""A number of bytes, in the place of a plan."""
+"""A budget of memory, and the choice of an adjoint that keeps to it."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax
+
+from ..._tree import explicit_mesh
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+
+_Adjoint = TypeVar("_Adjoint")
+
+
+class Candidate(eqx.Module, Generic[_Adjoint]):
+    """An adjoint that may keep to a budget.
+
+    **Attributes:**
+
+    - `adjoint`: the adjoint.
+    - `num_bytes`: the least memory that it takes, as far as that is known without
+        compiling it.
+    """
+
+    adjoint: _Adjoint
+    num_bytes: int = eqx.field(static=True)
 
 
 class MemoryBudget(eqx.Module):
@@ -36,6 +57,83 @@ class MemoryBudget(eqx.Module):
         if not 1 <= num_bytes < float("inf"):
             raise ValueError(f"`memory` must be at least one byte; got {size!r}.")
         return cls(int(num_bytes))
+
+    def choose(
+        self,
+        candidates: Sequence[Candidate[_Adjoint]],
+        program: Callable[[_Adjoint], Callable[..., Any]],
+        *args: Any,
+    ) -> _Adjoint:
+        """The first adjoint that keeps to the budget.
+
+        **Arguments:**
+
+        - `candidates`: the adjoints, the fastest first.
+        - `program`: the function of `args` that will run, given an adjoint.
+        - `args`: pytrees.
+
+        **Raises:**
+
+        `ValueError` if none keeps to the budget.
+        """
+        if explicit_mesh(eqx.filter(args, eqx.is_array)) is not None:
+            raise ValueError(
+                "A budget of memory is kept to by compiling each plan beforehand, which "
+                "cannot be done for arrays that are sharded over explicit axes of a mesh. "
+                "Choose a plan by hand: `UnrolledAdjoint(metaopt.Blocks())`; or make the "
+                "mesh with `axis_types=(AxisType.Auto,)`."
+            )
+        needs: dict[str, int] = {}
+        for candidate in candidates:
+            if candidate.num_bytes > self.num_bytes:
+                continue
+            need = temporary_bytes(program(candidate.adjoint), *args)
+            if need <= self.num_bytes:
+                return candidate.adjoint
+            needs[repr(candidate.adjoint)] = need
+        if not needs:
+            least = "even the params at the points where it would begin again take more"
+        else:
+            best = min(needs, key=lambda name: needs[name])
+            least = f"the least is {format_bytes(needs[best])}, with `{best}`"
+        raise ValueError(
+            f"No memory plan keeps to {format_bytes(self.num_bytes)}: {least}. Allow for "
+            "more, take smaller batches, or use an adjoint whose memory does not grow with "
+            "the number of steps: `metaopt.ReversibleAdjoint()` with "
+            "`metaopt.ReversibleSGD`, `metaopt.ForwardAdjoint()` or "
+            "`metaopt.ImplicitAdjoint()`."
+        )
+
+
+def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """The memory that XLA plans, beside arguments and results, to run `fn(*args)`.
+
+    The function is compiled, for one device, and not run.
+
+    **Arguments:**
+
+    - `fn`: any function; the arrays that it closes over count as arguments.
+    - `args`: pytrees. Of arrays only the shapes and dtypes matter.
+
+    **Raises:**
+
+    `ValueError` where the backend does not tell.
+    """
+    fn = eqx.filter_closure_convert(fn, *args)
+    arrays, static = eqx.partition((fn, args), eqx.is_array)
+    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+
+    def run(arrays):
+        fn, args = eqx.combine(arrays, static)
+        return eqx.filter(fn(*args), eqx.is_array)
+
+    analysis = jax.jit(run).lower(structs).compile().memory_analysis()
+    if analysis is None:
+        raise ValueError(
+            "This backend of JAX does not say how much memory it plans for, so a budget "
+            "cannot be kept to. Choose a plan by hand: `UnrolledAdjoint(metaopt.Blocks())`."
+        )
+    return analysis.temp_size_in_bytes
 
 
 def format_bytes(size: float) -> str:

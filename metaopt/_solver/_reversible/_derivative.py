@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..._detach import forbid_derivative
-from ..._solver import LoopState
 from ..._tree import split_trainable
+from .._loop import LoopState
 from ._run import AbstractRun, Inputs, Reached
 
 

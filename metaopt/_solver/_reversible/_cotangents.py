@@ -1,10 +1,26 @@
 """Sums of cotangents, in at least float32."""
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from ..._tree import wide_dtype
 from ..._types import PyTree
+
+
+def partitioned(held: PyTree, moving: Any) -> tuple[PyTree, PyTree]:
+    """The floating-point arrays that are differentiated, and everything else.
+
+    **Arguments:**
+
+    - `held`: a pytree.
+    - `moving`: which of its arrays are differentiated, as in `equinox.partition`.
+    """
+    wanted, fixed = eqx.partition(held, moving)
+    wanted, rest = eqx.partition(wanted, eqx.is_inexact_array)
+    return wanted, eqx.combine(fixed, rest)
 
 
 def wide_zeros(tree: PyTree) -> list[jax.Array]:

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ..._results import RESULTS
-from ..._solver import InnerSolve, measured, new_gauge, ReversibleSGD, rounding_variances
 from ..._tree import nan_where, split_trainable, tree_dot
-from ..._types import Hyper, ModelState, Params
-from ._cotangents import added, in_dtypes, or_zeros, wide_zeros
+from ..._types import Hyper, ModelState, Vector
+from .._exact_momentum import AbstractExactMomentum
+from .._gauge import measured, new_gauge, rounding_variances
+from .._loop import Loop
+from ._cotangents import added, in_dtypes, or_zeros, partitioned, wide_zeros
+from ._derivative import with_reverse_derivative
 from ._run import AbstractRun, Inputs, Reached, Record, Undone
 
 
@@ -31,19 +34,16 @@ class MomentumRun(AbstractRun):
     forward: Callable
     evaluate: Callable
     draws: Any
-    solver: ReversibleSGD
+    solver: AbstractExactMomentum
 
     def __init__(
         self,
-        inner: InnerSolve,
-        params: Params,
+        solver: AbstractExactMomentum,
+        loop: Loop,
         hyper: Hyper,
         model_state: ModelState,
         inputs: Inputs,
     ):
-        loop = inner.loop(params)
-        solver = loop.solver
-        assert isinstance(solver, ReversibleSGD)
         static_hyper = split_trainable(hyper)[1]
         static_state = split_trainable(model_state)[1]
 
@@ -83,6 +83,9 @@ class MomentumRun(AbstractRun):
     def record(self, inputs):
         return self.forward(inputs)
 
+    def differentiable(self, inputs, *, throw):
+        return with_reverse_derivative(self, inputs, throw=throw)
+
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
     ) -> Undone:
@@ -116,41 +119,7 @@ class MomentumRun(AbstractRun):
         all_rates, all_momenta = inputs.settings
         final = record.state.solver_state
         held = self.evaluate, inputs.others
-        wanted, fixed = eqx.partition(held, moving)
-        wanted, rest = eqx.partition(wanted, eqx.is_inexact_array)
-        fixed = eqx.combine(fixed, rest)
-
-        def back(carry, x):
-            exact, in_point, in_velocity, sums, gauge = carry
-            draw, rate, momentum, numerator, bound, in_loss = x
-            velocity = solver.velocity_at(exact, like)
-            variances = rounding_variances(solver.params_at(exact, like))
-            gauge = measured(gauge, in_point, variances)
-            exact = solver.position_before(exact, rate)
-            point = solver.params_at(exact, like)
-
-            def evaluate(point, wanted):
-                evaluate, others = eqx.combine(wanted, fixed)
-                return evaluate(point, others, draw)
-
-            (_, _, gradient), pull = jax.vjp(evaluate, point, wanted)
-            exact = solver.velocity_before(exact, final.words, gradient, numerator, bound)
-            in_rate = -tree_dot(in_point, velocity)
-            in_velocity = added(in_velocity, [-rate.astype(a.dtype) * a for a in in_point])
-            in_momentum = tree_dot(in_velocity, solver.velocity_at(exact, like))
-            is_last = draw[0] == solver.num_steps - 1
-            in_aux = jax.tree.map(lambda a: jnp.where(is_last, a, 0), in_last_aux)
-            more, into = pull((in_loss, in_aux, in_dtypes(in_velocity, gradient)))
-            fraction = solver.fraction(numerator, momentum)
-            carry = (
-                exact,
-                added(in_point, jax.tree.leaves(more)),
-                [fraction.astype(a.dtype) * a for a in in_velocity],
-                added(sums, jax.tree.leaves(into)),
-                gauge,
-            )
-            return carry, (in_rate, in_momentum)
-
+        wanted, fixed = partitioned(held, moving)
         first = jax.tree.map(lambda leaf: leaf[0], self.draws)
         _, aux, _ = jax.eval_shape(self.evaluate, like, inputs.others, first)
         in_last_aux = or_zeros(cotangent.aux, aux)
@@ -163,9 +132,10 @@ class MomentumRun(AbstractRun):
             wide_zeros(wanted),
             new_gauge(),
         )
+        back = _StepBack(solver, like, final.words, wanted, fixed, in_last_aux)
         xs = self.draws, all_rates, all_momenta, numerators, bounds, in_losses
         (exact, in_params, _, sums, gauge), (in_rates, in_momenta) = jax.lax.scan(
-            back, carry, xs, reverse=True
+            lambda carry, x: back(carry, x), carry, xs, reverse=True
         )
         begun, _ = solver.begin(like)
         same = jax.tree.map(lambda a, b: jnp.all(a == b), exact, begun)
@@ -184,3 +154,54 @@ class MomentumRun(AbstractRun):
             stored_bits=stored_bits,
             measured=gauge,
         )
+
+
+class _StepBack(eqx.Module):
+    """One step on the way back, for `jax.lax.scan`.
+
+    **Attributes:**
+
+    - `solver`, `like`, `words`: the arithmetic, a vector like the params, and the words
+        that were taken off.
+    - `wanted`, `fixed`: what a step reads, differentiated or not.
+    - `in_last_aux`: the cotangent of the auxiliary output of the last step.
+    """
+
+    solver: AbstractExactMomentum
+    like: Vector
+    words: list[jax.Array]
+    wanted: Any
+    fixed: Any
+    in_last_aux: Any
+
+    def __call__(self, carry, x):
+        solver, like = self.solver, self.like
+        exact, in_point, in_velocity, sums, gauge = carry
+        draw, rate, momentum, numerator, bound, in_loss = x
+        velocity = solver.velocity_at(exact, like)
+        variances = rounding_variances(solver.params_at(exact, like))
+        gauge = measured(gauge, in_point, variances)
+        exact = solver.position_before(exact, rate)
+        point = solver.params_at(exact, like)
+
+        def evaluate(point, wanted):
+            evaluate, others = eqx.combine(wanted, self.fixed)
+            return evaluate(point, others, draw)
+
+        (_, _, gradient), pull = jax.vjp(evaluate, point, self.wanted)
+        exact = solver.velocity_before(exact, self.words, gradient, numerator, bound)
+        in_rate = -tree_dot(in_point, velocity)
+        in_velocity = added(in_velocity, [-rate.astype(a.dtype) * a for a in in_point])
+        in_momentum = tree_dot(in_velocity, solver.velocity_at(exact, like))
+        is_last = draw[0] == solver.num_steps - 1
+        in_aux = jax.tree.map(lambda a: jnp.where(is_last, a, 0), self.in_last_aux)
+        more, into = pull((in_loss, in_aux, in_dtypes(in_velocity, gradient)))
+        fraction = solver.fraction(numerator, momentum)
+        carry = (
+            exact,
+            added(in_point, jax.tree.leaves(more)),
+            [fraction.astype(a.dtype) * a for a in in_velocity],
+            added(sums, jax.tree.leaves(into)),
+            gauge,
+        )
+        return carry, (in_rate, in_momentum)

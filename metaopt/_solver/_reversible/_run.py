@@ -1,4 +1,4 @@
-"""A solve whose steps can be undone: what goes in, what comes out, and the way back."""
+"""The interface of solvers whose steps can be undone, and of the runs that undo them."""
 
 import abc
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ..._solver import Loop, LoopState, Outcome
 from ..._tree import split_trainable
-from ..._types import BoolScalar, FloatScalar, ModelState, Vector
+from ..._types import BoolScalar, FloatScalar, Hyper, ModelState, Vector
+from .._base import AbstractIterativeSolver, Outcome
+from .._loop import Loop, LoopState
 
 
 class Inputs(eqx.Module):
@@ -94,6 +95,17 @@ class AbstractRun(eqx.Module):
         """All of the steps."""
 
     @abc.abstractmethod
+    def differentiable(self, inputs: Inputs, *, throw: bool) -> tuple[Reached, LoopState]:
+        """The result of the run, differentiable once, in reverse mode.
+
+        **Arguments:**
+
+        - `inputs`: what the run starts from.
+        - `throw`: whether a run that was not undone to its start raises; otherwise the
+            derivative is NaN.
+        """
+
+    @abc.abstractmethod
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
     ) -> Undone:
@@ -104,6 +116,57 @@ class AbstractRun(eqx.Module):
         - `inputs`, `record`: what the run started from and what it came to.
         - `cotangent`: of what it came to, with `None` for zero.
         - `moving`: which arrays of `(evaluate, inputs.others)` are differentiated.
+        """
+
+
+class AbstractSharedRun(AbstractRun):
+    """A run of one example that can become that of many, which share some arrays."""
+
+    @abc.abstractmethod
+    def for_examples(
+        self, inputs: Inputs, axes: tuple[Any, Inputs], axis_name: Any
+    ) -> "AbstractSharedRun":
+        """A run, some of whose arrays have got an axis of examples, as the run of all.
+
+        **Arguments:**
+
+        - `inputs`: what it starts from.
+        - `axes`: like the run and the inputs, with 0 for an array with such an axis, and
+            `None` for what all examples share.
+        - `axis_name`: the name of the axis.
+        """
+
+
+class AbstractReversibleSolver(AbstractIterativeSolver):
+    """A solver whose steps can be undone."""
+
+    @abc.abstractmethod
+    def settings(self, hyper: Hyper) -> tuple[jax.Array, ...]:
+        """The arrays of the solver that depend on `hyper`.
+
+        **Arguments:**
+
+        - `hyper`: the outer variables.
+        """
+
+    @abc.abstractmethod
+    def reversible_run(
+        self,
+        loop: Loop,
+        hyper: Hyper,
+        model_state: ModelState,
+        inputs: Inputs,
+        max_drift: float,
+    ) -> AbstractRun:
+        """The steps of one solve and their way back.
+
+        **Arguments:**
+
+        - `loop`: the loop of the solver.
+        - `hyper`, `model_state`: give the leaves that are no floating-point arrays.
+        - `inputs`: what the run starts from.
+        - `max_drift`: how far from the start a way back that is not exact may end,
+            relative to the norm of the start or of the end, whichever is larger.
         """
 
 

@@ -31,11 +31,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ..._detach import unknown_derivative
 from ..._results import RESULTS
-from ..._solver import InnerSolve, ReversiblePicard
 from ..._tree import split_trainable
-from ..._types import Hyper, ModelState, Params
-from ._cotangents import added, in_dtypes, or_zeros, wide_zeros
+from ..._types import BoolScalar, Hyper, ModelState, Vector
+from .._loop import Loop
+from ._cotangents import added, in_dtypes, or_zeros, partitioned, wide_zeros
+from ._coupling import Coupling
 from ._lanes import (
     beside_arrays,
     expanded,
@@ -45,10 +47,11 @@ from ._lanes import (
     over,
     summed_where_shared,
 )
-from ._run import AbstractRun, Inputs, Reached, Record, Undone
+from ._run import AbstractSharedRun, Inputs, Reached, Record, Undone
+from ._shared import with_shared_derivative
 
 
-class CoupledRun(AbstractRun):
+class CoupledRun(AbstractSharedRun):
     """The steps of [`metaopt.ReversiblePicard`][], which has no settings.
 
     **Attributes:**
@@ -57,32 +60,32 @@ class CoupledRun(AbstractRun):
     - `evaluate`: `evaluate(params, others, draw)` are the map and its auxiliary output,
         for one example.
     - `draws`: as in the loop.
-    - `solver`: for its arithmetic.
-    - `max_drift`: the largest relative distance from the start that will do.
+    - `coupling`: the arithmetic of a step.
+    - `num_steps`, `stops_early`: those of the solver.
+    - `max_drift`: the largest relative distance from the start that is accepted.
     - `levels`: which arrays have an axis of examples.
     """
 
     forward: Callable
     evaluate: Callable
     draws: Any
-    solver: ReversiblePicard
+    coupling: Coupling
+    num_steps: int = eqx.field(static=True)
+    stops_early: bool = eqx.field(static=True)
     max_drift: float = eqx.field(static=True)
     levels: Levels
 
     @classmethod
     def of(
         cls,
-        inner: InnerSolve,
-        params: Params,
+        loop: Loop,
+        coupling: Coupling,
         hyper: Hyper,
         model_state: ModelState,
         inputs: Inputs,
         max_drift: float,
     ) -> "CoupledRun":
-        """That of one solve."""
-        loop = inner.loop(params)
-        solver = loop.solver
-        assert isinstance(solver, ReversiblePicard)
+        """The run of one solve."""
         static = split_trainable((hyper, model_state))[1]
 
         def forward(inputs):
@@ -105,7 +108,9 @@ class CoupledRun(AbstractRun):
                 evaluate, inputs.params, inputs.others, first
             ),
             draws=loop.draws,
-            solver=solver,
+            coupling=coupling,
+            num_steps=loop.num_steps,
+            stops_early=loop.solver.stops_early,
             max_drift=max_drift,
             levels=(),
         )
@@ -120,6 +125,14 @@ class CoupledRun(AbstractRun):
         parts = self.forward, inputs.params, inputs.others
         # Constants come out of a program as numbers, which are no arrays to Equinox.
         return jax.tree.map(jnp.asarray, over(self.levels, axes, call, *parts))
+
+    def differentiable(self, inputs, *, throw):
+        reached, rest = with_shared_derivative(self, inputs, throw)
+        # Norms of residuals, which solvers of fixed points hold constant: their derivative
+        # is not known, and no zero is the answer.
+        of = jax.tree.leaves(split_trainable((self.evaluate, inputs))[0])
+        losses = unknown_derivative(reached.losses, of, message=_LOSSES, throw=throw)
+        return eqx.tree_at(lambda r: r.losses, reached, losses), rest
 
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
@@ -141,34 +154,16 @@ class CoupledRun(AbstractRun):
 
         **Arguments:** as for any run.
         """
-        solver, levels = self.solver, self.levels
-        beta = solver.relaxation
+        levels = self.levels
         held = self.evaluate, inputs.others
-        wanted, fixed = eqx.partition(held, moving)
-        wanted, rest = eqx.partition(wanted, eqx.is_inexact_array)
-        fixed = eqx.combine(fixed, rest)
-        steps = record.state.num_steps  # of each example
-        ends = record.state.solver_state.companion, record.state.params
-
-        def evaluate(at, wanted, draw):
-            evaluate, others = eqx.combine(wanted, fixed)
-            call = lambda evaluate, others, draw, at: evaluate(at, others, draw)
-            axes = lambda level: level.evaluate + level.others
-            return over(levels, axes, call, evaluate, others, draw, at)
-
-        def halfway(draw, new, at, in_new, in_at, in_aux, sums, runs):
-            """Undoes `new = (1 - beta) * old + beta * map(at)`."""
-            (value, _), pull = jax.vjp(
-                lambda at, held: evaluate(at, held, draw), at, wanted
-            )
-            # What has been undone already stays as it is, and adds nothing to the sums.
-            where = lambda a, b: jnp.where(expanded(runs, a.ndim), a, b)
-            in_value = in_dtypes([where(beta * a, 0) for a in in_new], value)
-            more, into = pull((in_value, in_aux))
-            old = jax.tree.map(where, solver.unmixed(new, value), new)
-            in_old = [where((1 - beta) * a, a) for a in in_new]
-            in_at = added(in_at, jax.tree.leaves(more))
-            return old, in_old, in_at, added(sums, jax.tree.leaves(into))
+        wanted, fixed = partitioned(held, moving)
+        state = record.state
+        steps = state.num_steps  # of each example
+        ends = state.solver_state.companion, state.params
+        half = _HalfBack(self, wanted, fixed)
+        draw = self._draw(jnp.zeros_like(steps))
+        _, aux = jax.eval_shape(lambda *args: half.evaluate(*args), ends[0], wanted, draw)
+        no_aux, in_last_aux = or_zeros(None, aux), or_zeros(cotangent.aux, aux)
 
         def back(count, carry):
             (y, z), (in_y, in_z), sums = carry
@@ -176,50 +171,46 @@ class CoupledRun(AbstractRun):
             # Auxiliary output is that of the first evaluation in the last step.
             in_aux = jax.tree.map(lambda a: jnp.where(count == 0, a, 0), in_last_aux)
             runs = count < steps
-            z, in_z, in_y, sums = halfway(draw, z, y, in_z, in_y, no_aux, sums, runs)
-            y, in_y, in_z, sums = halfway(draw, y, z, in_y, in_z, in_aux, sums, runs)
+            z, in_z, in_y, sums = half(draw, z, y, in_z, in_y, no_aux, sums, runs)
+            y, in_y, in_z, sums = half(draw, y, z, in_y, in_z, in_aux, sums, runs)
             return (y, z), (in_y, in_z), sums
 
-        draw = self._draw(jnp.zeros_like(steps))
-        _, aux = jax.eval_shape(evaluate, ends[0], wanted, draw)
-        no_aux, in_last_aux = or_zeros(None, aux), or_zeros(cotangent.aux, aux)
         in_params = jax.tree.leaves(or_zeros(cotangent.params, ends[0]))
         cotangents = wide_zeros(ends[0]), added(wide_zeros(ends[0]), in_params)
         # Known before the loop runs, where it does not stop early.
-        most = jnp.max(steps) if solver.stops_early else solver.num_steps
+        most = jnp.max(steps) if self.stops_early else self.num_steps
         found, (in_y, in_z), sums = jax.lax.fori_loop(
             0, most, back, (ends, cotangents, wide_zeros(wanted))
         )
-
         of_start = lambda level: level.params
-        drift = over(levels, of_start, solver.drift, inputs.params, ends, found)
+        drift = over(levels, of_start, self.coupling.drift, inputs.params, ends, found)
         # Both iterates began at the initial params.
-        axes = [level.params for level in levels]
         into_params = jax.tree.unflatten(jax.tree.structure(ends[0]), added(in_y, in_z))
-        into_params = summed_where_shared(levels, axes, into_params)
         succeeded = drift <= self.max_drift
-        of_params = nan_unless(succeeded, levels, axes, into_params)
-        of_params = in_dtypes(jax.tree.leaves(of_params), inputs.params)
-        sought = [leaf is not None for leaf in beside_arrays(wanted, held)]
-        axes = [level.evaluate + level.others for level in levels]
-        axes = [tuple(itertools.compress(of_level, sought)) for of_level in axes]
-        sums = nan_unless(succeeded, levels, axes, sums)
-        of_evaluate, of_others = in_dtypes(sums, wanted)
+        of_params = self._of_params(inputs, succeeded, into_params)
+        of_evaluate, of_others = self._of_held(held, wanted, succeeded, sums)
         cotangents = of_evaluate, Inputs(of_params, of_others, ())
         return Undone(cotangents, succeeded, drift=drift)
 
-    def for_examples(
-        self, inputs: Inputs, axes: tuple["CoupledRun", Inputs], axis_name: Any
-    ) -> "CoupledRun":
-        """A run, some of whose arrays have got an axis of examples, as the run of all.
+    def _of_params(self, inputs: Inputs, succeeded: BoolScalar, into: Vector) -> Vector:
+        """The cotangent of the initial params, NaN where an example has failed."""
+        levels = self.levels
+        axes = [level.params for level in levels]
+        into = summed_where_shared(levels, axes, into)
+        into = nan_unless(succeeded, levels, axes, into)
+        return in_dtypes(jax.tree.leaves(into), inputs.params)
 
-        **Arguments:**
+    def _of_held(
+        self, held: Any, wanted: Any, succeeded: BoolScalar, sums: list[jax.Array]
+    ) -> Any:
+        """The cotangents of the arrays that a step reads, NaN where an example that they
+        belong to has failed."""
+        sought = [leaf is not None for leaf in beside_arrays(wanted, held)]
+        axes = [level.evaluate + level.others for level in self.levels]
+        axes = [tuple(itertools.compress(of_level, sought)) for of_level in axes]
+        return in_dtypes(nan_unless(succeeded, self.levels, axes, sums), wanted)
 
-        - `inputs`: what it starts from.
-        - `axes`: like the run and the inputs, with 0 for an array with such an axis, and
-            `None` for what all examples share.
-        - `axis_name`: the name of the axis.
-        """
+    def for_examples(self, inputs, axes, axis_name):
         of_run, of_inputs = axes
         pairs = {
             "forward": (of_run.forward, self.forward),
@@ -236,3 +227,60 @@ class CoupledRun(AbstractRun):
         """The draws of one step for each example."""
         pick = lambda draws, i: jax.tree.map(lambda leaf: leaf[i], draws)
         return over(self.levels, lambda level: level.draws, pick, self.draws, index)
+
+
+class _HalfBack(eqx.Module):
+    """Half of a step on the way back.
+
+    **Attributes:**
+
+    - `run`: the run.
+    - `wanted`, `fixed`: what a step reads, differentiated or not.
+    """
+
+    run: CoupledRun
+    wanted: Any
+    fixed: Any
+
+    def evaluate(self, at: Vector, wanted: Any, draw: Any) -> Any:
+        """The map and its auxiliary output."""
+        evaluate, others = eqx.combine(wanted, self.fixed)
+        call = lambda evaluate, others, draw, at: evaluate(at, others, draw)
+        axes = lambda level: level.evaluate + level.others
+        return over(self.run.levels, axes, call, evaluate, others, draw, at)
+
+    def __call__(self, draw, new, at, in_new, in_at, in_aux, sums, runs):
+        """Undo `new = (1 - beta) * old + beta * map(at)`.
+
+        **Arguments:**
+
+        - `draw`: the draws of the step.
+        - `new`, `at`: the two iterates.
+        - `in_new`, `in_at`, `in_aux`: the cotangents of the iterates and of the auxiliary
+            output.
+        - `sums`: those of `wanted`.
+        - `runs`: whether an example takes part in this step.
+
+        **Returns:**
+
+        The old iterate, its cotangent, that of `at`, and the new sums.
+        """
+        coupling = self.run.coupling
+        beta = coupling.relaxation
+        (value, _), pull = jax.vjp(
+            lambda at, held: self.evaluate(at, held, draw), at, self.wanted
+        )
+        # An iterate that is undone already stays as it is, and adds nothing to the sums.
+        where = lambda a, b: jnp.where(expanded(runs, a.ndim), a, b)
+        in_value = in_dtypes([where(beta * a, 0) for a in in_new], value)
+        more, into = pull((in_value, in_aux))
+        old = jax.tree.map(where, coupling.unmixed(new, value), new)
+        in_old = [where((1 - beta) * a, a) for a in in_new]
+        in_at = added(in_at, jax.tree.leaves(more))
+        return old, in_old, in_at, added(sums, jax.tree.leaves(into))
+
+
+_LOSSES = (
+    "The losses of `ReversiblePicard` are norms of residuals, which have no derivative "
+    "under `ReversibleAdjoint`. Compute what you need from `solution.value`."
+)

@@ -1,29 +1,30 @@
 """The adjoint that undoes the steps of a solver."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._detach import unknown_derivative
-from ..._model_state import FrozenState
-from ..._results import first_failure, mask_result
-from ..._solver import AbstractSolver, InnerSolve, ReversiblePicard, ReversibleSGD
-from ..._tree import split_trainable, tree_add
-from ..._types import Hyper, ModelState, Params
-from ..._validate import check_tolerance
-from .._base import (
-    AbstractAdjoint,
-    HypergradientOutput,
+from .._results import first_failure, mask_result, RESULTS
+from .._solver import (
+    AbstractReversibleSolver,
+    InnerSolve,
+    Inputs,
+    once,
+    outcome_of,
+    Reached,
+    Undone,
 )
-from .._explosion import judge_path
-from .._info import ReversibleInfo
-from ._coupled import CoupledRun
-from ._derivative import once, with_reverse_derivative
-from ._momentum import MomentumRun
-from ._run import Inputs, outcome_of, Reached
-from ._shared import with_shared_derivative
+from .._tree import split_trainable, tree_add
+from .._types import FloatScalar, Vector
+from .._validate import check_tolerance
+from ._base import AbstractAdjoint, HypergradientOutput
+from ._bias import Bias
+from ._explosion import Growth, judge_path
+from ._info import ReversibleInfo
+from ._reach import AbstractReach, AlongPath
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -71,54 +72,44 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     max_drift: float = eqx.field(default=1e-2, static=True)
 
-    sees_path: ClassVar[bool] = True
-    sees_inner_loss: ClassVar[bool] = True
-    heeds_tolerance: ClassVar[bool] = False
+    reach: ClassVar[AbstractReach] = AlongPath()
+
+    @property
+    def bias(self):
+        return Bias()
 
     def __check_init__(self):
         check_tolerance(self.max_drift, "max_drift", infinite=True, optional=False)
 
     def check(self, solver, data):
-        if not isinstance(solver, ReversibleSGD | ReversiblePicard):
+        if not isinstance(solver, AbstractReversibleSolver):
             raise ValueError(
                 "`ReversibleAdjoint` undoes the steps of the inner solver, and those of "
                 f"`{type(solver).__name__}` cannot be undone. Use `metaopt.ReversibleSGD` "
                 "for a loss, `metaopt.ReversiblePicard` for a fixed point, or "
                 "`metaopt.UnrolledAdjoint()`."
             )
-        policy = solver.state_policy
-        if policy is not None and not isinstance(policy, FrozenState):
+        if not solver.keeps_model_state:
             raise ValueError(
                 "`ReversibleAdjoint` cannot undo what becomes of model state under "
-                f"`{type(policy).__name__}`. Write `state_policy=metaopt.FrozenState()`, "
-                "or use `metaopt.UnrolledAdjoint()`."
+                f"`{type(solver.state_policy).__name__}`. Write "
+                "`state_policy=metaopt.FrozenState()`, or use `metaopt.UnrolledAdjoint()`."
             )
 
-    def init(self, params):
-        return None
-
     def solve(self, inner, params, hyper, model_state, throw):
+        solver = self._reversible(inner)
         inputs = Inputs(
             split_trainable(params)[0],
             (split_trainable(hyper)[0], split_trainable(model_state)[0]),
-            _settings(inner.solver, hyper),
+            solver.settings(hyper),
         )
-        run = self._run(inner, params, hyper, model_state, inputs)
-        if isinstance(run, MomentumRun):
-            reached, rest = with_reverse_derivative(run, inputs, throw=throw)
-        else:
-            reached, rest = with_shared_derivative(run, inputs, throw)
-            # Norms of residuals, which solvers of fixed points hold constant: asked for
-            # their derivative, no zero is the answer.
-            of = jax.tree.leaves(split_trainable((run.evaluate, inputs))[0])
-            losses = unknown_derivative(
-                reached.losses, of, message=_LOSSES_MESSAGE, throw=throw
-            )
-            reached = eqx.tree_at(lambda r: r.losses, reached, losses)
-        return outcome_of(inner.loop(params), reached, rest, model_state)
+        loop = inner.loop(params)
+        run = solver.reversible_run(loop, hyper, model_state, inputs, self.max_drift)
+        reached, rest = run.differentiable(inputs, throw=throw)
+        return outcome_of(loop, reached, rest, model_state)
 
-    def hypergradient(self, inner, outer, start, hyper, carry, scale):
-        solver = inner.solver
+    def hypergradient(self, inner, outer, start, hyper, carry):
+        solver = self._reversible(inner)
         trainable, static_hyper = split_trainable(hyper)
         static_start: Any = None
 
@@ -127,7 +118,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             full = eqx.combine(trainable, static_hyper)
             floats, rest = split_trainable(start(full))
             arrays, static_start = eqx.partition(rest, eqx.is_array)
-            return (*floats, _settings(solver, full)), arrays
+            return (*floats, solver.settings(full)), arrays
 
         (params, state, settings), pull_to_hyper, rest = jax.vjp(
             begin, trainable, has_aux=True
@@ -136,11 +127,12 @@ class ReversibleAdjoint(AbstractAdjoint):
         inputs = Inputs(params, (trainable, state), settings)
         full_params = eqx.combine(params, static_params)
         model_state = eqx.combine(state, static_state)
-        run = self._run(inner, full_params, hyper, model_state, inputs)
+        loop = inner.loop(full_params)
+        run = solver.reversible_run(loop, hyper, model_state, inputs, self.max_drift)
         run, inputs = once(run, inputs)
         record = run.record(inputs)
         reached, rest = record.split()
-        outcome = outcome_of(inner.loop(full_params), reached, rest, model_state)
+        outcome = outcome_of(loop, reached, rest, model_state)
 
         def outer_loss(params, state, trainable):
             return outer(
@@ -152,7 +144,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         value, pull, aux = jax.vjp(
             outer_loss, reached.params, state, trainable, has_aux=True
         )
-        in_params, in_state, direct = pull(scale.astype(value.dtype))
+        in_params, in_state, direct = pull(jnp.ones((), value.dtype))
         # Arrays that the problem holds are not differentiated here.
         fixed = jax.tree.map(lambda _: False, run.evaluate)
         undone = run.undo(inputs, record, Reached(in_params, None, None), (fixed, True))
@@ -161,12 +153,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         (through_start,) = pull_to_hyper(
             (into.params, tree_add(into_state, in_state), into.settings)
         )
-        growth = None
-        result = mask_result(jnp.logical_not(undone.succeeded), run.failure)
-        if undone.measured is not None:
-            at_start = lambda: outer(full_params, hyper, model_state)[0]
-            growth, exploded = judge_path(undone.measured, value, at_start, params)
-            result = first_failure(result, exploded)
+        at_start = lambda: outer(full_params, hyper, model_state)[0]
+        growth, exploded = _judged(undone, value, at_start, params)
+        failed = mask_result(jnp.logical_not(undone.succeeded), run.failure)
         return HypergradientOutput(
             value=value,
             aux=aux,
@@ -174,7 +163,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             through_solution=tree_add(through_start, into_hyper),
             outcome=outcome,
             inner_residual=inner.last_residual(outcome, hyper),
-            result=result,
+            result=first_failure(failed, exploded),
             info=ReversibleInfo(
                 returned_to_start=undone.returned_to_start,
                 stored_bits=undone.stored_bits,
@@ -184,33 +173,24 @@ class ReversibleAdjoint(AbstractAdjoint):
             carry=None,
         )
 
-    def _run(
-        self,
-        inner: InnerSolve,
-        params: Params,
-        hyper: Hyper,
-        model_state: ModelState,
-        inputs: Inputs,
-    ) -> MomentumRun | CoupledRun:
+    def _reversible(self, inner: InnerSolve) -> AbstractReversibleSolver:
+        """The solver of one solve, which has to begin anew."""
+        solver = inner.solver
+        assert isinstance(solver, AbstractReversibleSolver)  # as `check` has seen
         if inner.earlier is not None:
             raise ValueError(
-                "`ReversibleAdjoint` undoes the steps of `ReversibleSGD` to a velocity of "
-                "zero, and this solve goes on from the state of an earlier one. Use "
-                "`metaopt.UnrolledAdjoint(metaopt.RecomputeSteps())`, or begin anew: "
-                "`metaopt.WarmStart()`, or no `solver_state`."
+                f"`ReversibleAdjoint` undoes the steps of `{type(solver).__name__}` to "
+                "where they began, and this solve goes on from the state of an earlier "
+                "one. Use `metaopt.UnrolledAdjoint(metaopt.RecomputeSteps())`, or begin "
+                "anew: `metaopt.WarmStart()`, or no `solver_state`."
             )
-        arguments = inner, params, hyper, model_state, inputs
-        if isinstance(inner.solver, ReversibleSGD):
-            return MomentumRun(*arguments)
-        return CoupledRun.of(*arguments, self.max_drift)
+        return solver
 
 
-def _settings(solver: AbstractSolver, hyper: Hyper) -> tuple[jax.Array, ...]:
-    """The arrays of a solver that depend on `hyper`."""
-    return solver.schedules(hyper) if isinstance(solver, ReversibleSGD) else ()
-
-
-_LOSSES_MESSAGE = (
-    "The losses of `ReversiblePicard` are norms of residuals, which have no derivative "
-    "under `ReversibleAdjoint`. Compute what you need from `solution.value`."
-)
+def _judged(
+    undone: Undone, value: FloatScalar, at_start: Callable[[], FloatScalar], params: Vector
+) -> tuple[Growth | None, RESULTS]:
+    """Say whether the derivative explodes, where a run has measured it."""
+    if undone.measured is None:
+        return None, first_failure()
+    return judge_path(undone.measured, value, at_start, params)

@@ -17,12 +17,11 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-from ._coupled import CoupledRun
 from ._derivative import Outputs, pushed_forward
-from ._run import Inputs
+from ._run import AbstractSharedRun, Inputs
 
 
-def with_shared_derivative(run: CoupledRun, inputs: Inputs, throw: bool) -> Outputs:
+def with_shared_derivative(run: AbstractSharedRun, inputs: Inputs, throw: bool) -> Outputs:
     """The result of a run, differentiable once, in reverse mode.
 
     **Arguments:**
@@ -32,7 +31,7 @@ def with_shared_derivative(run: CoupledRun, inputs: Inputs, throw: bool) -> Outp
     return eqxi.filter_primitive_bind(_run_p, run, inputs, throw)
 
 
-def _outputs(run: CoupledRun, inputs: Inputs, throw: bool) -> Outputs:
+def _outputs(run: AbstractSharedRun, inputs: Inputs, throw: bool) -> Outputs:
     return run.record(inputs).split()
 
 

@@ -1,3 +1,0 @@
-"""Reversible differentiation: steps are undone where others keep what they computed."""
-
-from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
