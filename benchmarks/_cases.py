@@ -23,7 +23,11 @@ TORCH = installed_torch()
 PLAIN = "plain JAX"
 
 
-def ours(problem: mo.BilevelProblem, inner: mo.AbstractSolver, adjoint: mo.AbstractAdjoint):
+def ours(
+    problem: mo.BilevelProblem,
+    inner: mo.extend.AbstractSolver,
+    adjoint: mo.extend.AbstractAdjoint,
+):
     """The hypergradient by metaopt: of `(hyper, params, train, valid)`."""
 
     def gradient(hyper, params, train, valid):

@@ -167,7 +167,7 @@ def equilibrium(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
     x = jax.random.normal(jax.random.key(4), (8, 32))
     most, tolerance = 50, 1e-4
     solver = mo.Picard(most, rtol=tolerance)
-    adjoint = mo.ImplicitAdjoint(mo.LinearFixedPoint(solver))
+    adjoint = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(solver))
 
     def ours(weights):
         layer = mo.nn.Equilibrium(

@@ -39,10 +39,10 @@ def sgd(hyper):
 
 ADJOINTS = {
     "UnrolledAdjoint()": mo.UnrolledAdjoint(),
-    "UnrolledAdjoint(StoreUpdates())": mo.UnrolledAdjoint(mo.StoreUpdates()),
-    "UnrolledAdjoint(RecomputeSteps())": mo.UnrolledAdjoint(mo.RecomputeSteps()),
-    "UnrolledAdjoint(Blocks())": mo.UnrolledAdjoint(mo.Blocks()),
-    "UnrolledAdjoint(Blocks(2))": mo.UnrolledAdjoint(mo.Blocks(2)),
+    "UnrolledAdjoint(StoreUpdates())": mo.UnrolledAdjoint(mo.memory.StoreUpdates()),
+    "UnrolledAdjoint(RecomputeSteps())": mo.UnrolledAdjoint(mo.memory.RecomputeSteps()),
+    "UnrolledAdjoint(Blocks())": mo.UnrolledAdjoint(mo.memory.Blocks()),
+    "UnrolledAdjoint(Blocks(2))": mo.UnrolledAdjoint(mo.memory.Blocks(2)),
     "ReversibleAdjoint(), momentum 0.9": mo.ReversibleAdjoint(),
     "ForwardAdjoint(), 2 numbers": mo.ForwardAdjoint(),
     "TruncatedAdjoint(10)": mo.TruncatedAdjoint(10),
@@ -54,7 +54,9 @@ REVERSIBLE = mo.ReversibleSGD(
 )
 IMPLICIT = {
     "ImplicitAdjoint(CG())": mo.ImplicitAdjoint(mo.CG()),
-    "    with GaussNewton()": mo.ImplicitAdjoint(mo.CG(), curvature=mo.GaussNewton()),
+    "    with GaussNewton()": mo.ImplicitAdjoint(
+        mo.CG(), curvature=mo.linear.GaussNewton()
+    ),
 }
 
 

@@ -136,7 +136,7 @@ def by_example(pair):
 
 def ours(solver, linear):
     def made(cell):
-        adjoint = mo.ImplicitAdjoint(mo.LinearFixedPoint(linear), inner_rtol=0.1)
+        adjoint = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(linear), inner_rtol=0.1)
         return mo.nn.Equilibrium(cell, solver=solver, adjoint=adjoint)
 
     return lambda cell, x: made(cell)(x)[0], lambda cell, x: made(cell)(x)[1].num_steps

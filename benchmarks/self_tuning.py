@@ -43,7 +43,7 @@ class Chain(eqx.Module):
         return self.layers[-1](x)
 
 
-class Decayed(mo.AbstractPredictionProblem):
+class Decayed(mo.extend.AbstractPredictionProblem):
     widths: tuple[int, ...] = eqx.field(static=True)
 
     def init(self, hyper, key):
@@ -58,7 +58,7 @@ class Decayed(mo.AbstractPredictionProblem):
         return jnp.mean(losses) + jnp.sum(jnp.exp(hyper[: len(norms)]) * norms)
 
 
-class PerExample(mo.AbstractInnerProblem):
+class PerExample(mo.extend.AbstractInnerProblem):
     """The control: an ordinary model with weights of its own for each perturbation."""
 
     problem: Decayed

@@ -33,10 +33,10 @@ NUM_STEPS = 60
 ROUNDINGS, PARAM_ROUNDINGS = 100, 10
 
 BOUNDS = {
-    "ridge": mo.ridge_bound,
-    "logistic": mo.logistic_bound,
-    "logistic, per feature": mo.logistic_bound,
-    "softmax": mo.softmax_bound,
+    "ridge": mo.accuracy.ridge_bound,
+    "logistic": mo.accuracy.logistic_bound,
+    "logistic, per feature": mo.accuracy.logistic_bound,
+    "softmax": mo.accuracy.softmax_bound,
 }
 
 

@@ -68,17 +68,19 @@ class Way(NamedTuple):
     """One way to train."""
 
     bounded: bool
-    solver: mo.AbstractSolver
-    adjoint: mo.AbstractAdjoint
+    solver: mo.extend.AbstractSolver
+    adjoint: mo.extend.AbstractAdjoint
     penalty: float = 0.0
 
 
-IMPLICIT = mo.ImplicitAdjoint(mo.LinearFixedPoint(mo.Anderson(rtol=1e-4)), inner_rtol=1e-2)
+IMPLICIT = mo.ImplicitAdjoint(
+    mo.linear.LinearFixedPoint(mo.Anderson(rtol=1e-4)), inner_rtol=1e-2
+)
 ANDERSON = mo.Anderson(MAX_STEPS, rtol=RTOL)
 PLAIN = mo.Picard(UNROLLED_STEPS, rtol=None)
 # A number of steps asked for by name is no failure, and any solution is accepted.
 FIXED = mo.Anderson(UNROLLED_STEPS, rtol=None)
-UNCHECKED = mo.ImplicitAdjoint(mo.LinearFixedPoint(FIXED), inner_rtol=jnp.inf)
+UNCHECKED = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(FIXED), inner_rtol=jnp.inf)
 WAYS = {
     "implicit": Way(True, ANDERSON, IMPLICIT),
     "last step alone": Way(True, ANDERSON, mo.ImplicitAdjoint(mo.Neumann(0))),
@@ -91,7 +93,9 @@ WAYS = {
 }
 # Layers that are trained with a number of evaluations of the cell, and derive what that
 # comes to.
-ROUGH = mo.ImplicitAdjoint(mo.LinearFixedPoint(mo.Anderson(rtol=1e-4)), inner_rtol=jnp.inf)
+ROUGH = mo.ImplicitAdjoint(
+    mo.linear.LinearFixedPoint(mo.Anderson(rtol=1e-4)), inner_rtol=jnp.inf
+)
 OF_LENGTH: dict[str, Callable[[int], Way]] = {
     "implicit": lambda n: Way(True, mo.Anderson(n, rtol=None), ROUGH),
     # Each of its steps is two evaluations.

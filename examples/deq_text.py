@@ -71,8 +71,8 @@ class Body(NamedTuple):
 
     width: int
     num_layers: int = 1
-    solver: mo.AbstractSolver | None = None
-    adjoint: mo.AbstractAdjoint = mo.UnrolledAdjoint()
+    solver: mo.extend.AbstractSolver | None = None
+    adjoint: mo.extend.AbstractAdjoint = mo.UnrolledAdjoint()
 
 
 class Model(eqx.Module):
@@ -110,7 +110,9 @@ class Model(eqx.Module):
         return mo.nn.Equilibrium(cell, solver=solver, adjoint=adjoint, throw=False)(x)
 
 
-IMPLICIT = mo.ImplicitAdjoint(mo.LinearFixedPoint(mo.Picard(64, rtol=1e-2)), inner_rtol=0.1)
+IMPLICIT = mo.ImplicitAdjoint(
+    mo.linear.LinearFixedPoint(mo.Picard(64, rtol=1e-2)), inner_rtol=0.1
+)
 # News travel by a few positions in each step, whatever the solver: there are cells of this
 # kind, early in training, on which Anderson's method stalls.
 PLAIN = mo.Picard(64, rtol=1e-3)

@@ -103,7 +103,7 @@ def forward(params, x, dropout=None, key=None):
     return x
 
 
-class Classifier(mo.AbstractPredictionProblem):
+class Classifier(mo.extend.AbstractPredictionProblem):
     """A multilayer perceptron. `rest` holds what is not tuned, if anything."""
 
     num_pixels: int
@@ -235,7 +235,7 @@ def self_tune(setting: Setting):
     )
     print(solution)
     few = [jax.tree.map(lambda a: a[:500], part) for part in (setting.train, setting.valid)]
-    check = mo.check_response(
+    check = mo.diagnostics.check_response(
         problem,
         solution,
         *few,
@@ -283,7 +283,7 @@ def implicit(setting: Setting):
             inner=mo.Descent(optax.adam(5e-4), num_steps=steps),
             adjoint=mo.ImplicitAdjoint(
                 mo.CG(rtol=None, max_steps=num_products),
-                curvature=mo.GaussNewton(),
+                curvature=mo.linear.GaussNewton(),
                 inner_rtol=jnp.inf,
                 error=None,
             ),
@@ -337,7 +337,7 @@ def main():
     perturbed = perturb_only(setting)
     rows["  hyperparameters held still"] = setting.measure(perturbed.params, cost)
     again = jax.random.fold_in(setting.key, 1)
-    schedule = mo.retrain(
+    schedule = mo.diagnostics.retrain(
         setting.inner,
         solution.history.hyper,
         setting.batches,

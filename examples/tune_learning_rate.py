@@ -40,7 +40,7 @@ class Hyper(eqx.Module):
     log_decay: jax.Array  # (LAYERS,)
 
 
-class Classifier(mo.AbstractInnerProblem):
+class Classifier(mo.extend.AbstractInnerProblem):
     """A tanh network of three layers, trained with a weight decay for each layer."""
 
     sizes: tuple[int, ...] = eqx.field(static=True)

@@ -32,7 +32,7 @@ GRID = np.linspace(-14.0, 2.0, 21)  # of the logarithm of one shared decay
 NUM_SPLITS = 3
 
 
-class SoftmaxRegression(mo.AbstractInnerProblem):
+class SoftmaxRegression(mo.extend.AbstractInnerProblem):
     """Softmax regression; `hyper` holds the logarithm of one decay per parameter."""
 
     num_features: int = eqx.field(static=True)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ._core._tree import leaf_names
+from ._core._types import Batch, Key
+from ._core._validate import check_count
 from ._shuffle import shuffled
-from ._tree import leaf_names
-from ._types import Batch, Key
-from ._validate import check_count
 
 
 class AbstractData(eqx.Module):

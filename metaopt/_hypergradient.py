@@ -5,20 +5,14 @@ from typing import Any
 import equinox as eqx
 
 from ._adjoint import AbstractAdjoint
-from ._data import AbstractData, as_data
-from ._objective import Objective
-from ._problem import BilevelProblem
-from ._raise import raise_on_failure
-from ._report import Report
-from ._solver import AbstractSolver
-from ._trace_once import tracing_once
-from ._types import (
+from ._core._trace_once import tracing_once
+from ._core._types import (
     Hyper,
     Key,
     ModelState,
     Params,
 )
-from ._validate import (
+from ._core._validate import (
     ADJOINT_EXAMPLE,
     canonical_arrays,
     canonical_hyper,
@@ -27,6 +21,11 @@ from ._validate import (
     check_kind,
     DESCENT_EXAMPLE,
 )
+from ._data import AbstractData, as_data
+from ._objective import Objective
+from ._problem import BilevelProblem
+from ._report import raise_on_failure, Report
+from ._solver import AbstractSolver
 
 
 @tracing_once()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ._types import Key
+from ._core._types import Key
 
 
 _MAX_SORTED = 2**16  # rows, up to which a permutation is drawn as a whole

@@ -7,16 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from ._bilevel import AbstractBilevelSolver, BilevelEvaluation
-from ._data import AbstractData
-from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
-from ._problem import BilevelProblem
-from ._raise import attach_solution, raise_on_failure
-from ._report import BilevelSolution
-from ._results import first_failure, mask_result, RESULTS
-from ._trace_once import tracing_once
-from ._tree import same_structs
-from ._types import Hyper, Key, ModelState, Params
-from ._validate import (
+from ._core._results import first_failure, mask_result, RESULTS
+from ._core._trace_once import tracing_once
+from ._core._tree import same_structs
+from ._core._types import Hyper, Key, ModelState, Params
+from ._core._validate import (
     canonical_hyper,
     canonical_key,
     canonical_params,
@@ -25,6 +20,10 @@ from ._validate import (
     check_not_compiled,
     check_tolerance,
 )
+from ._data import AbstractData
+from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
+from ._problem import BilevelProblem
+from ._report import attach_solution, BilevelSolution, raise_on_failure
 from .callbacks import AbstractCallback
 
 
@@ -78,9 +77,9 @@ def solve_bilevel(
         numbers are the same bit for bit. Of an iterator the data of a whole call is pulled
         before it; a call ends where its shapes change.
     - `callbacks`: called between calls, such as [`metaopt.callbacks.Checkpoint`][]; a
-        function is called with the [`metaopt.Run`][] after each call. One ends the run by
-        returning `True` or raising `StopIteration`. Any other error that it raises has
-        what was reached as its attribute `solution`.
+        function is called with the [`metaopt.extend.Run`][] after each call. One ends the
+        run by returning `True` or raising `StopIteration`. Any other error that it raises
+        has what was reached as its attribute `solution`.
     - `throw`: whether a failure raises. If not, the run goes on past steps that fail,
         leaves `hyper` alone where the hypergradient is not finite, and says so.
 

@@ -7,15 +7,9 @@ import equinox as eqx
 import jax
 
 from ._adjoint import AbstractAdjoint
-from ._data import AbstractData, as_data
-from ._loop_error import loops_explained
-from ._problem import AbstractProblem, initialise
-from ._raise import raise_on_failure
-from ._report import Solution
-from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
-from ._trace_once import tracing_once
-from ._types import Hyper, Key, ModelState, Params
-from ._validate import (
+from ._core._trace_once import tracing_once
+from ._core._types import Hyper, Key, ModelState, Params
+from ._core._validate import (
     ADJOINT_EXAMPLE,
     canonical_arrays,
     canonical_hyper,
@@ -25,6 +19,11 @@ from ._validate import (
     check_params,
     DESCENT_EXAMPLE,
 )
+from ._data import AbstractData, as_data
+from ._objective import loops_explained
+from ._problem import AbstractProblem, initialise
+from ._report import raise_on_failure, Solution
+from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
 
 
 @tracing_once()

@@ -46,25 +46,26 @@ def _member(make: Callable[[Case], Any], *serves: str, **kwargs: Any) -> Member:
 LINEAR_SOLVERS = {
     "CG": _member(lambda case: mo.CG(rtol=case.rtol), LOSS),
     "CG, diagonal": _member(
-        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.DiagonalEstimate(4)), LOSS
+        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.linear.DiagonalEstimate(4)),
+        LOSS,
     ),
     "CG, low rank": _member(
-        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.LowRank(2)), LOSS
+        lambda case: mo.CG(rtol=case.rtol, preconditioner=mo.linear.LowRank(2)), LOSS
     ),
-    "MINRES": _member(lambda case: mo.MINRES(rtol=case.rtol), LOSS),
+    "MINRES": _member(lambda case: mo.linear.MINRES(rtol=case.rtol), LOSS),
     "GMRES": _member(lambda case: mo.GMRES(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME),
     "BiCGStab": _member(
-        lambda case: mo.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
+        lambda case: mo.linear.BiCGStab(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
     ),
     "NormalCG": _member(
-        lambda case: mo.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
+        lambda case: mo.linear.NormalCG(rtol=case.rtol), LOSS, FIXED_POINT, ROOT, GAME
     ),
     "Dense": _member(lambda case: mo.Dense(), LOSS, FIXED_POINT, ROOT, GAME),
     "Anderson": _member(
-        lambda case: mo.LinearFixedPoint(mo.Anderson(rtol=case.rtol)), FIXED_POINT
+        lambda case: mo.linear.LinearFixedPoint(mo.Anderson(rtol=case.rtol)), FIXED_POINT
     ),
     "Broyden": _member(
-        lambda case: mo.LinearFixedPoint(mo.Broyden(rtol=case.rtol)), FIXED_POINT
+        lambda case: mo.linear.LinearFixedPoint(mo.Broyden(rtol=case.rtol)), FIXED_POINT
     ),
     "Neumann": _member(
         lambda case: mo.Neumann(num_terms=case.num_steps, scale=case.rate),
@@ -77,16 +78,19 @@ LINEAR_SOLVERS = {
 _ALONG_THE_PATH = {
     "unrolled": _member(lambda case: mo.UnrolledAdjoint(), LOSS, FIXED_POINT, GAME),
     "unrolled, steps made again": _member(
-        lambda case: mo.UnrolledAdjoint(mo.RecomputeSteps()), LOSS, FIXED_POINT, GAME
+        lambda case: mo.UnrolledAdjoint(mo.memory.RecomputeSteps()), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, updates kept": _member(
-        lambda case: mo.UnrolledAdjoint(mo.StoreUpdates()), LOSS, FIXED_POINT, GAME
+        lambda case: mo.UnrolledAdjoint(mo.memory.StoreUpdates()), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, blocks made again": _member(
-        lambda case: mo.UnrolledAdjoint(mo.Blocks(2)), LOSS, FIXED_POINT, GAME
+        lambda case: mo.UnrolledAdjoint(mo.memory.Blocks(2)), LOSS, FIXED_POINT, GAME
     ),
     "unrolled, checkpoints on the way": _member(
-        lambda case: mo.UnrolledAdjoint(mo.OnlineCheckpoints(5)), LOSS, FIXED_POINT, GAME
+        lambda case: mo.UnrolledAdjoint(mo.memory.OnlineCheckpoints(5)),
+        LOSS,
+        FIXED_POINT,
+        GAME,
     ),
     "forward": _member(lambda case: mo.ForwardAdjoint(), LOSS, FIXED_POINT, GAME),
     "truncated, whole length": _member(
@@ -159,7 +163,7 @@ SOLVERS = {
 }
 
 
-def inner_solver(case: Case) -> mo.AbstractSolver:
+def inner_solver(case: Case) -> mo.extend.AbstractSolver:
     """One that every adjoint for this kind of problem can serve: by steps, if any is."""
     return SOLVERS[case.solvers[0]].make(case)
 

@@ -313,7 +313,7 @@ class Net(eqx.Module):
         (mo.ImplicitAdjoint(mo.CG(), rtol=0.02), 0, 1e-5),
         (mo.ImplicitAdjoint(mo.Dense(), rtol=0.02), 0, 1e-5),
     ],
-    ids=lambda x: type(x).__name__ if isinstance(x, mo.AbstractAdjoint) else "",
+    ids=lambda x: type(x).__name__ if isinstance(x, mo.extend.AbstractAdjoint) else "",
 )
 def test_mixed_leaves(adjoint, forgotten, rtol):
     net = Net(
@@ -375,7 +375,7 @@ def test_half_precision_where_the_loss_insists_on_it():
             jnp.asarray(0.5, jnp.float32),
             jnp.zeros(3, jnp.bfloat16),
             inner=mo.Descent(optax.sgd(0.25), 40),
-            adjoint=mo.ImplicitAdjoint(inner_rtol=0.02, error=mo.DualWeighted()),
+            adjoint=mo.ImplicitAdjoint(inner_rtol=0.02, error=mo.accuracy.DualWeighted()),
         )
     np.testing.assert_allclose(gradient, 3.0, rtol=0.02)
     assert not report.derivative.error_is_bound
@@ -523,11 +523,11 @@ def _loop_with_state(policy: str, hyper: float, rows: np.ndarray, num_steps: int
 @pytest.mark.parametrize(
     "name, policy, adjoint",
     [
-        ("carried", mo.CarriedState(), mo.UnrolledAdjoint()),
-        ("carried", mo.CarriedState(), mo.ForwardAdjoint()),
-        ("frozen", mo.FrozenState(), mo.UnrolledAdjoint()),
-        ("frozen", mo.FrozenState(), mo.ImplicitAdjoint(mo.CG(rtol=1e-12))),
-        ("each step", mo.PerStepState(), mo.UnrolledAdjoint(mo.Blocks())),
+        ("carried", mo.nn.CarriedState(), mo.UnrolledAdjoint()),
+        ("carried", mo.nn.CarriedState(), mo.ForwardAdjoint()),
+        ("frozen", mo.nn.FrozenState(), mo.UnrolledAdjoint()),
+        ("frozen", mo.nn.FrozenState(), mo.ImplicitAdjoint(mo.CG(rtol=1e-12))),
+        ("each step", mo.nn.PerStepState(), mo.UnrolledAdjoint(mo.memory.Blocks())),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )

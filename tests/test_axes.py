@@ -48,10 +48,10 @@ IMPORTS: dict[str, dict[str, str]] = {
 
 # Asked for by name, outside of the folders of axes.
 ASKED: dict[str, dict[str, str]] = {
-    "_loop_error": {
+    "_objective._loop_error": {
         "ForwardAdjoint": "a remedy, which is not proposed where it is in use",
     },
-    "_retrain": {"Descent": "trains by a schedule of its transform"},
+    "diagnostics._retrain": {"Descent": "trains by a schedule of its transform"},
 }
 
 
@@ -90,7 +90,7 @@ def members() -> dict[str, str]:
 
 MEMBERS = members()
 # Entry points drive members of all axes, and are none although they define wrappers.
-AXES = set(MEMBERS.values()) - {"few_shot", "_retrain"}
+AXES = set(MEMBERS.values()) - {"few_shot", "diagnostics"}
 
 
 def imported(tree: ast.AST, here: str, members: Mapping[str, str]) -> Iterator[str]:
@@ -129,7 +129,7 @@ def test_no_module_asks_for_a_member_of_another_axis(name):
 def test_axes_were_found():
     assert {"_adjoint", "_linear", "_solver", "_implicit", "_problem"} <= AXES
     assert MEMBERS["UnrolledAdjoint"] == MEMBERS["StoreAll"] == "_adjoint"
-    assert MEMBERS["SHINE"] == "_linear" and MEMBERS["FrozenState"] == "_model_state"
+    assert MEMBERS["SHINE"] == "_linear" and MEMBERS["FrozenState"] == "_problem"
     assert not any(name.startswith("Abstract") for name in MEMBERS)
     assert {*IMPORTS, *ASKED} <= MODULES.keys()
 

@@ -72,7 +72,7 @@ VALUE_ERRORS = {
         "`inner` must be an inn",
     ),
     "class for an instance": (
-        lambda: mo.BilevelProblem(mo.AbstractInnerProblem, outer_loss),
+        lambda: mo.BilevelProblem(mo.extend.AbstractInnerProblem, outer_loss),
         "an instance of a subclass",
     ),
     "outer loss": (
@@ -357,11 +357,11 @@ VALUE_ERRORS = {
         lambda: call(
             mo.BilevelProblem(mo.InnerProblem(inner_loss, has_state=True), outer_loss)
         ),
-        r"state_policy=metaopt.CarriedState\(\)",
+        r"state_policy=metaopt.nn.CarriedState\(\)",
     ),
     "policy without state": (
         lambda: call(
-            inner=mo.Descent(optax.sgd(0.1), 5, state_policy=mo.CarriedState()),
+            inner=mo.Descent(optax.sgd(0.1), 5, state_policy=mo.nn.CarriedState()),
         ),
         "declares no model state",
     ),
@@ -520,7 +520,7 @@ def test_params_and_hyper_in_each_others_place():
 
 def test_model_state_without_params_is_named():
     # It was replaced by that of `init` without a word.
-    class Counted(mo.AbstractInnerProblem):
+    class Counted(mo.extend.AbstractInnerProblem):
         has_state = True
 
         def init(self, hyper, key):
@@ -530,7 +530,7 @@ def test_model_state_without_params_is_named():
             return params**2, state
 
     problem = Counted()
-    inner = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.FrozenState())
+    inner = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.nn.FrozenState())
     adjoint = mo.UnrolledAdjoint()
     outer = lambda params, hyper, batch, state: params**2
     state = jnp.ones(())
@@ -538,7 +538,9 @@ def test_model_state_without_params_is_named():
         lambda: mo.solve_inner(
             problem, 1.0, solver=inner, adjoint=adjoint, model_state=state
         ),
-        lambda: mo.check_smoothness(problem, 1.0, solver=inner, model_state=state),
+        lambda: mo.diagnostics.check_smoothness(
+            problem, 1.0, solver=inner, model_state=state
+        ),
         lambda: mo.hypergradient(
             mo.BilevelProblem(problem, outer),
             1.0,

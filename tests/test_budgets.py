@@ -27,7 +27,7 @@ class Case(NamedTuple):
     momentum: float | None = None
     reversible: bool = False
 
-    def inner(self, num_steps: int) -> mo.AbstractSolver:
+    def inner(self, num_steps: int) -> mo.extend.AbstractSolver:
         if self.reversible:
             momentum = self.momentum or 0.0
             return mo.ReversibleSGD(lambda h: jnp.exp(h["rate"]), momentum, num_steps)
@@ -70,7 +70,9 @@ def structs(widths: tuple[int, ...], num_rows: int) -> tuple[Any, ...]:
 
 
 def compiled(
-    inner: mo.AbstractSolver, adjoint: mo.AbstractAdjoint, arguments: tuple[Any, ...]
+    inner: mo.extend.AbstractSolver,
+    adjoint: mo.extend.AbstractAdjoint,
+    arguments: tuple[Any, ...],
 ) -> tuple[Any, int, str]:
     """The hypergradient, its temporary memory as XLA plans it, and what was chosen."""
 

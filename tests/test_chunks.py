@@ -52,13 +52,13 @@ def hypergradient(problem, adjoint, num_steps=40):
     "adjoint, num_steps",
     [
         (mo.UnrolledAdjoint(), 10),
-        (mo.UnrolledAdjoint(mo.Blocks()), 10),
+        (mo.UnrolledAdjoint(mo.memory.Blocks()), 10),
         (mo.ForwardAdjoint(), 10),
         (mo.TruncatedAdjoint(5), 10),
         (mo.ImplicitAdjoint(mo.CG(rtol=1e-12)), 2000),
         (mo.ImplicitAdjoint(mo.CG(rtol=1e-12), newton_steps=1), 1000),
     ],
-    ids=lambda x: type(x).__name__ if isinstance(x, mo.AbstractAdjoint) else str(x),
+    ids=lambda x: type(x).__name__ if isinstance(x, mo.extend.AbstractAdjoint) else str(x),
 )
 def test_chunks_add_up(adjoint, num_steps):
     want = hypergradient(WHOLE, adjoint, num_steps)

@@ -167,7 +167,7 @@ def test_equal_solvers_made_anew_are_one_trace():
     "adjoint",
     [
         mo.UnrolledAdjoint(),
-        mo.UnrolledAdjoint(mo.Blocks()),
+        mo.UnrolledAdjoint(mo.memory.Blocks()),
         mo.TruncatedAdjoint(5),
         mo.ForwardAdjoint(),
         mo.ImplicitAdjoint(),

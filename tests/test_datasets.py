@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from local_server import serving
+from metaopt._core._files import fetch, parse_idx, write_atomically
 from metaopt.datasets import (
     DataError,
     ImageData,
@@ -23,7 +24,6 @@ from metaopt.datasets import (
     load_mnist,
     split,
 )
-from metaopt.datasets._files import fetch, parse_idx, write_atomically
 
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"

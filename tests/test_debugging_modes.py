@@ -26,7 +26,7 @@ STOPS = mo.Descent(optax.sgd(0.3), 30, atol=1e-4)  # after 9 steps
         (STEPS, mo.UnrolledAdjoint()),
         (STEPS, mo.OneStepAdjoint()),
         (STOPS, mo.ImplicitAdjoint()),
-        (STOPS, mo.UnrolledAdjoint(mo.OnlineCheckpoints(4))),
+        (STOPS, mo.UnrolledAdjoint(mo.memory.OnlineCheckpoints(4))),
         (mo.ReversibleSGD(0.1, 0.9, 3), mo.ReversibleAdjoint()),
     ],
     ids=["unrolled", "one step", "implicit", "online", "reversible"],

@@ -336,7 +336,7 @@ def test_solvers_of_other_libraries():
     cell, initial = Tanh(), CELLS["tanh"][1]
     x = normal((INPUTS,), 9)
     own = mo.nn.Equilibrium(cell, initial, solver=mo.Anderson(rtol=1e-10), adjoint=EXACT)
-    solvers: list[mo.AbstractSolver] = [
+    solvers: list[mo.extend.AbstractSolver] = [
         mo.OptimistixSolver(optx.FixedPointIteration(rtol=1e-11, atol=1e-11)),
         mo.OptimistixSolver(optx.Newton(rtol=1e-10, atol=1e-10)),
     ]
@@ -572,7 +572,7 @@ def test_anderson_by_least_squares(history_size, relaxation):
     solver = mo.Anderson(
         8, rtol=1e-30, history_size=history_size, relaxation=relaxation, regularization=0.0
     )
-    inner = mo.InnerSolve(problem, solver, mo.FullBatch(None), jax.random.key(0))
+    inner = mo.extend.InnerSolve(problem, solver, mo.FullBatch(None), jax.random.key(0))
     loop = inner.loop(jnp.zeros(WIDTH))
     state = loop.start(jnp.zeros(WIDTH), weight, None)
     state, _ = loop.run_primal(weight, state, 0, 8)

@@ -157,7 +157,9 @@ def errors(family, make_adjoint, num_steps, count=80):
 )
 def test_estimate_is_within_a_factor_of_two(family, num_steps, linear_steps):
     linear_solver = mo.CG(rtol=None, max_steps=linear_steps)
-    adjoint = mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf, error=mo.DualWeighted())
+    adjoint = mo.ImplicitAdjoint(
+        linear_solver, inner_rtol=jnp.inf, error=mo.accuracy.DualWeighted()
+    )
     true, estimate = errors(family, lambda problem: adjoint, num_steps)
     ratio = estimate / true
     good = np.mean((ratio > 0.5) & (ratio < 2))
@@ -185,7 +187,7 @@ def constants(family, problem):
         "logistic": (0.0, 0.25, 1 / (6 * 3**0.5)),
         "softmax": (0.0, 0.5, 0.5**0.5),
     }[family]
-    return mo.StrongConvexity(
+    return mo.accuracy.StrongConvexity(
         least + jnp.min(penalty),
         hessian_lipschitz=bend * cubes,
         cross_lipschitz=jnp.max(penalty),
@@ -219,7 +221,7 @@ def test_bound_is_never_below_the_error(family, num_steps, linear_steps):
 
 def test_wrong_curvature_is_contradicted():
     hyper, start, train, valid = draw("ridge", jax.random.key(1))
-    bound = mo.StrongConvexity(
+    bound = mo.accuracy.StrongConvexity(
         100.0, hessian_lipschitz=0.0, cross_lipschitz=1.0, outer_lipschitz=10.0
     )
     adjoint = mo.ImplicitAdjoint(error=bound)
@@ -241,13 +243,13 @@ def test_bias_of_truncation_is_bounded(num_steps):
     hyper, start, (x, _), _ = problem
     curvature = spectral(x)[0] + jnp.exp(jnp.min(hyper))
     rate, largest = 0.2, 2 * jnp.max(jnp.abs(start))
-    bound = mo.TruncationBound(
+    bound = mo.accuracy.TruncationBound(
         lambda hyper: 1 - rate * curvature,
         # The mixed derivative is diag(exp(hyper) params).
         lambda hyper: rate * jnp.exp(jnp.max(hyper)) * largest,
     )
     inner = mo.Descent(optax.sgd(rate), 100)
-    adjoint = mo.TruncatedAdjoint(num_steps, mo.RecomputeSteps(), bound)
+    adjoint = mo.TruncatedAdjoint(num_steps, mo.memory.RecomputeSteps(), bound)
     gradient, report = differentiate("ridge", problem, inner, adjoint)
     exact, _ = differentiate("ridge", problem, inner, mo.UnrolledAdjoint())
     bias = jnp.linalg.norm(gradient - exact)
@@ -258,7 +260,9 @@ def test_bias_of_truncation_is_bounded(num_steps):
 
 def test_steps_that_do_not_contract_have_no_bound():
     problem = draw("ridge", jax.random.key(4))
-    adjoint = mo.TruncatedAdjoint(5, bound=mo.TruncationBound(lambda hyper: 1.5, 1.0))
+    adjoint = mo.TruncatedAdjoint(
+        5, bound=mo.accuracy.TruncationBound(lambda hyper: 1.5, 1.0)
+    )
     _, report = differentiate("ridge", problem, solver("ridge", 10), adjoint)
     assert report.derivative.error == jnp.inf
 
@@ -356,9 +360,9 @@ def test_newton_step_in_a_plain_gradient():
 @pytest.mark.parametrize(
     "error, says",
     [
-        (mo.DualWeighted(), "about"),
+        (mo.accuracy.DualWeighted(), "about"),
         (
-            mo.StrongConvexity(
+            mo.accuracy.StrongConvexity(
                 lambda hyper: jnp.exp(jnp.min(hyper)),
                 hessian_lipschitz=0,
                 cross_lipschitz=lambda hyper: jnp.exp(jnp.max(hyper)),
@@ -399,7 +403,9 @@ def test_estimate_for_a_fixed_point():
         )
 
     linear_solver = mo.GMRES(rtol=1e-10)
-    rough = mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf, error=mo.DualWeighted())
+    rough = mo.ImplicitAdjoint(
+        linear_solver, inner_rtol=jnp.inf, error=mo.accuracy.DualWeighted()
+    )
     gradient, report = run(10, rough)
     exact, _ = run(200, mo.ImplicitAdjoint(linear_solver))
     true = jnp.linalg.norm(gradient - exact)
@@ -415,19 +421,22 @@ def _any(x: Any) -> Any:
     "make, match",
     [
         (lambda: mo.ImplicitAdjoint(error=_any(0.1)), "`error` must be"),
-        (lambda: mo.TruncationBound(1.0, 1.0), "`contraction` must be below 1"),
-        (lambda: mo.TruncationBound(0.5, -1.0), "`sensitivity` must be a non-negative"),
+        (lambda: mo.accuracy.TruncationBound(1.0, 1.0), "`contraction` must be below 1"),
+        (
+            lambda: mo.accuracy.TruncationBound(0.5, -1.0),
+            "`sensitivity` must be a non-negative",
+        ),
         (lambda: mo.TruncatedAdjoint(5, bound=_any(0.5)), "`bound` must be a"),
         (lambda: mo.TruncatedAdjoint(5, _any("1GB")), "`memory` must be a memory plan"),
         (lambda: mo.ImplicitAdjoint(newton_steps=-1), "`newton_steps` must be at least 0"),
         (
-            lambda: mo.StrongConvexity(
+            lambda: mo.accuracy.StrongConvexity(
                 0.0, hessian_lipschitz=0, cross_lipschitz=0, outer_lipschitz=0
             ),
             "`curvature` must be positive",
         ),
         (
-            lambda: mo.StrongConvexity(
+            lambda: mo.accuracy.StrongConvexity(
                 1.0, hessian_lipschitz=-1, cross_lipschitz=0, outer_lipschitz=0
             ),
             "`hessian_lipschitz` must be a non-negative",
@@ -440,7 +449,7 @@ def test_settings_are_checked(make, match):
 
 
 def test_bound_needs_a_loss_and_few_outer_variables():
-    bound = mo.StrongConvexity(
+    bound = mo.accuracy.StrongConvexity(
         1.0, hessian_lipschitz=0, cross_lipschitz=1, outer_lipschitz=1
     )
     fixed_point = mo.BilevelProblem(

@@ -18,7 +18,7 @@ from members import inner_solver
 from problems import Case, CASES, FIXED_POINT, flat, LOSS, relative_error, softmax_twin
 
 
-class Identity(mo.AbstractLinearSolver):
+class Identity(mo.extend.AbstractLinearSolver):
     """The control: takes the inverse for the identity (Luketina et al., 2016)."""
 
     accepts_indefinite: ClassVar[bool] = False
@@ -34,7 +34,7 @@ class Identity(mo.AbstractLinearSolver):
     def solve(self, operator, vector, start=None, tolerance=None):
         del operator, start
         successful: Any = mo.RESULTS.successful
-        return mo.LinearSolution(
+        return mo.linear.LinearSolution(
             value=vector,
             result=successful,
             residual=jnp.zeros(()),
@@ -90,7 +90,9 @@ class Digits:
         penalty = 0.5 * jnp.sum(jnp.exp(hyper) * params**2)
         return Digits.outer_loss(params, hyper, batch) + penalty
 
-    def gradient(self, adjoint: mo.AbstractAdjoint, num_steps: int = 1) -> np.ndarray:
+    def gradient(
+        self, adjoint: mo.extend.AbstractAdjoint, num_steps: int = 1
+    ) -> np.ndarray:
         """The hypergradient after gradient descent that starts at the solution."""
         gradient, _ = mo.hypergradient(
             self.problem,
@@ -182,7 +184,7 @@ def test_digits_forward_against_reverse(digits):
 
 
 def test_digits_unrolled_against_implicit(digits, implicit, without_hessian):
-    unrolled = digits.gradient(mo.UnrolledAdjoint(mo.Blocks()), num_steps=2000)
+    unrolled = digits.gradient(mo.UnrolledAdjoint(mo.memory.Blocks()), num_steps=2000)
     assert relative_error(unrolled, implicit) < 1e-8
     # The control. Measured: 0.59.
     assert error_after_rescaling(without_hessian, unrolled) > 0.3
@@ -223,7 +225,7 @@ def test_digits_conjugate_gradients_beat_the_neumann_series(digits):
 #
 
 
-def gradient_of(case: Case, adjoint: mo.AbstractAdjoint, inner: Any = None) -> Any:
+def gradient_of(case: Case, adjoint: mo.extend.AbstractAdjoint, inner: Any = None) -> Any:
     gradient, _ = mo.hypergradient(
         case.problem,
         case.hyper,
@@ -362,7 +364,9 @@ def test_check_raises_for_what_is_biased(name, adjoint):
     assert error.value.value.relative_error > 1e-4
 
 
-def check(case: Case, adjoint: mo.AbstractAdjoint) -> mo.HypergradientCheck:
+def check(
+    case: Case, adjoint: mo.extend.AbstractAdjoint
+) -> mo.diagnostics.HypergradientCheck:
     return mo.check_hypergradient(
         case.problem,
         case.hyper,

@@ -33,19 +33,19 @@ def slope(over, inner, adjoint):
 exact = slope(None, sgd, mo.ImplicitAdjoint(mo.Dense()))
 unrolled = slope(None, adam, mo.UnrolledAdjoint())
 with jax.set_mesh(mesh):
-    judged = mo.DualWeighted()
+    judged = mo.accuracy.DualWeighted()
     for over, solver, error in (
         (P(), mo.GMRES(), judged), (P("d"), mo.CG(), judged), (P("d"), mo.Dense(), None),
         (P("d"), mo.Neumann(300), None),
-        (P("d"), mo.CG(preconditioner=mo.DiagonalEstimate(4)), None),
-        (P("d"), mo.CG(preconditioner=mo.LowRank(2)), None),
-        (P("d"), mo.LinearFixedPoint(mo.Anderson(rtol=1e-8)), None),
+        (P("d"), mo.CG(preconditioner=mo.linear.DiagonalEstimate(4)), None),
+        (P("d"), mo.CG(preconditioner=mo.linear.LowRank(2)), None),
+        (P("d"), mo.linear.LinearFixedPoint(mo.Anderson(rtol=1e-8)), None),
     ):
         got = slope(over, sgd, mo.ImplicitAdjoint(solver, error=error))
         np.testing.assert_allclose(got, exact, rtol=1e-3, err_msg=str((over, solver)))
     got = slope(P("d"), adam, mo.UnrolledAdjoint())
     np.testing.assert_allclose(got, unrolled, rtol=1e-9)
-    for memory in "1GiB", mo.OnlineCheckpoints():
+    for memory in "1GiB", mo.memory.OnlineCheckpoints():
         try:
             slope(P("d"), adam, mo.UnrolledAdjoint(memory))
         except ValueError as error:

@@ -86,10 +86,10 @@ def cubic(params, hyper, batch):
 
 
 PLANS = [
-    mo.UnrolledAdjoint(mo.StoreUpdates()),
-    mo.UnrolledAdjoint(mo.RecomputeSteps()),
-    mo.UnrolledAdjoint(mo.Blocks()),
-    mo.UnrolledAdjoint(mo.OnlineCheckpoints()),
+    mo.UnrolledAdjoint(mo.memory.StoreUpdates()),
+    mo.UnrolledAdjoint(mo.memory.RecomputeSteps()),
+    mo.UnrolledAdjoint(mo.memory.Blocks()),
+    mo.UnrolledAdjoint(mo.memory.OnlineCheckpoints()),
     mo.TruncatedAdjoint(40),
 ]
 

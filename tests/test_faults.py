@@ -333,7 +333,7 @@ def test_last_state_after_an_early_stop():
         return jnp.sum((params - hyper) ** 2), jnp.sum(params)
 
     solver = mo.Descent(
-        optax.sgd(0.4), num_steps=50, atol=1e-3, state_policy=mo.PerStepState()
+        optax.sgd(0.4), num_steps=50, atol=1e-3, state_policy=mo.nn.PerStepState()
     )
     for adjoint in (mo.UnrolledAdjoint(), mo.OneStepAdjoint()):
         solution = mo.solve_inner(
@@ -527,7 +527,7 @@ def test_exploding_hypergradient():
 
 @pytest.mark.parametrize(
     "linear_solver",
-    [mo.Dense(), mo.GMRES(), mo.BiCGStab(), mo.CG(), mo.Neumann(5)],
+    [mo.Dense(), mo.GMRES(), mo.linear.BiCGStab(), mo.CG(), mo.Neumann(5)],
     ids=lambda x: type(x).__name__,
 )
 def test_maximum_is_not_taken_for_a_minimum(linear_solver):
@@ -566,7 +566,7 @@ def test_indefinite_system_moves_nothing():
         (mo.CG(damping=0.1), "damping of 0.1"),
         (mo.CG(rtol=None, max_steps=2), "2 steps of the linear solver"),
         (mo.GMRES(rtol=None, max_steps=2), "2 steps of the linear solver"),
-        (mo.BiCGStab(rtol=None, max_steps=2), "2 steps of the linear solver"),
+        (mo.linear.BiCGStab(rtol=None, max_steps=2), "2 steps of the linear solver"),
     ],
 )
 def test_bias_of_the_linear_solver_is_reported(linear_solver, words):
@@ -663,7 +663,7 @@ def test_model_state_that_an_implicit_adjoint_does_not_see():
         return jnp.sum(params) + jnp.sum(state)
 
     options: Any = {"model_state": START}
-    policies = [(mo.CarriedState(), 6.0, True), (mo.FrozenState(), 3.0, False)]
+    policies = [(mo.nn.CarriedState(), 6.0, True), (mo.nn.FrozenState(), 3.0, False)]
     for policy, exact, misses in policies:
         solver = mo.Descent(optax.sgd(0.1), num_steps=200, state_policy=policy)
         problem = mo.BilevelProblem(mo.InnerProblem(inner, has_state=True), outer)

@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_loop(name, num_steps):
         assert stats.left_out == ()
 
 
-@pytest.mark.parametrize("memory", [mo.StoreAll(), mo.RecomputeSteps()])
+@pytest.mark.parametrize("memory", [mo.memory.StoreAll(), mo.memory.RecomputeSteps()])
 def test_every_memory_plan_gives_the_same(memory):
     expected = maml(num_steps=4).value_and_grad(MODEL, TASKS)[1]
     learner = maml(num_steps=4, adjoint=mo.UnrolledAdjoint(memory))
@@ -371,7 +371,9 @@ def normalised():
 
 
 @pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("policy", [mo.CarriedState(), mo.FrozenState(), mo.PerStepState()])
+@pytest.mark.parametrize(
+    "policy", [mo.nn.CarriedState(), mo.nn.FrozenState(), mo.nn.PerStepState()]
+)
 def test_model_state_is_a_choice(policy, chunk_size):
     model, state = normalised()
     inner = mo.Descent(optax.sgd(0.05), 2, state_policy=policy)
@@ -383,7 +385,7 @@ def test_model_state_is_a_choice(policy, chunk_size):
         now, start = parts, jax.tree.map(lambda a: a, state)
         carried, last = start, start
         for _ in range(2):
-            seen = carried if isinstance(policy, mo.CarriedState) else start
+            seen = carried if isinstance(policy, mo.nn.CarriedState) else start
             seen = jax.tree.map(lambda a: a, seen)
 
             def loss(now):
@@ -392,7 +394,7 @@ def test_model_state_is_a_choice(policy, chunk_size):
             gradient, new = jax.grad(loss, has_aux=True)(now)
             carried = last = jax.tree.map(lambda a: a, new)
             now = jax.tree.map(lambda a, b: a - 0.05 * b, now, gradient)
-        at_query = start if isinstance(policy, mo.FrozenState) else last
+        at_query = start if isinstance(policy, mo.nn.FrozenState) else last
         at_query = jax.tree.map(lambda a: a, at_query)
         return with_state(eqx.combine(now, rest), task.query, state=at_query)
 
@@ -418,10 +420,10 @@ def test_states_of_each_step_outlast_the_tasks(chunk_size):
         new = Counted(0.5 * state.seen + jnp.mean(batch[1]), state.uses + 1)
         return squared_error(model, batch) + jnp.sum(0 * state.seen), new
 
-    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.PerStepState())
+    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.nn.PerStepState())
     settings = {"has_state": True, "chunk_size": chunk_size}
     means = [jnp.mean(part[1], axis=1) for part in (TASKS.support, TASKS.query)]
-    slots = mo.StepStates(Counted(jnp.zeros(()), jnp.zeros((), int)), num_steps=3)
+    slots = mo.extend.StepStates(Counted(jnp.zeros(()), jnp.zeros((), int)), num_steps=3)
     for learner in (
         few_shot.MAML(loss, inner, **settings),
         few_shot.Reptile(loss, inner, **settings),
@@ -460,7 +462,7 @@ def marked_loss(model, batch, *, state):
 
 
 def marked(num_slots):
-    states = mo.StepStates(Steps(jnp.zeros(()), jnp.zeros((), int)), num_slots)
+    states = mo.extend.StepStates(Steps(jnp.zeros(()), jnp.zeros((), int)), num_slots)
     marks = jnp.arange(float(num_slots))
     return eqx.tree_at(lambda s: s.states.mark, states, marks)
 
@@ -484,7 +486,7 @@ def by_hand_with_marks(num_steps, weights):
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
 def test_the_answer_is_judged_with_the_state_of_its_last_step(num_slots, weights):
     # Once it was that of the last slot, or of the step after.
-    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.PerStepState())
+    inner = mo.Descent(optax.sgd(0.05), 3, state_policy=mo.nn.PerStepState())
     learner = few_shot.MAML(marked_loss, inner, has_state=True, step_weights=weights)
     value, _, stats = learner.value_and_grad(MODEL, TASKS, model_state=marked(num_slots))
     expected = by_hand_with_marks(3, weights or [0.0, 0.0, 1.0])
@@ -514,7 +516,7 @@ def test_the_answer_is_judged_with_the_state_of_its_last_step(num_slots, weights
 def test_training_with_running_statistics():
     # Of a statistic that was a constant of the trace nothing was left once.
     model, state = normalised()
-    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.CarriedState())
+    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.nn.CarriedState())
     learner = few_shot.MAML(with_state, inner, has_state=True)
     solution = few_shot.train(
         learner,
@@ -537,7 +539,7 @@ def test_what_is_constant_is_handed_back():
         aux = {"number": jnp.asarray(3), "flag": jnp.asarray(True)}
         return squared_error(model, batch), {"seen": jnp.asarray(2.0)}, aux
 
-    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.CarriedState())
+    inner = mo.Descent(optax.sgd(0.05), 1, state_policy=mo.nn.CarriedState())
     learner = few_shot.MAML(loss, inner, has_state=True, has_aux=True)
     start = {"seen": jnp.asarray(1.0)}
     stats = learner.value_and_grad(MODEL, TASKS, model_state=start)[2]
@@ -586,10 +588,10 @@ def test_tasks_that_a_function_draws_are_evaluated():
 
 def test_states_of_each_step_under_another_policy():
     model, state = normalised()
-    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.CarriedState())
+    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.nn.CarriedState())
     learner = few_shot.MAML(with_state, inner, has_state=True)
     with pytest.raises(ValueError, match="PerStepState"):
-        learner.value_and_grad(model, TASKS, model_state=mo.StepStates(state, 2))
+        learner.value_and_grad(model, TASKS, model_state=mo.extend.StepStates(state, 2))
 
 
 def test_model_state_without_a_choice_is_refused():
@@ -600,7 +602,7 @@ def test_model_state_without_a_choice_is_refused():
             if learner is few_shot.MAML or not settings:
                 with pytest.raises(ValueError, match="state_policy"):
                     learner(with_state, inner, has_state=True, **settings)
-    kept = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.CarriedState())
+    kept = mo.Descent(optax.sgd(0.1), 2, state_policy=mo.nn.CarriedState())
     with pytest.raises(ValueError, match="declares no model state"):
         few_shot.MAML(squared_error, kept, step_weights=[1.0, 1.0])
     with pytest.raises(ValueError, match="hand over where it begins"):
@@ -610,7 +612,7 @@ def test_model_state_without_a_choice_is_refused():
 
 def test_model_state_and_each_step_counting():
     model, state = normalised()
-    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.CarriedState())
+    inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.nn.CarriedState())
     settings = {"has_state": True, "step_weights": [0.0, 1.0]}
     learner = few_shot.MAML(with_state, inner, **settings)
     plain = few_shot.MAML(with_state, inner, has_state=True)

@@ -246,17 +246,17 @@ def test_jaxopt_minimisers_need_a_loss():
 #
 
 
-class Stated(mo.AbstractProblem):
+class Stated(mo.extend.AbstractProblem):
     """A gradient field that is stated, and has no loss."""
 
     def init(self, hyper, key):
         return jnp.zeros(2)
 
     def evaluate(self, params, hyper, batch, key, state):
-        return mo.Evaluation(None, None, None)
+        return mo.extend.Evaluation(None, None, None)
 
     def field(self, params, hyper, batch, key, state):
-        return 2 * (params - hyper), mo.Evaluation(None, None, None)
+        return 2 * (params - hyper), mo.extend.Evaluation(None, None, None)
 
     @property
     def tags(self):
@@ -264,7 +264,7 @@ class Stated(mo.AbstractProblem):
 
 
 @pytest.mark.parametrize(
-    "adjoint", [mo.ImplicitAdjoint(), mo.UnrolledAdjoint(mo.Blocks())], ids=repr
+    "adjoint", [mo.ImplicitAdjoint(), mo.UnrolledAdjoint(mo.memory.Blocks())], ids=repr
 )
 def test_a_stated_gradient_is_descended_like_one_that_is_computed(adjoint):
     outer_loss = lambda params, hyper, batch: jnp.sum(params**3)

@@ -72,7 +72,7 @@ def test_what_acts_through_the_inner_loss_alone_is_refused():
 
 def test_model_state_keeps_its_derivative():
     # As where losses on the way are summed up in it.
-    class Summing(mo.AbstractInnerProblem):
+    class Summing(mo.extend.AbstractInnerProblem):
         has_state = True
 
         def init(self, hyper, key):
@@ -92,7 +92,7 @@ def test_model_state_keeps_its_derivative():
             params -= 0.3 * jax.lax.stop_gradient(gradient)
         return jnp.sum(jnp.sin(params)) + total
 
-    inner = mo.Descent(optax.sgd(0.3), NUM_STEPS, state_policy=mo.CarriedState())
+    inner = mo.Descent(optax.sgd(0.3), NUM_STEPS, state_policy=mo.nn.CarriedState())
     gradient, _ = mo.hypergradient(
         mo.BilevelProblem(Summing(), outer),
         {"start": START},

@@ -138,7 +138,7 @@ def test_broyden_by_its_definition():
         z, residual = z + step, new
     problem = mo.FixedPointProblem(lambda z, hyper, _: jnp.tanh(hyper @ z + x))
     solver = mo.Broyden(7, rtol=1e-30)
-    inner = mo.InnerSolve(problem, solver, mo.FullBatch(None), jax.random.key(0))
+    inner = mo.extend.InnerSolve(problem, solver, mo.FullBatch(None), jax.random.key(0))
     loop = inner.loop(jnp.zeros(WIDTH))
     state = loop.start(jnp.zeros(WIDTH), weight, None)
     state, _ = loop.run_primal(weight, state, 0, 7)
@@ -276,7 +276,7 @@ def test_a_shared_inverse_for_each_example_of_a_batch():
     cell = lambda z, x: jnp.tanh(z @ weight.T + x)
 
     def slope(solver, mapped):
-        adjoint = mo.ImplicitAdjoint(mo.SHINE())
+        adjoint = mo.ImplicitAdjoint(mo.linear.SHINE())
         layer = mo.nn.Equilibrium(cell, solver=solver, adjoint=adjoint)
         call = lambda x: layer(x)[0]
         call = jax.vmap(call) if mapped else call
@@ -305,7 +305,7 @@ def test_linear_systems_as_fixed_points(kind, structure):
         split = join = lambda x: x
     struct = jax.eval_shape(split, b)
     operator = lx.FunctionLinearOperator(lambda x: split(matrix @ join(x)), struct)
-    solver = mo.LinearFixedPoint(kind(300, rtol=1e-9))
+    solver = mo.linear.LinearFixedPoint(kind(300, rtol=1e-9))
     exact = jnp.linalg.solve(matrix, b)
     for scale in (1.0, 1e-200, 1e150):
         found = solver.solve(operator, split(scale * b))
@@ -332,22 +332,22 @@ def test_linear_systems_that_are_not_solved():
 
     b = normal((WIDTH,), 4)
     operator = lambda matrix: lx.MatrixLinearOperator(matrix)
-    expanding = mo.LinearFixedPoint(mo.Picard(5000, rtol=1e-6)).solve(
+    expanding = mo.linear.LinearFixedPoint(mo.Picard(5000, rtol=1e-6)).solve(
         operator(jnp.eye(WIDTH) - random(3.0)), b
     )
     assert expanding.result == mo.RESULTS.linear_diverged
     assert np.all(np.isfinite(expanding.value))
-    short = mo.LinearFixedPoint(mo.Anderson(3, rtol=1e-6)).solve(
+    short = mo.linear.LinearFixedPoint(mo.Anderson(3, rtol=1e-6)).solve(
         operator(jnp.eye(WIDTH) - random(0.9)), b
     )
     assert short.result == mo.RESULTS.linear_max_steps and short.residual > 1e-6
-    fixed = mo.LinearFixedPoint(mo.Anderson(3, rtol=None))
+    fixed = mo.linear.LinearFixedPoint(mo.Anderson(3, rtol=None))
     asked = fixed.solve(operator(jnp.eye(WIDTH) - random(0.9)), b)
     assert asked.result == mo.RESULTS.successful
     assert fixed.left_out == ("what more than 3 steps of the linear solver would add",)
-    (budgeted,) = mo.LinearFixedPoint(mo.Anderson(3, rtol=None, budget=2)).left_out
+    (budgeted,) = mo.linear.LinearFixedPoint(mo.Anderson(3, rtol=None, budget=2)).left_out
     assert "more steps than its budget" in budgeted
-    nan = mo.LinearFixedPoint().solve(operator(jnp.full((WIDTH, WIDTH), jnp.nan)), b)
+    nan = mo.linear.LinearFixedPoint().solve(operator(jnp.full((WIDTH, WIDTH), jnp.nan)), b)
     assert nan.result == mo.RESULTS.linear_nonfinite
     assert np.all(np.isfinite(nan.value))
 
@@ -372,15 +372,15 @@ def test_shared_inverse():
     of = lambda linear: layer_gradient(
         solver, mo.ImplicitAdjoint(linear), weight, x, cotangent
     )
-    shared, one_step = of(mo.SHINE()), of(mo.Neumann(0))
+    shared, one_step = of(mo.linear.SHINE()), of(mo.Neumann(0))
     assert 1e-12 < distance(shared, exact) < 0.8 * distance(one_step, exact)
-    refined = of(mo.SHINE(mo.LinearFixedPoint(mo.Anderson(rtol=1e-10))))
+    refined = of(mo.linear.SHINE(mo.linear.LinearFixedPoint(mo.Anderson(rtol=1e-10))))
     assert distance(refined, exact) < 1e-8
     # Forward mode uses the inverse, and reverse mode that of the transposed system.
     layer = mo.nn.Equilibrium(
         lambda z, x: jnp.tanh(z @ weight.T + x),
         solver=solver,
-        adjoint=mo.ImplicitAdjoint(mo.SHINE()),
+        adjoint=mo.ImplicitAdjoint(mo.linear.SHINE()),
     )
     fixed_point = lambda x: layer(x)[0]
     rows = jax.jit(jax.jacrev(fixed_point))(x)
@@ -401,7 +401,7 @@ def test_a_shared_inverse_is_never_worse_than_one_step():
         lambda z, hyper, _: jnp.sum(cotangent * z),
     )
     residuals = []
-    for linear in (mo.SHINE(), mo.Neumann(0)):
+    for linear in (mo.linear.SHINE(), mo.Neumann(0)):
         _, report = mo.hypergradient(
             problem,
             jnp.zeros_like(x),
@@ -423,15 +423,15 @@ def test_a_shared_inverse_is_never_worse_than_one_step():
         (lambda: mo.Picard(budget=1.5), "`budget` must be an integer"),
         (lambda: mo.Anderson(budget=jnp.ones(2, int)), "`budget` must be an integer"),
         (lambda: mo.Picard(budget=0), "`budget` must be at least 1"),
-        (lambda: mo.LinearFixedPoint(mo.NewtonKrylov()), "`solver` must be"),
-        (lambda: mo.SHINE(mo.SHINE()), "got another `SHINE`"),
-        (lambda: mo.LinearFixedPoint(mo.GMRES()), "`solver` must be"),  # pyright: ignore[reportArgumentType]
-        (lambda: mo.LinearFixedPoint(mo.Anderson(rtol=0.0)), "`rtol` of the solver"),
-        (lambda: mo.SHINE(mo.Broyden()), "`refine` must be"),  # pyright: ignore[reportArgumentType]
+        (lambda: mo.linear.LinearFixedPoint(mo.NewtonKrylov()), "`solver` must be"),
+        (lambda: mo.linear.SHINE(mo.linear.SHINE()), "got another `SHINE`"),
+        (lambda: mo.linear.LinearFixedPoint(mo.GMRES()), "`solver` must be"),  # pyright: ignore[reportArgumentType]
+        (lambda: mo.linear.LinearFixedPoint(mo.Anderson(rtol=0.0)), "`rtol` of the solver"),
+        (lambda: mo.linear.SHINE(mo.Broyden()), "`refine` must be"),  # pyright: ignore[reportArgumentType]
         (
             lambda: layer_gradient(
                 mo.Anderson(),
-                mo.ImplicitAdjoint(mo.SHINE()),
+                mo.ImplicitAdjoint(mo.linear.SHINE()),
                 random(0.4),
                 normal((WIDTH,)),
                 1.0,

@@ -62,9 +62,9 @@ def by_hand(hyper):
     "adjoint",
     [
         GMRES,
-        mo.ImplicitAdjoint(mo.BiCGStab(rtol=1e-12)),
+        mo.ImplicitAdjoint(mo.linear.BiCGStab(rtol=1e-12)),
         mo.UnrolledAdjoint(),
-        mo.UnrolledAdjoint(mo.Blocks()),
+        mo.UnrolledAdjoint(mo.memory.Blocks()),
         mo.ForwardAdjoint(),
     ],
     ids=repr,
@@ -220,7 +220,7 @@ def test_model_state_passes_from_player_to_player():
     solution = mo.solve_inner(
         problem,
         jnp.array(1.0),
-        solver=mo.Descent(optax.sgd(0.0), 2, state_policy=mo.CarriedState()),
+        solver=mo.Descent(optax.sgd(0.0), 2, state_policy=mo.nn.CarriedState()),
         adjoint=mo.UnrolledAdjoint(),
     )
     assert solution.model_state == 2 * (2 * 1 + 1 + 1) + 1 + 1

@@ -202,8 +202,10 @@ def implicit(curvature, **settings):
     return mo.ImplicitAdjoint(mo.CG(rtol=1e-12), curvature=curvature, **settings)
 
 
-GAUSS_NEWTON = implicit(mo.GaussNewton(), error=mo.DualWeighted(), inner_rtol=jnp.inf)
-EXACT = implicit(mo.ExactCurvature())
+GAUSS_NEWTON = implicit(
+    mo.linear.GaussNewton(), error=mo.accuracy.DualWeighted(), inner_rtol=jnp.inf
+)
+EXACT = implicit(mo.linear.ExactCurvature())
 
 
 def data(noise):
@@ -314,18 +316,18 @@ def test_bound_holds_for_what_was_left_out():
             throw=False,
         )
 
-    exact, _ = run(mo.ExactCurvature(), None)
+    exact, _ = run(mo.linear.ExactCurvature(), None)
     params = mo.solve_inner(problem.inner, 0.0, 1.0, solver=NEWTON, adjoint=EXACT).value
     residual = params + 0.2 * params**2 - 2
     curvature = (1 + 0.4 * params) ** 2 + 0.4 * residual + 1
-    bound = lambda curvature: mo.StrongConvexity(
+    bound = lambda curvature: mo.accuracy.StrongConvexity(
         curvature, hessian_lipschitz=1.0, cross_lipschitz=1.0, outer_lipschitz=1.0
     )
-    gradient, report = run(mo.GaussNewton(), bound(curvature))
+    gradient, report = run(mo.linear.GaussNewton(), bound(curvature))
     true = jnp.abs(gradient - exact)
     assert true > 0.01 and true <= report.derivative.error < 3 * true
     # The Hessian is less than the operator that was solved with, and contradicts.
-    _, report = run(mo.GaussNewton(), bound(curvature + 0.02))
+    _, report = run(mo.linear.GaussNewton(), bound(curvature + 0.02))
     assert report.result == mo.RESULTS.curvature_contradicted
 
 
@@ -348,15 +350,15 @@ def test_definite_where_the_hessian_is_not():
             throw=False,
         )[1]
 
-    assert run(mo.ExactCurvature()).result == mo.RESULTS.linear_indefinite
-    report = run(mo.GaussNewton())
+    assert run(mo.linear.ExactCurvature()).result == mo.RESULTS.linear_indefinite
+    report = run(mo.linear.GaussNewton())
     assert report.result == mo.RESULTS.successful and report.derivative.min_curvature > 0
 
 
 def test_gauss_newton_steps_approach_the_solution():
     exact, train, _ = solved(0.03)
     start = jax.tree.map(lambda leaf: leaf + 0.005, exact)
-    adjoint = implicit(mo.GaussNewton(), newton_steps=1)
+    adjoint = implicit(mo.linear.GaussNewton(), newton_steps=1)
     inner = mo.Descent(optax.sgd(1e-9), 1)
     near = mo.solve_inner(PREDICTION, HYPER, start, train, solver=inner, adjoint=adjoint)
     assert relative_error(near.value, exact) < 0.5 * relative_error(start, exact)
@@ -372,7 +374,7 @@ def test_float32():
         train,
         valid,
         inner=STAYS,
-        adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-5), curvature=mo.GaussNewton()),
+        adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-5), curvature=mo.linear.GaussNewton()),
     )
     assert gradient.dtype == jnp.float32 and report.derivative.linear_residual < 1e-5
     expected, _ = differentiate(HYPER, solved(0.3), GAUSS_NEWTON)
@@ -423,13 +425,13 @@ def test_keys_state_and_aux():
         mo.BilevelProblem(problem, lambda params, hyper, batch: jnp.sum(params**2)),
         0.5,
         train=jnp.array(3.0),
-        inner=mo.Descent(optax.sgd(0.1), 100, state_policy=mo.FrozenState()),
-        adjoint=mo.ImplicitAdjoint(curvature=mo.GaussNewton()),
+        inner=mo.Descent(optax.sgd(0.1), 100, state_policy=mo.nn.FrozenState()),
+        adjoint=mo.ImplicitAdjoint(curvature=mo.linear.GaussNewton()),
     )
     assert report.result == mo.RESULTS.successful
 
 
-class SubclassedFit(mo.AbstractPredictionProblem):
+class SubclassedFit(mo.extend.AbstractPredictionProblem):
     def init(self, hyper, key):
         return jnp.zeros(NUM_INPUTS)
 
@@ -456,10 +458,12 @@ def test_subclass_and_a_module_for_params():
         )[0]
 
     # Linear in the params: nothing is left out.
-    np.testing.assert_allclose(run(mo.GaussNewton()), run(mo.ExactCurvature()), rtol=1e-9)
+    np.testing.assert_allclose(
+        run(mo.linear.GaussNewton()), run(mo.linear.ExactCurvature()), rtol=1e-9
+    )
 
 
-class OwnOptimality(mo.AbstractDirectSolver):
+class OwnOptimality(mo.extend.AbstractDirectSolver):
     """A solver that states an optimality of its own."""
 
     def check(self, problem, data):
@@ -467,13 +471,15 @@ class OwnOptimality(mo.AbstractDirectSolver):
 
     def optimality(self, problem, params, hyper, batch, key, state):
         residual = lambda p, h: problem.optimality(p, h, batch, key, state)
-        return mo.Optimality(residual, problem.tags)
+        return mo.extend.Optimality(residual, problem.tags)
 
     def solve(self, problem, params, hyper, batch, key, model_state):
         del problem, hyper, batch, key
         successful: Any = mo.RESULTS.successful
         none = jnp.zeros((), int)
-        return mo.Outcome(params, model_state, None, successful, none, None, none - 1)
+        return mo.extend.Outcome(
+            params, model_state, None, successful, none, None, none - 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -487,7 +493,7 @@ class OwnOptimality(mo.AbstractDirectSolver):
 )
 def test_what_is_no_criterion_of_predictions_is_refused(inner_problem, solver):
     params, train, valid = data(0.3)
-    adjoint = mo.ImplicitAdjoint(mo.GMRES(), curvature=mo.GaussNewton())
+    adjoint = mo.ImplicitAdjoint(mo.GMRES(), curvature=mo.linear.GaussNewton())
     with pytest.raises(ValueError, match="(?s)metaopt.PredictionProblem.*ExactCurvature"):
         mo.hypergradient(
             mo.BilevelProblem(inner_problem, outer_loss),
@@ -516,7 +522,9 @@ def test_what_the_functions_return_is_checked(predict, criterion, match):
 
 def test_settings_are_checked():
     curvature: Any = "gauss-newton"
-    with pytest.raises(ValueError, match="`curvature` must be `metaopt.ExactCurvature"):
+    with pytest.raises(
+        ValueError, match="`curvature` must be `metaopt.linear.ExactCurvature"
+    ):
         mo.ImplicitAdjoint(curvature=curvature)
     has_state = mo.PredictionProblem(
         lambda p, h, b, state: p, lambda z, p, h, b: jnp.sum(z), has_state=True
@@ -528,11 +536,13 @@ def test_settings_are_checked():
 def test_operator_promises_what_the_condition_does():
     params, train, _ = data(0.3)
     condition = NEWTON.optimality(PREDICTION, params, HYPER, train, jax.random.key(0), None)
-    residual, operator, jacobian = mo.GaussNewton().linearise(condition, params, HYPER)
+    residual, operator, jacobian = mo.linear.GaussNewton().linearise(
+        condition, params, HYPER
+    )
     assert lx.is_positive_semidefinite(operator) and lx.is_symmetric(jacobian)
     np.testing.assert_allclose(
         flat(residual), flat(jax.grad(PREDICTION.loss)(params, HYPER, train)), rtol=1e-12
     )
-    _, hessian, same = mo.ExactCurvature().linearise(condition, params, HYPER)
+    _, hessian, same = mo.linear.ExactCurvature().linearise(condition, params, HYPER)
     assert hessian is same
     np.testing.assert_allclose(jacobian.as_matrix(), hessian.as_matrix(), atol=1e-12)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt._dependence import leaves_with_influence
+from metaopt._jaxpr._dependence import leaves_with_influence
 from metaopt.hyper import AbstractHyper, Integer, Interval, Positive, values
 
 
@@ -261,7 +261,7 @@ def test_dependence_is_seen(kind):
 
 ADJOINTS = {
     "unrolled": mo.UnrolledAdjoint(),
-    "blocks": mo.UnrolledAdjoint(mo.Blocks()),
+    "blocks": mo.UnrolledAdjoint(mo.memory.Blocks()),
     "forward": mo.ForwardAdjoint(),
     "implicit": mo.ImplicitAdjoint(),
 }

@@ -70,7 +70,7 @@ def at_quadratic(dtype, matrix=MATRIX, shift: Any = 0.0, **given) -> Any:
     }
     batch = {"matrix": jnp.asarray(matrix, dtype), "mixed": jnp.asarray(MIXED, dtype)}
     problem = mo.InnerProblem(quadratic)
-    return mo.ImplicitSystem.at(problem, hyper, params, batch, **given)
+    return mo.linear.ImplicitSystem.at(problem, hyper, params, batch, **given)
 
 
 WEIGHTS = random(2, 4, 4) / 4
@@ -87,7 +87,7 @@ def at_root(dtype, batch=WEIGHTS) -> tuple[Any, np.ndarray, np.ndarray]:
     """The system, and the dense $A$ and $C$ by `jax.jacobian`."""
     hyper = {"scale": jnp.asarray(0.3, dtype), "x": jnp.asarray(random(3, 4), dtype)}
     params, batch = {"z": jnp.asarray(random(4, 4), dtype)}, jnp.asarray(batch, dtype)
-    system = mo.ImplicitSystem.at(mo.RootProblem(residual), hyper, params, batch)
+    system = mo.linear.ImplicitSystem.at(mo.RootProblem(residual), hyper, params, batch)
     p, unravel = ravel_pytree(params)
     h, unravel_hyper = ravel_pytree(hyper)
     along = lambda p, h: ravel_pytree(residual(unravel(p), unravel_hyper(h), batch))[0]
@@ -103,7 +103,7 @@ def solver_for(dtype, kind: Any) -> Any:
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", [mo.CG, mo.MINRES, mo.GMRES])
+@pytest.mark.parametrize("kind", [mo.CG, mo.linear.MINRES, mo.GMRES])
 def test_quadratic_solutions(dtype, kind):
     system = at_quadratic(dtype).prepare(solver_for(dtype, kind))
     b = like(system.params, 10)
@@ -160,7 +160,7 @@ def test_a_start_and_a_tolerance_save_steps():
 
 
 def test_preconditioner_is_prepared_and_goes_on():
-    solver = mo.CG(rtol=1e-12, preconditioner=mo.DiagonalEstimate())
+    solver = mo.CG(rtol=1e-12, preconditioner=mo.linear.DiagonalEstimate())
     first = at_quadratic(jnp.float64).prepare(solver)
     assert first.num_products > 0
     second = at_quadratic(jnp.float64).prepare(
@@ -219,7 +219,7 @@ def test_leaves_that_are_no_floats_are_none():
         {"h": 3.0, "m": np.arange(2)},
         {"w": jnp.ones(()), "n": np.asarray(2)},
     )
-    system = mo.ImplicitSystem.at(problem, hyper, params, None)
+    system = mo.linear.ImplicitSystem.at(problem, hyper, params, None)
     assert system.params["n"] is None and system.hyper["m"] is None
     solution = system.solve({"w": 1.0, "n": None}).value
     np.testing.assert_allclose(solution["w"], 1 / 8)
@@ -269,7 +269,8 @@ def test_params_that_are_no_solution_are_judged():
 
 
 @pytest.mark.parametrize(
-    "solver", [mo.CG(rtol=1e-8), mo.GMRES(rtol=1e-8), mo.BiCGStab(rtol=1e-8), mo.Dense()]
+    "solver",
+    [mo.CG(rtol=1e-8), mo.GMRES(rtol=1e-8), mo.linear.BiCGStab(rtol=1e-8), mo.Dense()],
 )
 def test_an_indefinite_system_is_judged(solver):
     values, vectors = np.linalg.eigh(MATRIX)
@@ -280,7 +281,7 @@ def test_an_indefinite_system_is_judged(solver):
     solution = system.solve(b)
     assert system.judge(solution, b, inner_rtol=1e-3)[0] == mo.RESULTS.linear_indefinite
     assert solution.min_curvature < 0
-    accepted = system.prepare(mo.MINRES(rtol=1e-10))
+    accepted = system.prepare(mo.linear.MINRES(rtol=1e-10))
     solution = accepted.solve(b)
     result, _ = accepted.judge(solution, b, inner_rtol=1e-3)
     assert result == mo.RESULTS.successful
@@ -293,7 +294,7 @@ def test_a_singular_system_is_judged():
     singular = (vectors * values) @ vectors.T
     system = at_quadratic(jnp.float64, matrix=singular)
     out_of_range = {"bias": vectors[0, 0], "weight": vectors[1:, 0].reshape(2, 2)}
-    for solver in (mo.MINRES(rtol=1e-8), mo.GMRES(rtol=1e-8)):
+    for solver in (mo.linear.MINRES(rtol=1e-8), mo.GMRES(rtol=1e-8)):
         ready = system.prepare(solver)
         solution = ready.solve(out_of_range)
         result, _ = ready.judge(solution, out_of_range, inner_rtol=jnp.inf)
@@ -312,7 +313,7 @@ def test_a_system_passes_through_jit():
     def make(hyper, params):
         traces.append(hyper)
         problem = mo.InnerProblem(quadratic)
-        system = mo.ImplicitSystem.at(problem, hyper, params, batch)
+        system = mo.linear.ImplicitSystem.at(problem, hyper, params, batch)
         return system.prepare(mo.CG(rtol=1e-12))
 
     solve = eqx.filter_jit(lambda system, b: system.solve(b).value)
@@ -333,7 +334,7 @@ def test_solutions_of_many_systems_under_vmap():
     def solution(batch):
         hyper = {"scale": jnp.asarray(0.3), "x": jnp.asarray(random(3, 4))}
         params = {"z": jnp.asarray(random(4, 4))}
-        system = mo.ImplicitSystem.at(mo.RootProblem(residual), hyper, params, batch)
+        system = mo.linear.ImplicitSystem.at(mo.RootProblem(residual), hyper, params, batch)
         return system.prepare(mo.GMRES(rtol=1e-12)).solve(b, transposed=True).value
 
     got = jax.vmap(solution)(jnp.asarray(batches))
@@ -367,8 +368,8 @@ def test_gauss_newton_is_solved_with_and_the_exact_jacobian_judges():
     )
     problem = mo.PredictionProblem(predict, criterion)
     x, p = jnp.asarray(random(6, 7, 3)), jnp.asarray(random(7, 3))
-    system = mo.ImplicitSystem.at(
-        problem, 0.5, p, x, curvature=mo.GaussNewton()
+    system = mo.linear.ImplicitSystem.at(
+        problem, 0.5, p, x, curvature=mo.linear.GaussNewton()
     ).prepare(mo.CG(rtol=1e-12))  # fmt: skip
     slopes = (1 - np.tanh(x @ p) ** 2)[:, None] * np.asarray(x)
     gauss_newton = slopes.T @ slopes + 0.5 * np.eye(3)
@@ -391,8 +392,8 @@ def test_hypergradient_from_its_parts():
 # Errors
 
 
-def at_point(problem: Any, **given: Any) -> mo.ImplicitSystem:
-    return mo.ImplicitSystem.at(problem, 1.0, 1.0, None, **given)
+def at_point(problem: Any, **given: Any) -> mo.linear.ImplicitSystem:
+    return mo.linear.ImplicitSystem.at(problem, 1.0, 1.0, None, **given)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +444,9 @@ def test_vectors_of_other_shapes_are_named():
 def test_a_source_of_batches_is_all_of_its_data():
     loss = lambda params, hyper, rows: jnp.mean((rows @ params) ** 2) / 2
     data = jnp.asarray(random(1, 12, 3))
-    at = lambda batch: mo.ImplicitSystem.at(mo.InnerProblem(loss), 1.0, jnp.ones(3), batch)
+    at = lambda batch: mo.linear.ImplicitSystem.at(
+        mo.InnerProblem(loss), 1.0, jnp.ones(3), batch
+    )
     assert_near(
         at(mo.Minibatches(data, 4)).residual, np.asarray(at(data).residual), jnp.float64
     )

@@ -13,6 +13,7 @@ import pytest
 
 import metaopt as mo
 from jaxprs import counts_steps, loop_conditions, operations, with_floats
+from metaopt._core._results import RESULTS
 from metaopt._linear import (
     AbstractLinearSolver,
     BiCGStab,
@@ -24,7 +25,6 @@ from metaopt._linear import (
     Neumann,
     NormalCG,
 )
-from metaopt._results import RESULTS
 
 
 PSD = lx.positive_semidefinite_tag

@@ -284,7 +284,9 @@ def as_hyper(case: Case, trainable: Any) -> Any:
     return eqx.combine(trainable, case.hyper)
 
 
-def solve(case: Case, solver: mo.AbstractSolver, adjoint: mo.AbstractAdjoint) -> Any:
+def solve(
+    case: Case, solver: mo.extend.AbstractSolver, adjoint: mo.extend.AbstractAdjoint
+) -> Any:
     """The squared length of the inner solution as a function of `hyper`."""
 
     def fn(trainable):
@@ -359,7 +361,7 @@ TOL: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
     ],
     ids=lambda x: (
         type(x.solver if isinstance(x, mo.OptimistixSolver) else x).__name__
-        if isinstance(x, mo.AbstractSolver)
+        if isinstance(x, mo.extend.AbstractSolver)
         else x
     ),
 )
@@ -415,7 +417,7 @@ def test_solvers_of_jaxopt(name, options, arguments):
         mo.CG(rtol=None, max_steps=5),
         mo.CG(damping=0.1, preconditioner=lambda x: jax.tree.map(lambda a: 2 * a, x)),
         mo.GMRES(rtol=None, restart=2),
-        mo.BiCGStab(rtol=None, max_steps=5),
+        mo.linear.BiCGStab(rtol=None, max_steps=5),
         mo.Neumann(num_terms=5),
     ],
     ids=lambda x: type(x).__name__,
@@ -428,7 +430,7 @@ def test_linear_solvers(linear_solver):
         operator = lx.MatrixLinearOperator(matrix, tags)
         return linear_solver.solve(operator, vector, vector).value
 
-    krylov = isinstance(linear_solver, mo.CG | mo.GMRES | mo.BiCGStab)
+    krylov = isinstance(linear_solver, mo.CG | mo.GMRES | mo.linear.BiCGStab)
     assert_safe(fn, jnp.ones(3), at_least=int(krylov))
     assert_safe(batched(fn), jnp.ones(3), at_least=int(krylov))
 

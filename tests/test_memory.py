@@ -17,12 +17,12 @@ from problems import relative_error
 
 
 PLANS = {
-    "updates": mo.StoreUpdates(),
-    "steps": mo.RecomputeSteps(),
-    "blocks": mo.Blocks(),
-    "blocks of stored steps": mo.Blocks(steps=mo.StoreAll()),
-    "blocks of blocks": mo.Blocks(2, mo.RecomputeSteps()),
-    "online": mo.OnlineCheckpoints(),
+    "updates": mo.memory.StoreUpdates(),
+    "steps": mo.memory.RecomputeSteps(),
+    "blocks": mo.memory.Blocks(),
+    "blocks of stored steps": mo.memory.Blocks(steps=mo.memory.StoreAll()),
+    "blocks of blocks": mo.memory.Blocks(2, mo.memory.RecomputeSteps()),
+    "online": mo.memory.OnlineCheckpoints(),
 }
 OPTIMIZERS = {
     "sgd": lambda hyper: optax.sgd(jnp.exp(hyper["rate"])),
@@ -31,7 +31,7 @@ OPTIMIZERS = {
 }
 
 
-class Net(mo.AbstractInnerProblem):
+class Net(mo.extend.AbstractInnerProblem):
     """A small network with a leaf that is not trained and data as fields."""
 
     shift: jax.Array
@@ -75,7 +75,9 @@ def value(hyper, shift, rows, *, plan, optimizer="momentum", num_steps=11):
 
 @ft.cache
 def plain_gradient(optimizer, num_steps=11):
-    fn = ft.partial(value, plan=mo.StoreAll(), optimizer=optimizer, num_steps=num_steps)
+    fn = ft.partial(
+        value, plan=mo.memory.StoreAll(), optimizer=optimizer, num_steps=num_steps
+    )
     return jax.jit(jax.grad(fn, (0, 1, 2)))(HYPER, SHIFT, ROWS)
 
 
@@ -192,8 +194,8 @@ def test_loss_with_a_custom_reverse_rule():
         )
         return solution.value[0] * solution.value[1]
 
-    want = jax.grad(value)(jnp.array(1.5), mo.StoreAll())
-    for plan in (mo.StoreUpdates(), mo.RecomputeSteps(), mo.Blocks()):
+    want = jax.grad(value)(jnp.array(1.5), mo.memory.StoreAll())
+    for plan in (mo.memory.StoreUpdates(), mo.memory.RecomputeSteps(), mo.memory.Blocks()):
         np.testing.assert_allclose(jax.grad(value)(jnp.array(1.5), plan), want, rtol=1e-12)
 
 
@@ -242,7 +244,7 @@ def test_each_plan_keeps_what_it_says():
     activations = 4 * DEPTH * WIDTH * 128
     size = {
         name: temporary_bytes(mo.UnrolledAdjoint(plan))[0]
-        for name, plan in {"all": mo.StoreAll(), **PLANS}.items()
+        for name, plan in {"all": mo.memory.StoreAll(), **PLANS}.items()
     }
     assert size["all"] > NUM_STEPS * 2 * activations
     # Params before each step, and the update.
@@ -285,7 +287,7 @@ def test_batches_are_not_kept_for_each_step(plan):
 
     # Params are as large as one row, and batches as 64.
     batch = 4 * batch_size * rows[1]
-    assert size(mo.StoreAll()) > num_steps * batch
+    assert size(mo.memory.StoreAll()) > num_steps * batch
     assert size(PLANS[plan]) < 5 * batch
 
 
@@ -349,7 +351,7 @@ def test_budget_in_solve_inner_and_in_a_run():
 
 
 def test_report_predicts_what_is_compiled():
-    report = mo.memory_report(
+    report = mo.memory.memory_report(
         deep_problem(),
         jnp.array(0.1, jnp.float32),
         (jnp.ones((128, WIDTH), jnp.float32),) * 2,
@@ -358,14 +360,14 @@ def test_report_predicts_what_is_compiled():
         inner=mo.Descent(optax.sgd(0.1), NUM_STEPS),
         adjoints={
             "all": mo.UnrolledAdjoint(),
-            "blocks": mo.UnrolledAdjoint(mo.Blocks()),
+            "blocks": mo.UnrolledAdjoint(mo.memory.Blocks()),
             "forward": mo.ForwardAdjoint(),
         },
     )
     assert report.params_bytes == 4 * DEPTH * WIDTH * WIDTH
     compiled = {
         "all": temporary_bytes(mo.UnrolledAdjoint())[0],
-        "blocks": temporary_bytes(mo.UnrolledAdjoint(mo.Blocks()))[0],
+        "blocks": temporary_bytes(mo.UnrolledAdjoint(mo.memory.Blocks()))[0],
         "forward": temporary_bytes(mo.ForwardAdjoint())[0],
     }
     for name, size in compiled.items():
@@ -377,7 +379,7 @@ def test_ten_thousand_steps_in_bounded_memory():
     # What each plan takes is known before anything runs. Blocks keep the states before
     # about 100 blocks and of the 100 steps of one, where all the steps are 10,000.
     width, num_steps = 100, 10_000
-    report = mo.memory_report(
+    report = mo.memory.memory_report(
         mo.BilevelProblem(
             lambda params, hyper, batch: jnp.sum(jnp.cosh(params - hyper)),
             lambda params, hyper, batch: jnp.sum(params**2),
@@ -387,7 +389,7 @@ def test_ten_thousand_steps_in_bounded_memory():
         inner=mo.Descent(optax.sgd(0.01, momentum=0.9), num_steps),
         adjoints={
             "all": mo.UnrolledAdjoint(),
-            "blocks": mo.UnrolledAdjoint(mo.Blocks()),
+            "blocks": mo.UnrolledAdjoint(mo.memory.Blocks()),
         },
     )
     state = 2 * report.params_bytes  # with its velocity
@@ -400,7 +402,7 @@ def test_ten_thousand_steps_in_bounded_memory():
 
 @pytest.mark.slow
 def test_report_lists_every_plan_by_default():
-    report = mo.memory_report(
+    report = mo.memory.memory_report(
         mo.BilevelProblem(
             lambda params, hyper, batch: (params - hyper) ** 2,
             lambda params, hyper, batch: params**2,
@@ -445,9 +447,9 @@ def test_online_checkpoints_end_with_the_loop():
         jax.effects_barrier()
         return float(out), int(report.inner.num_steps), len(calls)
 
-    online, num_steps, count = gradient(mo.OnlineCheckpoints(4))
+    online, num_steps, count = gradient(mo.memory.OnlineCheckpoints(4))
     assert num_steps < 40 and count < 20 * num_steps
-    blocks, _, _ = gradient(mo.Blocks())
+    blocks, _, _ = gradient(mo.memory.Blocks())
     np.testing.assert_allclose(online, blocks, rtol=1e-12)
     # params = (1 - 0.5^n) hyper after n steps.
     np.testing.assert_allclose(online, 6 * (1 - 0.5**num_steps) ** 2, rtol=1e-12)
@@ -496,10 +498,10 @@ def _any(x: Any) -> Any:
         (lambda: mo.UnrolledAdjoint("-3MB"), "such as"),
         (lambda: mo.UnrolledAdjoint(0), "at least one byte"),
         (lambda: mo.UnrolledAdjoint(True), "a memory plan, a number of bytes"),
-        (lambda: mo.UnrolledAdjoint(_any(mo.StoreAll)), "must be a memory plan"),
-        (lambda: mo.Blocks(0), "`num_levels` must be at least 1"),
-        (lambda: mo.Blocks(1, _any("steps")), "`steps` must be a memory plan"),
-        (lambda: mo.OnlineCheckpoints(0), "`num_checkpoints` must be at least 1"),
+        (lambda: mo.UnrolledAdjoint(_any(mo.memory.StoreAll)), "must be a memory plan"),
+        (lambda: mo.memory.Blocks(0), "`num_levels` must be at least 1"),
+        (lambda: mo.memory.Blocks(1, _any("steps")), "`steps` must be a memory plan"),
+        (lambda: mo.memory.OnlineCheckpoints(0), "`num_checkpoints` must be at least 1"),
     ],
 )
 def test_settings_are_checked(make, match):

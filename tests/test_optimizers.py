@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt._rewrite import finite_derivatives
+from metaopt._jaxpr._rewrite import finite_derivatives
 from metaopt._solver._zero_gradients import with_usable_slopes
 
 

@@ -62,7 +62,7 @@ def test_diagonal_estimate_tends_to_the_diagonal():
     matrix = definite(np.linspace(1, 2, SIZE)) * np.outer(*[np.logspace(0, 1, SIZE)] * 2)
     errors = []
     for count in (10, 1000):
-        inverse, taken = as_matrix(mo.DiagonalEstimate(count), operator_of(matrix))
+        inverse, taken = as_matrix(mo.linear.DiagonalEstimate(count), operator_of(matrix))
         assert taken == count and np.count_nonzero(inverse - np.diag(np.diag(inverse))) == 0
         estimate = 1 / np.diag(inverse)
         expected = np.diag(matrix) / np.max(np.diag(matrix))
@@ -76,7 +76,7 @@ def test_diagonal_estimate_is_positive_where_samples_are_not():
     beside = 3 * numbers(9, SIZE, SIZE)
     matrix = (beside + beside.T) / 2
     matrix[np.diag_indices(SIZE)] = 1
-    inverse, _ = as_matrix(mo.DiagonalEstimate(4), operator_of(jnp.asarray(matrix)))
+    inverse, _ = as_matrix(mo.linear.DiagonalEstimate(4), operator_of(jnp.asarray(matrix)))
     diagonal = np.diag(inverse)
     assert np.all(diagonal > 0)
     # Without the standard error 26: what is small by chance would be taken for small.
@@ -86,16 +86,16 @@ def test_diagonal_estimate_is_positive_where_samples_are_not():
 def test_diagonal_entry_of_zero_does_not_take_over():
     matrix = jnp.diag(jnp.ones(SIZE).at[3].set(0.0))
     for count in (1, 4):
-        inverse, _ = as_matrix(mo.DiagonalEstimate(count), operator_of(matrix))
+        inverse, _ = as_matrix(mo.linear.DiagonalEstimate(count), operator_of(matrix))
         assert np.all(np.diag(inverse) > 0) and np.max(inverse) < 1e8
-    nothing, _ = as_matrix(mo.DiagonalEstimate(), operator_of(0 * matrix))
+    nothing, _ = as_matrix(mo.linear.DiagonalEstimate(), operator_of(0 * matrix))
     np.testing.assert_array_equal(nothing, np.eye(SIZE))
 
 
 def test_low_rank_brings_down_what_stands_out():
     eigenvalues = np.concatenate([[4e4, 1e3, 100.0], np.full(SIZE - 3, 1e-2)])
     matrix = definite(eigenvalues)
-    inverse, taken = as_matrix(mo.LowRank(4), operator_of(matrix))
+    inverse, taken = as_matrix(mo.linear.LowRank(4), operator_of(matrix))
     assert taken == 4
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-12)
     # Three large eigenvalues, of a condition number of 4e6.
@@ -105,7 +105,7 @@ def test_low_rank_brings_down_what_stands_out():
 
 def test_low_rank_shrinks_the_condition_number():
     matrix = definite(np.logspace(0, -4, SIZE))
-    inverse, _ = as_matrix(mo.LowRank(10), operator_of(matrix))
+    inverse, _ = as_matrix(mo.linear.LowRank(10), operator_of(matrix))
     values = np.sort(np.real(np.linalg.eigvals(inverse @ np.asarray(matrix))))
     assert values[0] > 0 and values[-1] / values[0] < 1e4 / 20
     assert np.min(np.linalg.eigvalsh((inverse + inverse.T) / 2)) > 0
@@ -114,13 +114,13 @@ def test_low_rank_shrinks_the_condition_number():
 def test_low_rank_of_a_matrix_with_less_rank_than_asked_for():
     # What rounding hides is left alone; more than all of the rank is cut to all.
     matrix = definite(np.concatenate([[2.0, 1.0], np.zeros(SIZE - 2)]))
-    inverse, taken = as_matrix(mo.LowRank(100), operator_of(matrix))
+    inverse, taken = as_matrix(mo.linear.LowRank(100), operator_of(matrix))
     assert taken == SIZE and np.all(np.isfinite(inverse))
     assert np.min(np.linalg.eigvalsh(inverse)) > 0.4
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("make", [mo.DiagonalEstimate, mo.LowRank])
+@pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
 def test_params_of_low_precision(make, dtype):
     structure = {"a": jax.ShapeDtypeStruct((12,), jnp.float32)} | {
         "b": jax.ShapeDtypeStruct((8,), dtype)
@@ -211,9 +211,9 @@ def plain():
 @pytest.mark.parametrize(
     "preconditioner, share",
     [
-        (mo.DiagonalEstimate(), 0.7),
-        (mo.DiagonalEstimate(40), 0.6),
-        (mo.LowRank(40), 0.9),
+        (mo.linear.DiagonalEstimate(), 0.7),
+        (mo.linear.DiagonalEstimate(40), 0.6),
+        (mo.linear.LowRank(40), 0.9),
     ],
     ids=repr,
 )
@@ -236,7 +236,7 @@ def test_steps_saved_and_nothing_else_changed(preconditioner, share):
 
 
 def test_the_same_key_gives_the_same_probes():
-    made = [logistic().differentiate(mo.DiagonalEstimate())[0] for _ in range(2)]
+    made = [logistic().differentiate(mo.linear.DiagonalEstimate())[0] for _ in range(2)]
     np.testing.assert_array_equal(*made)
 
 
@@ -248,7 +248,7 @@ def test_second_moment_of_minibatches_costs_nothing_and_saves_half():
         train=minibatches, inner=mo.Descent(adam, 1500), inner_rtol=float("inf")
     )
     expected, before = case.differentiate(None, **settings)
-    gradient, report = case.differentiate(mo.SecondMoment(), **settings)
+    gradient, report = case.differentiate(mo.linear.SecondMoment(), **settings)
     before = before.derivative
     print(
         f"SecondMoment: {report.derivative.num_products} products, {before.num_products} "
@@ -282,7 +282,7 @@ def outer_steps(preconditioner):
 @pytest.mark.slow
 def test_low_rank_is_used_again_over_outer_steps():
     without = outer_steps(None)
-    reused = outer_steps(mo.LowRank(40, refresh_every=8))
+    reused = outer_steps(mo.linear.LowRank(40, refresh_every=8))
     print("without", without.num_products, "with", reused.num_products)
     # Made at the first step and the ninth; in between there are steps and checks.
     extra = reused.num_products - reused.num_linear_steps
@@ -313,7 +313,7 @@ PROBLEM = mo.BilevelProblem(
 )
 START = {"w": jnp.zeros(4), "b": jnp.ones(2)}
 ADAM = mo.Descent(optax.chain(optax.clip(1e3), optax.adam(0.1)), 1)
-EVERY = [mo.DiagonalEstimate(4), mo.LowRank(3), mo.SecondMoment()]
+EVERY = [mo.linear.DiagonalEstimate(4), mo.linear.LowRank(3), mo.linear.SecondMoment()]
 
 
 @ft.cache
@@ -367,7 +367,7 @@ def test_outer_steps_trace_once(preconditioner):
 #
 
 
-class Negative(mo.AbstractPreconditioner):
+class Negative(mo.extend.AbstractPreconditioner):
     """Minus the identity."""
 
     def init(self, vector):
@@ -385,7 +385,7 @@ def test_a_preconditioner_that_is_not_definite_is_found_out():
         logistic().differentiate(Negative())
 
 
-@pytest.mark.parametrize("make", [mo.DiagonalEstimate, mo.LowRank])
+@pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
 def test_negative_curvature_is_found_out(make):
     matrix = definite(np.linspace(-1, 1, SIZE))
     vector = jax.tree.map(lambda s: jnp.ones(s.shape), STRUCTURE)
@@ -395,7 +395,7 @@ def test_negative_curvature_is_found_out(make):
         assert solution.result == mo.RESULTS.linear_indefinite
 
 
-@pytest.mark.parametrize("make", [mo.DiagonalEstimate, mo.LowRank])
+@pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
 def test_nan_is_not_kept(make):
     # An operator that is not finite: nothing is known of it, and the next one is asked.
     preconditioner = make(4, refresh_every=100)
@@ -416,7 +416,7 @@ def test_nan_is_not_kept(make):
 def test_damping_is_part_of_what_is_approximated():
     matrix = definite(np.full(SIZE, 1.0))
     vector = jax.tree.map(lambda s: jnp.arange(1.0, 1 + s.size).reshape(s.shape), STRUCTURE)
-    linear_solver = mo.CG(damping=0.5, preconditioner=mo.DiagonalEstimate(2))
+    linear_solver = mo.CG(damping=0.5, preconditioner=mo.linear.DiagonalEstimate(2))
     damped = linear_solver.damped(operator_of(matrix))
     np.testing.assert_allclose(flat(damped.mv(vector)), 1.5 * flat(vector))
     solution = linear_solver.solve(operator_of(matrix), vector)
@@ -436,7 +436,7 @@ def test_damping_is_part_of_what_is_approximated():
 )
 def test_second_moment_needs_one(inner, kept):
     with pytest.raises(ValueError, match=f"(?s){kept}.*optax.adam.*DiagonalEstimate"):
-        logistic().differentiate(mo.SecondMoment(), inner=inner)
+        logistic().differentiate(mo.linear.SecondMoment(), inner=inner)
 
 
 def test_second_moment_is_found_by_its_place_and_not_its_name():
@@ -445,7 +445,7 @@ def test_second_moment_is_found_by_its_place_and_not_its_name():
     state = optax.adam(0.1).init(params)
     moment = {"nu": jnp.array([1.0, 4.0, 0.0])}
     state = eqx.tree_at(lambda s: s[0].nu, state, moment)
-    preconditioner = mo.SecondMoment(eps=0.5)
+    preconditioner = mo.linear.SecondMoment(eps=0.5)
     operator: Any = None
     known, taken = preconditioner.update(
         operator, preconditioner.init(params), jax.random.key(0), state
@@ -457,11 +457,17 @@ def test_second_moment_is_found_by_its_place_and_not_its_name():
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: mo.DiagonalEstimate(0), "`num_samples` must be at least 1"),
-        (lambda: mo.LowRank(0), "`rank` must be at least 1"),
-        (lambda: mo.LowRank(3, refresh_every=0), "`refresh_every` must be at least 1"),
-        (lambda: mo.SecondMoment(-1.0), "`eps` must be a non-negative"),
-        (lambda: mo.CG(preconditioner=mo.LowRank), "such as `metaopt.DiagonalEstimate"),
+        (lambda: mo.linear.DiagonalEstimate(0), "`num_samples` must be at least 1"),
+        (lambda: mo.linear.LowRank(0), "`rank` must be at least 1"),
+        (
+            lambda: mo.linear.LowRank(3, refresh_every=0),
+            "`refresh_every` must be at least 1",
+        ),
+        (lambda: mo.linear.SecondMoment(-1.0), "`eps` must be a non-negative"),
+        (
+            lambda: mo.CG(preconditioner=mo.linear.LowRank),
+            "such as `metaopt.linear.DiagonalEstimate",
+        ),
         (lambda: mo.CG(preconditioner=_any(3)), "`preconditioner` must be one of"),
     ],
 )

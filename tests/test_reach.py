@@ -123,7 +123,7 @@ def solve_with_state(hyper, state, adjoint):
         mo.InnerProblem(with_state, has_state=True),
         hyper,
         jnp.zeros(2),
-        solver=descent(state_policy=mo.CarriedState()),
+        solver=descent(state_policy=mo.nn.CarriedState()),
         adjoint=adjoint,
         model_state=state,
     )

@@ -25,7 +25,7 @@ DELTA: Any = mo.DeltaSTN()
 # Ridge regression with a penalty for each weight
 
 
-class Separate(mo.AbstractPredictionProblem):
+class Separate(mo.extend.AbstractPredictionProblem):
     """A layer for each weight, so that each has a response of its own."""
 
     def init(self, hyper, key):
@@ -84,7 +84,7 @@ def started(method: Any) -> Any:
     return solver_for(method).init(PROBLEM, HYPER, *sources, **settings)
 
 
-def with_response(response, method: Any = DELTA) -> mo.SelfTuningState:
+def with_response(response, method: Any = DELTA) -> mo.extend.SelfTuningState:
     """The state of a run that has learned the best response, and that Jacobian of it."""
     params = [
         eqx.tree_at(
@@ -106,9 +106,9 @@ def with_response(response, method: Any = DELTA) -> mo.SelfTuningState:
 CG = mo.CG(rtol=1e-12)
 
 
-def check(state, **given: Any) -> mo.ResponseCheck:
+def check(state, **given: Any) -> mo.diagnostics.ResponseCheck:
     settings: Any = {"linear_solver": CG} | given
-    return mo.check_response(PROBLEM, state, TRAIN, VALID, **settings)
+    return mo.diagnostics.check_response(PROBLEM, state, TRAIN, VALID, **settings)
 
 
 JACOBIAN = jax.jacfwd(best_response)(HYPER)
@@ -183,7 +183,7 @@ def test_defaults_and_a_solution_in_place_of_its_state():
     # Three steps have not taught it much, and the default is a rough solution.
     assert a.jacobian_error > 0.1
     assert np.all(a.linear_residual < 1e-2) and np.any(a.linear_residual > 1e-12)
-    exact = check(solved(STN), curvature=mo.ExactCurvature())
+    exact = check(solved(STN), curvature=mo.linear.ExactCurvature())
     np.testing.assert_allclose(a.implicit_norm, exact.implicit_norm, rtol=0.05)
 
 
@@ -197,7 +197,7 @@ def test_defaults_and_a_solution_in_place_of_its_state():
         ({"num_directions": 2}, "`num_directions` must be at least 5"),
         ({"num_draws": 1}, "`num_draws` must be at least 2"),
         ({"linear_solver": "cg"}, "`linear_solver` must be something like"),
-        ({"curvature": mo.GaussNewton}, "`curvature` is the class"),
+        ({"curvature": mo.linear.GaussNewton}, "`curvature` is the class"),
         ({"key": 3}, "`key` must come from"),
     ],
 )
@@ -206,10 +206,10 @@ def test_arguments_of_the_check_that_are_refused(settings, message):
     problem = arguments.pop("problem", PROBLEM)
     solution = arguments.pop("solution")
     with pytest.raises(ValueError, match=message):
-        mo.check_response(problem, solution, TRAIN, VALID, **arguments)
+        mo.diagnostics.check_response(problem, solution, TRAIN, VALID, **arguments)
 
 
-class Dropped(mo.AbstractPredictionProblem):
+class Dropped(mo.extend.AbstractPredictionProblem):
     """A penalty, and a dropout rate that acts through the masks alone."""
 
     def init(self, hyper, key):
@@ -233,9 +233,9 @@ def test_a_leaf_without_a_derivative_is_refused_beside_one_that_has_it():
     state = solver_for(STN).init(problem, hyper, *sources, **settings)
     given: Any = {"solution": state, "train": TRAIN, "valid": VALID, "linear_solver": CG}
     with pytest.raises(ValueError, match=r"depends on `hyper\['rate'\]` only .*step=0.3"):
-        mo.check_response(problem, **given)
+        mo.diagnostics.check_response(problem, **given)
     with pytest.warns(UserWarning, match="response"):
-        found = mo.check_response(problem, **given, step=0.1)
+        found = mo.diagnostics.check_response(problem, **given, step=0.1)
     assert found.names[-1] == "hyper['rate']" and np.all(found.implicit_norm > 0)
 
 
@@ -248,7 +248,7 @@ def test_many_numbers_are_refused_by_count():
 # Training on a schedule
 
 
-class Noisy(mo.AbstractInnerProblem):
+class Noisy(mo.extend.AbstractInnerProblem):
     """Everything that is drawn: the start, the rows of a batch, and noise on them."""
 
     has_aux = True
@@ -268,7 +268,7 @@ def test_a_constant_schedule_is_training_at_that_hyper():
         "solver": mo.Descent(optax.adam(0.1), num_steps=20),
         "key": jax.random.key(3),
     }
-    a = mo.retrain(Noisy(), jnp.full(4, -1.0), source, **settings)
+    a = mo.diagnostics.retrain(Noisy(), jnp.full(4, -1.0), source, **settings)
     b = mo.solve_inner(
         Noisy(), -1.0, None, source, adjoint=mo.UnrolledAdjoint(), **settings
     )
@@ -290,7 +290,7 @@ def test_each_stage_has_an_equal_share_of_the_steps(num_stages, num_steps):
     solver = mo.Descent(optax.sgd(1.0), num_steps)
     problem = mo.BilevelProblem(visits, outer_loss)
     start = jnp.zeros(num_stages)
-    solution = mo.retrain(problem, schedule, solver=solver, params=start)
+    solution = mo.diagnostics.retrain(problem, schedule, solver=solver, params=start)
     stages = [step * num_stages // num_steps for step in range(num_steps)]
     expected = np.bincount(stages, minlength=num_stages)
     np.testing.assert_array_equal(solution.value, expected)
@@ -301,7 +301,7 @@ def test_retraining_equals_a_loop():
     optimizer = optax.sgd(0.1, momentum=0.9)
     solver = mo.Descent(optimizer, num_steps=6)
     start = PROBLEM.inner.init(HYPER, jax.random.key(0))
-    solution = mo.retrain(PROBLEM, schedule, TRAIN, solver=solver, params=start)
+    solution = mo.diagnostics.retrain(PROBLEM, schedule, TRAIN, solver=solver, params=start)
 
     def loss(weights, hyper):
         errors = TRAIN["x"] @ weights - TRAIN["y"]
@@ -351,15 +351,15 @@ FIXED_POINT = mo.FixedPointProblem(lambda params, hyper, batch: params)
 )
 def test_schedules_that_are_refused(problem, schedule, solver, message):
     with pytest.raises(ValueError, match=message):
-        mo.retrain(problem, schedule, TRAIN, solver=solver)
+        mo.diagnostics.retrain(problem, schedule, TRAIN, solver=solver)
 
 
 def test_diverging_on_a_schedule_raises():
     solver = mo.Descent(optax.sgd(1e3), num_steps=200)
     settings: Any = {"solver": solver, "train": TRAIN, "schedule": jnp.ones(2)}
     with pytest.raises(mo.SolveError, match="The inner solver diverged"):
-        mo.retrain(Noisy(), **settings)
-    solution = mo.retrain(Noisy(), **settings, throw=False)
+        mo.diagnostics.retrain(Noisy(), **settings)
+    solution = mo.diagnostics.retrain(Noisy(), **settings, throw=False)
     assert solution.result == mo.RESULTS.inner_diverged
 
 

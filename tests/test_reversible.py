@@ -479,7 +479,7 @@ def test_vmap_and_jit():
 
     problem = mo.BilevelProblem(inner_loss, case.problem.outer_loss)
     given = case.problem.inner
-    assert isinstance(given, mo.AbstractInnerProblem)
+    assert isinstance(given, mo.extend.AbstractInnerProblem)
     loss = given.loss
 
     def gradient(hyper):
@@ -577,7 +577,7 @@ def test_no_words_are_kept_without_derivative():
     assert used.temp_size_in_bytes < 2 * size * words + 4 * 4000 * 3 + 20_000
 
 
-class Normalised(mo.AbstractInnerProblem):
+class Normalised(mo.extend.AbstractInnerProblem):
     has_state = True
 
     def init(self, hyper, key):
@@ -594,11 +594,11 @@ def test_model_state():
 
     problem = mo.BilevelProblem(Normalised(), outer_loss)
     hyper = jnp.array([0.3, 0.6])
-    for policy in (mo.CarriedState(), mo.PerStepState()):
+    for policy in (mo.nn.CarriedState(), mo.nn.PerStepState()):
         inner = mo.ReversibleSGD(0.05, 0.5, 30, state_policy=policy)
         with pytest.raises(ValueError, match="cannot undo .*FrozenState.*UnrolledAdj"):
             mo.hypergradient(problem, hyper, inner=inner, adjoint=ADJOINT)
-    inner = mo.ReversibleSGD(0.05, 0.5, 30, state_policy=mo.FrozenState())
+    inner = mo.ReversibleSGD(0.05, 0.5, 30, state_policy=mo.nn.FrozenState())
 
     def value(state, adjoint):
         solution = mo.solve_inner(
@@ -649,7 +649,7 @@ def test_what_depends_on_hyper_is_reached():
 #
 
 
-def quadratic(inner: mo.AbstractSolver, hyper: Any = 2.0, **options: Any):
+def quadratic(inner: mo.extend.AbstractSolver, hyper: Any = 2.0, **options: Any):
     problem = mo.BilevelProblem(
         lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
         lambda params, hyper, batch: jnp.sum(params**2),
@@ -869,7 +869,7 @@ REFUSED = {
         "`fraction_bits` is 40, which leaves no range for params of dtype float32",
     ),
     "state policy without state": (
-        lambda: quadratic(mo.ReversibleSGD(0.1, 0.9, 5, state_policy=mo.FrozenState())),
+        lambda: quadratic(mo.ReversibleSGD(0.1, 0.9, 5, state_policy=mo.nn.FrozenState())),
         "declares no model state",
     ),
 }

@@ -372,7 +372,7 @@ def test_a_fixed_point_as_the_start():
     assert drift_of(report) == 0 and got == 1
 
 
-class Normalised(mo.AbstractFixedPointProblem):
+class Normalised(mo.extend.AbstractFixedPointProblem):
     has_state = True
 
     def init(self, hyper, key):
@@ -386,11 +386,11 @@ def test_model_state():
     outer = lambda params, hyper, batch, *, state: jnp.sum(params**2 * state)
     problem = mo.BilevelProblem(Normalised(), outer)
     hyper = jnp.array([0.3, 0.6])
-    for policy in (mo.CarriedState(), mo.PerStepState()):
+    for policy in (mo.nn.CarriedState(), mo.nn.PerStepState()):
         inner = mo.ReversiblePicard(state_policy=policy)
         with pytest.raises(ValueError, match="cannot undo .*FrozenState.*UnrolledAdj"):
             mo.hypergradient(problem, hyper, inner=inner, adjoint=ADJOINT)
-    inner = mo.ReversiblePicard(state_policy=mo.FrozenState())
+    inner = mo.ReversiblePicard(state_policy=mo.nn.FrozenState())
 
     def value(state, adjoint):
         solution = mo.solve_inner(
@@ -418,7 +418,7 @@ def test_model_state():
 
 @pytest.mark.parametrize(
     "adjoint",
-    [mo.ForwardAdjoint(), mo.UnrolledAdjoint(mo.Blocks(1))],
+    [mo.ForwardAdjoint(), mo.UnrolledAdjoint(mo.memory.Blocks(1))],
     ids=["forward", "blocks"],
 )
 def test_other_adjoints_follow_the_same_steps(adjoint):
@@ -658,7 +658,7 @@ def test_losses_have_no_derivative(throw):
         assert np.all(np.isnan(gradient(arguments[1])["weight"]))
 
 
-def solved(problem: Any, solver: mo.AbstractSolver) -> Any:
+def solved(problem: Any, solver: mo.extend.AbstractSolver) -> Any:
     return mo.solve_inner(problem, 0.5, jnp.zeros(2), solver=solver, adjoint=ADJOINT)
 
 
@@ -687,7 +687,7 @@ LOSS = mo.InnerProblem(lambda z, hyper, batch: jnp.sum((z - hyper) ** 2))
             "`Descent` cannot be undone. Use `metaopt.ReversibleSGD` for a loss",
         ),
         (
-            lambda: solved(MAP, mo.ReversiblePicard(state_policy=mo.FrozenState())),
+            lambda: solved(MAP, mo.ReversiblePicard(state_policy=mo.nn.FrozenState())),
             "declares no model state",
         ),
     ],

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from jaxprs import loop_conditions, names, with_floats
-from metaopt._rewrite import carry_conditions, finite_derivatives
+from metaopt._jaxpr._rewrite import carry_conditions, finite_derivatives
 
 
 def import_jaxopt():

@@ -238,7 +238,7 @@ def test_by_hand():
 
 
 def test_reproducible_by_key():
-    class Noisy(mo.AbstractInnerProblem):
+    class Noisy(mo.extend.AbstractInnerProblem):
         def init(self, hyper, key):
             return jax.random.normal(key, (2,))
 

@@ -128,7 +128,7 @@ def test_ridge_bound_knows_no_more_curvature_than_there_is():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(200, 3)).astype(np.float32)
     for weights in ([1e8, 0.7e8, 1e-3], [1e8, 1e-3, 1e-3], [1e4, 1e-3, 1e-3]):
-        bound = mo.ridge_bound(rows, rows, lambda hyper: hyper)
+        bound = mo.accuracy.ridge_bound(rows, rows, lambda hyper: hyper)
         gram = rows.astype(np.float64).T @ rows.astype(np.float64) / 200
         exact = np.asarray(weights, np.float32).astype(np.float64)
         true = np.linalg.eigvalsh(gram + np.diag(exact))[0]
@@ -148,7 +148,9 @@ def test_bound_from_a_negative_penalty_is_none():
         lambda p, h, b: cross_entropy(p, b) + jnp.sum(jnp.exp(h) * p**2) / 2,
         lambda p, h, b: cross_entropy(p, b),
     )
-    bound = mo.logistic_bound(x, x, lambda hyper: hyper)  # the logarithm of the penalty
+    bound = mo.accuracy.logistic_bound(
+        x, x, lambda hyper: hyper
+    )  # the logarithm of the penalty
     _, report = mo.hypergradient(
         problem,
         jnp.full(3, -2.0),

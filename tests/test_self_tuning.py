@@ -31,7 +31,7 @@ each_method = pytest.mark.parametrize("method", [STN, DELTA], ids=["STN", "Delta
 # Ridge regression, whose best response has a closed form
 
 
-class Ridge(mo.AbstractPredictionProblem):
+class Ridge(mo.extend.AbstractPredictionProblem):
     """With a response of its own for each weight, which can represent any Jacobian."""
 
     num_features: int = eqx.field(static=True)
@@ -209,7 +209,7 @@ class Net(eqx.Module):
         return self.layers[1](x if mask is None else jnp.where(mask < keep, x / keep, 0))
 
 
-class Fit(mo.AbstractPredictionProblem):
+class Fit(mo.extend.AbstractPredictionProblem):
     """Classification with two outer variables: weight decay, and one that acts within the
     model if `drops` (dropout) and otherwise in the criterion (label smoothing)."""
 
@@ -705,7 +705,7 @@ class Normalised(eqx.Module):
         return self.last(x), state
 
 
-class WithState(mo.AbstractPredictionProblem):
+class WithState(mo.extend.AbstractPredictionProblem):
     """With dropout, whose noise must not hide that batch normalisation couples rows."""
 
     has_state = True

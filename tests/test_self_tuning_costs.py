@@ -17,7 +17,7 @@ from metaopt._bilevel import Coordinates, cut, PerturbedBatch
 WIDTH, DEPTH, BATCH, NUM_HYPER = 384, 4, 128, 10
 
 
-class Decayed(mo.AbstractPredictionProblem):
+class Decayed(mo.extend.AbstractPredictionProblem):
     def init(self, hyper, key):
         return eqx.nn.MLP(WIDTH, 10, WIDTH, DEPTH, key=key, dtype=jnp.float32)
 
@@ -29,7 +29,7 @@ class Decayed(mo.AbstractPredictionProblem):
         return jnp.mean(losses) + jnp.exp(hyper[0]) * mo.nn.squared_norm(params)
 
 
-class PerExample(mo.AbstractInnerProblem):
+class PerExample(mo.extend.AbstractInnerProblem):
     """The control: weights of its own for each example."""
 
     def init(self, hyper, key):

@@ -152,8 +152,8 @@ def test_pytrees_and_leaves_that_are_no_arrays():
 
 def test_contract_is_short():
     asked = {"init", "step", "evaluate", "hyper", "solution"}
-    assert mo.AbstractBilevelSolver.__abstractmethods__ == asked
-    assert mo.AbstractSingleLoopSolver.__abstractmethods__ == {"first", "update"}
+    assert mo.extend.AbstractBilevelSolver.__abstractmethods__ == asked
+    assert mo.extend.AbstractSingleLoopSolver.__abstractmethods__ == {"first", "update"}
 
 
 def test_history_has_its_columns():
@@ -232,7 +232,7 @@ def test_iterators_feed_every_outer_step():
 # Draws
 
 
-class Recorder(mo.AbstractSingleLoopSolver):
+class Recorder(mo.extend.AbstractSingleLoopSolver):
     """Moves nothing much, and keeps the batches of the last step."""
 
     outer: optax.GradientTransformation
@@ -256,7 +256,9 @@ class Recorder(mo.AbstractSingleLoopSolver):
         kept = jnp.zeros((2, 4), jnp.uint32).at[0, :2].set(jax.random.key_data(key))
         scalars = {"largest": rows[0].max()}
         extra = (*rows, kept)
-        return mo.SingleLoopUpdate(state.params, extra, direction, value, scalars=scalars)
+        return mo.extend.SingleLoopUpdate(
+            state.params, extra, direction, value, scalars=scalars
+        )
 
 
 def recorded(num_steps=4, seed=0):
@@ -389,7 +391,7 @@ def test_initial_params_are_not_differentiated():
     assert "the initial params" in report.left_out
 
 
-class Forgetful(mo.AbstractSingleLoopSolver):
+class Forgetful(mo.extend.AbstractSingleLoopSolver):
     """The direct part of the hypergradient alone."""
 
     outer: optax.GradientTransformation
@@ -404,7 +406,7 @@ class Forgetful(mo.AbstractSingleLoopSolver):
             return problem.evaluate_outer(state.params, hyper, valid[0], key, ())[0]
 
         value, direction = jax.value_and_grad(outer)(state.hyper)
-        return mo.SingleLoopUpdate(state.params, (), direction, value)
+        return mo.extend.SingleLoopUpdate(state.params, (), direction, value)
 
 
 def test_direction_that_forgets_a_leaf_is_refused():
@@ -492,7 +494,7 @@ def test_step_of_hyper_that_overflows_is_not_taken():
 # Misuse
 
 
-class Broken(mo.AbstractSingleLoopSolver):
+class Broken(mo.extend.AbstractSingleLoopSolver):
     """Changes a part of an update."""
 
     inside: Any

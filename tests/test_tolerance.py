@@ -45,7 +45,7 @@ PROBLEM = mo.BilevelProblem(
 def run(
     tolerance,
     linear_solver=mo.CG(rtol=1e-8),
-    start: mo.AbstractStart = mo.WarmStart(),
+    start: mo.extend.AbstractStart = mo.WarmStart(),
     num_steps=30,
     rate=0.1,
 ):
@@ -110,7 +110,13 @@ def test_each_step_meets_its_own_tolerance():
 
 @pytest.mark.parametrize(
     "solver",
-    [mo.CG(), mo.MINRES(), mo.GMRES(restart=4), mo.BiCGStab(), mo.NormalCG()],
+    [
+        mo.CG(),
+        mo.linear.MINRES(),
+        mo.GMRES(restart=4),
+        mo.linear.BiCGStab(),
+        mo.linear.NormalCG(),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_every_linear_solver_with_a_tolerance_loosens_it(solver):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt._tree import divided, scale_and_norm, tree_scaled_norm
+from metaopt._core._tree import divided, scale_and_norm, tree_scaled_norm
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,16 @@ def test_bounds_from_data_hold_and_are_close(trust, name):
 @pytest.mark.parametrize(
     "call, text",
     [
-        (lambda: mo.ridge_bound(np.ones(3), np.ones((3, 2)), jnp.exp), "(3,) and (3, 2)"),
-        (lambda: mo.logistic_bound(np.ones((3, 2)), np.ones((3, 1)), jnp.exp), "matrices"),
-        (lambda: mo.DualWeighted(rtol=0.0), "`rtol` must lie between 0 and 1"),
-        (lambda: mo.DualWeighted(rtol="a"), "`rtol` must be a non-negative"),  # pyright: ignore
+        (
+            lambda: mo.accuracy.ridge_bound(np.ones(3), np.ones((3, 2)), jnp.exp),
+            "(3,) and (3, 2)",
+        ),
+        (
+            lambda: mo.accuracy.logistic_bound(np.ones((3, 2)), np.ones((3, 1)), jnp.exp),
+            "matrices",
+        ),
+        (lambda: mo.accuracy.DualWeighted(rtol=0.0), "`rtol` must lie between 0 and 1"),
+        (lambda: mo.accuracy.DualWeighted(rtol="a"), "`rtol` must be a non-negative"),  # pyright: ignore
         (lambda: mo.ImplicitAdjoint(rtol=-1.0), "`rtol` must be a non-negative"),
         (lambda: mo.ImplicitAdjoint(rtol=None), "`rtol` must be a non-negative"),  # pyright: ignore
     ],
@@ -242,7 +248,8 @@ def at_a_saddle(linear_solver, curvatures=SADDLE) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "linear_solver", [mo.CG(), mo.GMRES(), mo.BiCGStab(), mo.NormalCG(), mo.Dense()]
+    "linear_solver",
+    [mo.CG(), mo.GMRES(), mo.linear.BiCGStab(), mo.linear.NormalCG(), mo.Dense()],
 )
 def test_a_saddle_is_refused(linear_solver):
     # Three of these accepted it, because the curvature along the solution is positive.
@@ -255,7 +262,7 @@ def test_a_saddle_is_refused(linear_solver):
 
 
 def test_minres_accepts_a_saddle():
-    gradient, report = at_a_saddle(mo.MINRES())
+    gradient, report = at_a_saddle(mo.linear.MINRES())
     assert report.result == mo.RESULTS.successful
     assert gradient == near(0.5 + 1 - 0.5)
     assert report.derivative.min_curvature < 0
@@ -270,7 +277,7 @@ def off_a_saddle(adjoint, aside, inner_solver):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("error", [mo.DualWeighted(), mo.StrongConvexity(
+@pytest.mark.parametrize("error", [mo.accuracy.DualWeighted(), mo.accuracy.StrongConvexity(
     1e-3, hessian_lipschitz=0.0, cross_lipschitz=0.0, outer_lipschitz=2.0,
 )])  # fmt: skip
 def test_negative_curvature_that_only_the_estimate_meets(error):
@@ -303,7 +310,7 @@ def test_bounds_take_integer_rows_and_a_fixed_penalty(penalty):
     _, report = mo.hypergradient(
         mo.BilevelProblem(inner, lambda p, h, b: jnp.mean((rows @ p - 1) ** 2) / 2),
         jnp.log(0.1), jnp.zeros(2), inner=mo.Descent(optax.sgd(0.3), 200),
-        adjoint=mo.ImplicitAdjoint(error=mo.ridge_bound(rows, rows, penalty)),
+        adjoint=mo.ImplicitAdjoint(error=mo.accuracy.ridge_bound(rows, rows, penalty)),
     )  # fmt: skip
     assert report.derivative.error_is_bound
     assert report.derivative.error is not None and report.derivative.error < 1e-3

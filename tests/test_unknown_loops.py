@@ -115,7 +115,10 @@ WITH_LOOP = lambda p, h, b: inner_loss(mean_of_three(p), h, b)
         (inner_loss, lambda p, h, b: mean_of_three(p), SGD, adjoint, text)
         for adjoint, text in (
             (mo.UnrolledAdjoint(), "The outer loss holds.*ForwardAdjoint"),
-            (mo.UnrolledAdjoint(mo.StoreUpdates()), "The outer loss holds.*ForwardAdj"),
+            (
+                mo.UnrolledAdjoint(mo.memory.StoreUpdates()),
+                "The outer loss holds.*ForwardAdj",
+            ),
             (mo.ImplicitAdjoint(), "The outer loss holds.*ForwardAdjoint"),
         )
     ]

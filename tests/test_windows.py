@@ -17,7 +17,9 @@ QUADRATIC = mo.InnerProblem(lambda p, h, b: jnp.sum((p - h) ** 2 * jnp.arange(1.
 CURVED = mo.BilevelProblem(QUADRATIC, lambda p, h, b: jnp.sum((p - 1.0) ** 2))
 
 
-def path(inner, start, num_steps=4, adjoint: mo.AbstractAdjoint = mo.UnrolledAdjoint()):
+def path(
+    inner, start, num_steps=4, adjoint: mo.extend.AbstractAdjoint = mo.UnrolledAdjoint()
+):
     seen = []
     solver = mo.NestedSolver(inner, adjoint, optax.sgd(0.0), start)
     solution = mo.solve_bilevel(

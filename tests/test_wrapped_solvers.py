@@ -23,7 +23,7 @@ def slope(
     solver,
     hyper,
     params,
-    adjoint: mo.AbstractAdjoint = mo.ImplicitAdjoint(mo.Dense()),
+    adjoint: mo.extend.AbstractAdjoint = mo.ImplicitAdjoint(mo.Dense()),
 ):
     def total(hyper):
         solution = mo.solve_inner(problem, hyper, params, solver=solver, adjoint=adjoint)
@@ -57,7 +57,7 @@ def test_options_that_are_missing_or_wrong():
 @pytest.mark.parametrize(
     "solver", [optx.GaussNewton, optx.LevenbergMarquardt], ids=lambda x: x.__name__
 )
-@pytest.mark.parametrize("curvature", [mo.ExactCurvature(), mo.GaussNewton()])
+@pytest.mark.parametrize("curvature", [mo.linear.ExactCurvature(), mo.linear.GaussNewton()])
 def test_least_squares(solver, curvature):
     # Residuals of other shapes than the params, with `hyper` in them: the normal equations
     # of ridge regression.

@@ -6,11 +6,8 @@ from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 
-from .._data import AbstractData
-from .._report import AbstractDerivativeInfo
-from .._results import RESULTS
-from .._solver import AbstractSolver, InnerSolve, Outcome
-from .._types import (
+from .._core._results import RESULTS
+from .._core._types import (
     Aux,
     FloatScalar,
     Hyper,
@@ -18,6 +15,9 @@ from .._types import (
     Params,
     Vector,
 )
+from .._data import AbstractData
+from .._report import AbstractDerivativeInfo
+from .._solver import AbstractSolver, InnerSolve, Outcome
 from ._bias import Bias
 from ._reach import AbstractReach
 
@@ -70,7 +70,7 @@ class HypergradientOutput(eqx.Module):
 class AbstractAdjoint(eqx.Module):
     """A way to differentiate an inner solve.
 
-    An adjoint receives the solve as a value, [`metaopt.InnerSolve`][], and never
+    An adjoint receives the solve as a value, [`metaopt.extend.InnerSolve`][], and never
     imports a function that solves. It checks a solver, solves differentiably, computes
     hypergradients, and states two values: its reach and its bias.
     """
@@ -116,7 +116,7 @@ class AbstractAdjoint(eqx.Module):
 
         **Returns:**
 
-        An [`metaopt.Outcome`][].
+        An [`metaopt.extend.Outcome`][].
         """
 
     @abc.abstractmethod
@@ -141,7 +141,7 @@ class AbstractAdjoint(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.HypergradientOutput`][].
+        A [`metaopt.extend.HypergradientOutput`][].
         """
 
 
@@ -149,7 +149,7 @@ class AbstractSystemAdjoint(AbstractAdjoint):
     """An adjoint that solves a linear system at the inner solution.
 
     The outer loop may loosen its accuracy by the `tolerance` of an
-    [`metaopt.InnerSolve`][], and hands the solution of one system on to the next.
+    [`metaopt.extend.InnerSolve`][], and hands the solution of one system on to the next.
     """
 
     @abc.abstractmethod

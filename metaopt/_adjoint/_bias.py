@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 
-from .._types import FloatScalar, Hyper
+from .._core._types import FloatScalar, Hyper
 
 
 Bound = Callable[[Hyper, FloatScalar], FloatScalar]

@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._core._results import mask_result, RESULTS
+from .._core._types import FloatScalar, Vector
 from .._report import number
-from .._results import mask_result, RESULTS
-from .._types import FloatScalar, Vector
 
 
 # The effect of one rounding, relative to the outer loss or to its change over the path,

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._detach import stop_gradient
+from .._core._tree import split_trainable, tree_sub
+from .._jaxpr._detach import stop_gradient
 from .._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
-from .._tree import split_trainable, tree_sub
 from ._bias import Bias
 from ._path import AbstractPathAdjoint, check_iterative
 from ._reach import AbstractReach, InnerGradientsHeld

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from .._dependence import influences, passes_loop
-from .._tree import split_trainable
-from .._types import Vector
+from .._core._tree import split_trainable
+from .._core._types import Vector
+from .._jaxpr._dependence import influences, passes_loop
 from ._base import AbstractAdjoint
 from ._bias import Bias
 from ._path import (

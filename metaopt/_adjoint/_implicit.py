@@ -9,8 +9,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._dependence import depends
-from .._detach import detached
+from .._core._results import first_failure, RESULTS
+from .._core._tree import (
+    split_trainable,
+    tree_add,
+    tree_cast_like,
+    tree_dtype,
+    tree_scaled_norm,
+    tree_structs,
+    tree_sub,
+    tree_where,
+    tree_widened,
+)
+from .._core._types import FloatScalar, Hyper, Params, Vector
+from .._core._validate import check_count, check_tolerance
 from .._implicit import (
     AbstractCurvature,
     AbstractErrorEstimate,
@@ -23,6 +35,8 @@ from .._implicit import (
     widened_condition,
     with_implicit_derivative,
 )
+from .._jaxpr._dependence import depends
+from .._jaxpr._detach import detached
 from .._linear import (
     AbstractLinearSolver,
     AbstractToleranceSolver,
@@ -30,21 +44,7 @@ from .._linear import (
     initial_state,
     LinearSolution,
 )
-from .._results import first_failure, RESULTS
 from .._solver import InnerSolve, Optimality, Outcome
-from .._tree import (
-    split_trainable,
-    tree_add,
-    tree_cast_like,
-    tree_dtype,
-    tree_scaled_norm,
-    tree_structs,
-    tree_sub,
-    tree_where,
-    tree_widened,
-)
-from .._types import FloatScalar, Hyper, Params, Vector
-from .._validate import check_count, check_tolerance
 from ._base import AbstractSystemAdjoint, HypergradientOutput, OuterLoss, Start
 from ._bias import Bias
 from ._info import ImplicitInfo
@@ -71,17 +71,17 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
     **Arguments:**
 
     - `linear_solver`: how the linear system is solved: [`metaopt.CG`][] for a loss to
-        minimise, [`metaopt.GMRES`][], [`metaopt.BiCGStab`][], [`metaopt.NormalCG`][],
-        [`metaopt.Neumann`][] or [`metaopt.Dense`][] for fixed points, roots and
-        constrained problems too. Only [`metaopt.MINRES`][] is accepted at a saddle or a
-        maximum of a loss.
+        minimise, [`metaopt.GMRES`][], [`metaopt.linear.BiCGStab`][],
+        [`metaopt.linear.NormalCG`][], [`metaopt.Neumann`][] or [`metaopt.Dense`][] for
+        fixed points, roots and constrained problems too. Only [`metaopt.linear.MINRES`][]
+        is accepted at a saddle or a maximum of a loss.
     - `rtol`: the largest relative error of the hypergradient that is accepted, as estimated
         by `error`; `jax.numpy.inf` accepts any. A linear solver with a looser tolerance
         than a tenth of it is tightened to that. In a run the error is compared with the
-        largest hypergradient so far, because near an outer optimum the hypergradient is
-        as small as its error. A linear solver or operator that leaves something out by
-        request (a fixed number of steps, damping, [`metaopt.GaussNewton`][]) is not held
-        to it: the error is reported, and the inner solution is held to `rtol` instead.
+        largest hypergradient so far, because near an outer optimum the hypergradient is as
+        small as its error. A linear solver or operator that leaves something out by request
+        (a fixed number of steps, damping, [`metaopt.linear.GaussNewton`][]) is not held to
+        it: the error is reported, and the inner solution is held to `rtol` instead.
     - `inner_rtol`: the largest relative error of the inner solution that is accepted,
         as estimated from one product with the Jacobian, in place of a check of the
         hypergradient; `jax.numpy.inf` accepts any.
@@ -89,12 +89,14 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
         is differentiated. Each costs a linear solve, and makes the error that an inexact
         inner solution leaves quadratic in its residual instead of linear. A step that
         does not make the residual smaller is not taken.
-    - `error`: how the error of the hypergradient is found: [`metaopt.DualWeighted`][]
-        estimates it, [`metaopt.StrongConvexity`][] bounds it. `None` saves the products
-        of the estimate, and holds the inner solution to `rtol` instead.
+    - `error`: how the error of the hypergradient is found:
+        [`metaopt.accuracy.DualWeighted`][] estimates it,
+        [`metaopt.accuracy.StrongConvexity`][] bounds it. `None` saves the products of the
+        estimate, and holds the inner solution to `rtol` instead.
     - `curvature`: which operator stands for the Jacobian of the optimality in the linear
-        system: that itself, [`metaopt.ExactCurvature`][], or [`metaopt.GaussNewton`][],
-        which is cheaper and never indefinite, and leaves something out.
+        system: that itself, [`metaopt.linear.ExactCurvature`][], or
+        [`metaopt.linear.GaussNewton`][], which is cheaper and never indefinite, and leaves
+        something out.
 
     The method goes back to Larsen et al. (1996) and Bengio (2000); with conjugate
     gradients on Hessian-vector products it is that of Pedregosa (2016). With a Newton
@@ -120,13 +122,13 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
         check_count(self.newton_steps, "newton_steps", minimum=0)
         if not isinstance(self.error, AbstractErrorEstimate | None):
             raise ValueError(
-                "`error` must be `metaopt.DualWeighted()`, `metaopt.StrongConvexity(...)` "
-                f"or `None`; got {self.error!r}."
+                "`error` must be `metaopt.accuracy.DualWeighted()`, "
+                f"`metaopt.accuracy.StrongConvexity(...)` or `None`; got {self.error!r}."
             )
         if not isinstance(self.curvature, AbstractCurvature):
             raise ValueError(
-                "`curvature` must be `metaopt.ExactCurvature()` or `metaopt.GaussNewton()`"
-                f"; got {self.curvature!r}."
+                "`curvature` must be `metaopt.linear.ExactCurvature()` or "
+                f"`metaopt.linear.GaussNewton()`; got {self.curvature!r}."
             )
 
     @property

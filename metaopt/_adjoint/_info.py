@@ -2,6 +2,7 @@
 
 import equinox as eqx
 
+from .._core._types import BoolScalar, FloatScalar, IntScalar
 from .._report import (
     AbstractDerivativeInfo,
     error_text,
@@ -11,7 +12,6 @@ from .._report import (
     number,
     yes_or_no,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar
 from ._explosion import Growth
 
 

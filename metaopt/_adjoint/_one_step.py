@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._detach import detached
+from .._core._tree import padding
+from .._jaxpr._detach import detached
 from .._solver import AbstractMixingSolver
-from .._tree import padding
 from ._bias import Bias
 from ._path import AbstractPathAdjoint, check_iterative, counted_anew
 from ._reach import AbstractReach, AtSolution

@@ -8,7 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._results import first_failure
+from .._core._results import first_failure
+from .._core._tree import split_trainable, tree_norm
+from .._core._types import FloatScalar, Hyper, Vector
 from .._solver import (
     AbstractIterativeSolver,
     AbstractSolver,
@@ -17,8 +19,6 @@ from .._solver import (
     LoopState,
     new_gauge,
 )
-from .._tree import split_trainable, tree_norm
-from .._types import FloatScalar, Hyper, Vector
 from ._base import AbstractAdjoint, HypergradientOutput, OuterLoss, Start
 from ._explosion import judge_path
 from ._info import PathInfo

@@ -7,12 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .._dependence import influences
-from .._detach import forbid_derivative, stop_gradient, unknown_derivative
+from .._core._tree import leaf_names, split_trainable
+from .._core._types import Hyper, PyTree
+from .._jaxpr._dependence import influences
+from .._jaxpr._detach import forbid_derivative, stop_gradient, unknown_derivative
 from .._promises import no_derivative_message
 from .._solver import Outcome
-from .._tree import leaf_names, split_trainable
-from .._types import Hyper, PyTree
 
 
 class AbstractReach(eqx.Module):

@@ -7,7 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._results import first_failure, mask_result, RESULTS
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import split_trainable, tree_add
+from .._core._types import FloatScalar, Vector
+from .._core._validate import check_tolerance
 from .._solver import (
     AbstractReversibleSolver,
     InnerSolve,
@@ -17,9 +20,6 @@ from .._solver import (
     Reached,
     Undone,
 )
-from .._tree import split_trainable, tree_add
-from .._types import FloatScalar, Vector
-from .._validate import check_tolerance
 from ._base import AbstractAdjoint, HypergradientOutput
 from ._bias import Bias
 from ._explosion import Growth, judge_path
@@ -93,7 +93,8 @@ class ReversibleAdjoint(AbstractAdjoint):
             raise ValueError(
                 "`ReversibleAdjoint` cannot undo what becomes of model state under "
                 f"`{type(solver.state_policy).__name__}`. Write "
-                "`state_policy=metaopt.FrozenState()`, or use `metaopt.UnrolledAdjoint()`."
+                "`state_policy=metaopt.nn.FrozenState()`, or use "
+                "`metaopt.UnrolledAdjoint()`."
             )
 
     def solve(self, inner, params, hyper, model_state, throw):
@@ -181,8 +182,8 @@ class ReversibleAdjoint(AbstractAdjoint):
             raise ValueError(
                 f"`ReversibleAdjoint` undoes the steps of `{type(solver).__name__}` to "
                 "where they began, and this solve goes on from the state of an earlier "
-                "one. Use `metaopt.UnrolledAdjoint(metaopt.RecomputeSteps())`, or begin "
-                "anew: `metaopt.WarmStart()`, or no `solver_state`."
+                "one. Use `metaopt.UnrolledAdjoint(metaopt.memory.RecomputeSteps())`, or "
+                "begin anew: `metaopt.WarmStart()`, or no `solver_state`."
             )
         return solver
 

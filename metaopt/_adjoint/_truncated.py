@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._detach import detached
+from .._core._types import FloatScalar, Hyper
+from .._core._validate import check_count, check_tolerance
 from .._implicit import Constant, constant
+from .._jaxpr._detach import detached
 from .._solver import AbstractIterativeSolver
-from .._types import FloatScalar, Hyper
-from .._validate import check_count, check_tolerance
 from ._bias import Bias
 from ._memory import AbstractMemoryPlan, StoreAll
 from ._path import AbstractPathAdjoint, check_iterative, counted_anew
@@ -76,7 +76,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
     - `num_steps`: how many steps are differentiated; at most those of the solver.
     - `memory`: what is kept of them, a plan as for [`metaopt.UnrolledAdjoint`][].
     - `bound`: numbers from which the report bounds the bias, a
-        [`metaopt.TruncationBound`][], where they are known.
+        [`metaopt.accuracy.TruncationBound`][], where they are known.
     """
 
     num_steps: int = eqx.field(static=True)
@@ -88,12 +88,12 @@ class TruncatedAdjoint(AbstractPathAdjoint):
         check_count(self.num_steps, "num_steps")
         if not isinstance(self.memory, AbstractMemoryPlan):
             raise ValueError(
-                "`memory` must be a memory plan such as `metaopt.RecomputeSteps()`; got "
-                f"{self.memory!r}."
+                "`memory` must be a memory plan such as `metaopt.memory.RecomputeSteps()`; "
+                f"got {self.memory!r}."
             )
         if not isinstance(self.bound, TruncationBound | None):
             raise ValueError(
-                "`bound` must be a `metaopt.TruncationBound` or `None`; got "
+                "`bound` must be a `metaopt.accuracy.TruncationBound` or `None`; got "
                 f"{self.bound!r}."
             )
 

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 
+from .._core._tree import split_trainable, tree_num_bytes
+from .._core._types import Hyper, ModelState, Params
 from .._solver import (
     AbstractExactMomentum,
     AbstractIterativeSolver,
     AbstractSolver,
     InnerSolve,
 )
-from .._tree import split_trainable, tree_num_bytes
-from .._types import Hyper, ModelState, Params
 from ._base import AbstractAdjoint
 from ._bias import Bias
 from ._memory import (
@@ -42,13 +42,13 @@ class UnrolledAdjoint(AbstractAdjoint):
 
     **Arguments:**
 
-    - `memory`: what is kept for the reverse pass: [`metaopt.StoreAll`][],
-        [`metaopt.StoreUpdates`][], [`metaopt.RecomputeSteps`][], [`metaopt.Blocks`][] or
-        [`metaopt.OnlineCheckpoints`][]. Or a budget, as a number of bytes or a text such
-        as `"2GiB"`: the plan of the fewest operations is taken whose hypergradient XLA
-        plans to run within this much temporary memory, which takes some compilations.
-        A budget is for one device, and under `jax.vmap` for one of the elements.
-        [`metaopt.memory_report`][] shows what each plan takes.
+    - `memory`: what is kept for the reverse pass: [`metaopt.memory.StoreAll`][],
+        [`metaopt.memory.StoreUpdates`][], [`metaopt.memory.RecomputeSteps`][],
+        [`metaopt.memory.Blocks`][] or [`metaopt.memory.OnlineCheckpoints`][]. Or a budget,
+        as a number of bytes or a text such as `"2GiB"`: the plan of the fewest operations
+        is taken whose hypergradient XLA plans to run within this much temporary memory,
+        which takes some compilations. A budget is for one device, and under `jax.vmap` for
+        one of the elements. [`metaopt.memory.memory_report`][] shows what each plan takes.
 
     **Raises:**
 
@@ -71,7 +71,8 @@ class UnrolledAdjoint(AbstractAdjoint):
     def __check_init__(self):
         if not isinstance(self.memory, (AbstractMemoryPlan, MemoryBudget)):
             raise ValueError(
-                "`memory` must be a memory plan such as `metaopt.Blocks()`, or a budget "
+                "`memory` must be a memory plan such as `metaopt.memory.Blocks()`, or a "
+                "budget "
                 f'such as `"2GiB"`; got {self.memory!r}.'
             )
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._tree import tree_dot, tree_widened
-from .._types import FloatScalar
+from .._core._tree import tree_dot, tree_widened
+from .._core._types import FloatScalar
 from ._perturbation import Perturbation
 
 

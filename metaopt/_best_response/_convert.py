@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._tree import tree_size
-from .._types import Key, PyTree
+from .._core._tree import tree_size
+from .._core._types import Key, PyTree
 from ._array_response import AbstractArrayResponse, RowScaling, Shift
 from ._embedding import BestResponseEmbedding
 from ._layer import (

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array
 
-from .._types import Key
+from .._core._types import Key
 from ._array_response import RowScaling
 from ._layer import AbstractBestResponse
 from ._perturbation import Perturbation

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._tree import tree_dot
-from .._types import FloatScalar, PyTree
+from .._core._tree import tree_dot
+from .._core._types import FloatScalar, PyTree
 from ._array_response import AbstractArrayResponse
 from ._perturbation import Perturbation
 

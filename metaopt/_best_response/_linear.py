@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._types import Key
+from .._core._types import Key
 from ._array_response import RowScaling, Shift
 from ._layer import AbstractBestResponse
 from ._perturbation import Perturbation

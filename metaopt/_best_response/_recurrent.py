@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._types import Key
+from .._core._types import Key
 from ._array_response import AbstractArrayResponse, RowScaling
 from ._layer import AbstractBestResponse
 from ._perturbation import Perturbation

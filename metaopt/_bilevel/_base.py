@@ -5,11 +5,11 @@ from typing import Any
 
 import equinox as eqx
 
+from .._core._results import RESULTS
+from .._core._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 from .._data import AbstractData
 from .._problem import BilevelProblem
 from .._report import Report
-from .._results import RESULTS
-from .._types import BoolScalar, FloatScalar, Hyper, Key, ModelState, Params
 
 
 class BilevelStep(eqx.Module):
@@ -54,8 +54,8 @@ class AbstractBilevelSolver(eqx.Module):
 
     [`metaopt.solve_bilevel`][] repeats the step; you can do so by hand. For a method that
     takes a few inner steps for each outer one subclass
-    [`metaopt.AbstractSingleLoopSolver`][] instead, which keeps what metaopt promises of
-    derivatives and numbers.
+    [`metaopt.extend.AbstractSingleLoopSolver`][] instead, which keeps what metaopt promises
+    of derivatives and numbers.
 
     A state is a pytree with the attributes `key` and `num_steps`: the randomness of the
     run, and the outer steps taken.
@@ -104,7 +104,7 @@ class AbstractBilevelSolver(eqx.Module):
 
         **Returns:**
 
-        The new state and a [`metaopt.BilevelStep`][].
+        The new state and a [`metaopt.extend.BilevelStep`][].
         """
 
     @abc.abstractmethod
@@ -123,7 +123,7 @@ class AbstractBilevelSolver(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.BilevelEvaluation`][].
+        A [`metaopt.extend.BilevelEvaluation`][].
         """
 
     @abc.abstractmethod

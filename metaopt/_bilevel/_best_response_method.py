@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from .._best_response import bind, bind_at_centre, response_filter
-from .._dependence import depends, without_derivative
-from .._detach import stop_gradient
+from .._core._tree import leaf_names
+from .._core._types import Aux, FloatScalar, ModelState, Params
+from .._jaxpr._dependence import depends, without_derivative
+from .._jaxpr._detach import stop_gradient
 from .._problem import AbstractPredictionProblem, AbstractProblem, BilevelProblem
-from .._tree import leaf_names
-from .._types import Aux, FloatScalar, ModelState, Params
 from ._perturbed import mean_state, Numbers, PerturbedBatch
 
 
@@ -129,7 +129,7 @@ class STN(AbstractBestResponseMethod):
             raise ValueError(
                 "A best-response network is trained on an inner loss, and "
                 f"`{type(problem.inner).__name__}` has none: the inner problem must be a "
-                "`metaopt.AbstractInnerProblem`."
+                "`metaopt.extend.AbstractInnerProblem`."
             )
 
     def train(self, problem, params, batch, state):
@@ -183,13 +183,13 @@ class DeltaSTN(AbstractBestResponseMethod):
     as it is, at the price of another forward pass, of noise, and of an error that grows
     with the square of the scale.
 
-    Needs a loss in two parts, an [`metaopt.AbstractPredictionProblem`][], whose criterion
-    has a derivative in `hyper`. There are four differences from the paper: the criterion
-    is linearised in `hyper` as well, which removes an error that grows with the square of
-    the scale; a part of the loss whose mean over perturbations is zero is left out where
-    all of `hyper` acts in the criterion; the hypergradient is taken at the centre, and not
-    averaged over perturbations; and as `hyper` moves the general weights move along the
-    learned response.
+    Needs a loss in two parts, an [`metaopt.extend.AbstractPredictionProblem`][], whose
+    criterion has a derivative in `hyper`. There are four differences from the paper: the
+    criterion is linearised in `hyper` as well, which removes an error that grows with the
+    square of the scale; a part of the loss whose mean over perturbations is zero is left
+    out where all of `hyper` acts in the criterion; the hypergradient is taken at the
+    centre, and not averaged over perturbations; and as `hyper` moves the general weights
+    move along the learned response.
 
     ??? cite "Source"
 
@@ -202,7 +202,8 @@ class DeltaSTN(AbstractBestResponseMethod):
             raise ValueError(
                 "`DeltaSTN` linearises what the network predicts, and "
                 f"`{type(problem.inner).__name__}` does not say what that is. Write the "
-                "inner problem in two parts, as a `metaopt.AbstractPredictionProblem` or "
+                "inner problem in two parts, as a "
+                "`metaopt.extend.AbstractPredictionProblem` or "
                 "`metaopt.PredictionProblem`, or use `method=metaopt.STN()`, which takes "
                 "any loss."
             )

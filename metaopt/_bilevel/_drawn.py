@@ -3,8 +3,8 @@
 import equinox as eqx
 import jax
 
+from .._core._types import Batch, IntScalar, Key, PyTree
 from .._data import AbstractData
-from .._types import Batch, IntScalar, Key, PyTree
 
 
 class DrawnBatches(eqx.Module):

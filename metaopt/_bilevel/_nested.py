@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from .._adjoint import AbstractAdjoint, AbstractSystemAdjoint, first_carry
+from .._core._tree import split_trainable, tree_strong
+from .._core._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
+from .._core._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
 from .._objective import Continued, Objective
 from .._problem import BilevelProblem, initialise
 from .._promises import all_finite, keep_where
 from .._report import InnerInfo
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
-from .._tree import split_trainable, tree_strong
-from .._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
-from .._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._optimizer_step import optimizer_step
 from ._start import AbstractStart, ColdStart

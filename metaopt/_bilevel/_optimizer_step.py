@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from .._types import FloatScalar, PyTree, Vector
+from .._core._types import FloatScalar, PyTree, Vector
 
 
 def optimizer_step(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from .._tree import split_trainable
-from .._types import Batch, Hyper, Key, ModelState, PyTree
+from .._core._tree import split_trainable
+from .._core._types import Batch, Hyper, Key, ModelState, PyTree
 
 
 Numbers = Float[Array, " num_hyper"]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._tree import split_trainable
-from .._types import Vector
-from .._validate import check_tolerance
+from .._core._tree import split_trainable
+from .._core._types import Vector
+from .._core._validate import check_tolerance
 from ._perturbed import Coordinates
 
 

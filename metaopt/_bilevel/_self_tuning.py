@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from .._best_response import best_responses, ordinary, self_tuning
+from .._core._results import mask_result, RESULTS
+from .._core._tree import split_trainable, tree_strong
+from .._core._types import BoolScalar, Key, Params, PyTree
+from .._core._validate import check_count, check_kind, check_params, check_tolerance
 from .._data import AbstractData
 from .._problem import initialise
 from .._promises import BothLosses, judged
 from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
-from .._results import mask_result, RESULTS
-from .._tree import split_trainable, tree_strong
-from .._types import BoolScalar, Key, Params, PyTree
-from .._validate import check_count, check_kind, check_params, check_tolerance
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._best_response_method import AbstractBestResponseMethod, STN
 from ._drawn import check_drawn, draw, draw_one

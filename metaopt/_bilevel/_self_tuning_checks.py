@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._best_response import best_responses, bind, ordinary, response_filter
+from .._core._types import Hyper, Key, ModelState, Params
+from .._jaxpr._rewrite import inner_jaxprs
 from .._problem import BilevelProblem
-from .._rewrite import inner_jaxprs
-from .._types import Hyper, Key, ModelState, Params
 from ._perturbed import Groups
 
 

@@ -1,7 +1,7 @@
 """The leaves of `hyper` that a self-tuning run can see."""
 
 from .._best_response import conversion
-from .._dependence import leaves_with_influence
+from .._jaxpr._dependence import leaves_with_influence
 from .._promises import BothLosses, check_start_seen, check_tunable
 
 

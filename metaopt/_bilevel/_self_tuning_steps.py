@@ -10,10 +10,8 @@ import optax
 from jaxtyping import Array, Float
 
 from .._best_response import moved, response_filter
-from .._problem import BilevelProblem
-from .._promises import all_finite, keep_where
-from .._tree import split_trainable, tree_scaled_norm
-from .._types import (
+from .._core._tree import split_trainable, tree_scaled_norm
+from .._core._types import (
     Batch,
     BoolScalar,
     FloatScalar,
@@ -24,6 +22,8 @@ from .._types import (
     Params,
     PyTree,
 )
+from .._problem import BilevelProblem
+from .._promises import all_finite, keep_where
 from ._best_response_method import AbstractBestResponseMethod
 from ._optimizer_step import optimizer_step
 from ._perturbed import Coordinates, cut, perturb, PerturbedBatch

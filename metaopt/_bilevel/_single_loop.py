@@ -9,6 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core._results import mask_result, RESULTS, voids_hypergradient
+from .._core._tree import (
+    nan_where,
+    same_structs,
+    split_trainable,
+    tree_cast_like,
+    tree_scaled_norm,
+    tree_strong,
+    tree_sub,
+)
+from .._core._types import FloatScalar, Hyper, Key, Params, PyTree
+from .._core._validate import check_count, check_kind, check_params
 from .._data import AbstractData
 from .._problem import BilevelProblem, initialise
 from .._promises import (
@@ -20,18 +32,6 @@ from .._promises import (
     keep_where,
 )
 from .._report import InnerInfo, OuterInfo, Report
-from .._results import mask_result, RESULTS, voids_hypergradient
-from .._tree import (
-    nan_where,
-    same_structs,
-    split_trainable,
-    tree_cast_like,
-    tree_scaled_norm,
-    tree_strong,
-    tree_sub,
-)
-from .._types import FloatScalar, Hyper, Key, Params, PyTree
-from .._validate import check_count, check_kind, check_params
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._drawn import check_drawn, draw, draw_one, DrawnBatches
 from ._optimizer_step import optimizer_step
@@ -101,14 +101,14 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
         **Arguments:**
 
         - `problem`: the bilevel problem.
-        - `state`: a [`metaopt.SingleLoopState`][].
+        - `state`: a [`metaopt.extend.SingleLoopState`][].
         - `train`, `valid`: the batches of the inner and of the outer loss: `train[0]` is
             the first.
         - `key`: for losses that are random; another than that of the batches.
 
         **Returns:**
 
-        A [`metaopt.SingleLoopUpdate`][].
+        A [`metaopt.extend.SingleLoopUpdate`][].
         """
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
@@ -242,7 +242,7 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
         `ValueError` where a part is of another structure than what it stands for.
         """
         name = type(self).__name__
-        example = "metaopt.SingleLoopUpdate(...)"
+        example = "metaopt.extend.SingleLoopUpdate(...)"
         check_kind(update, SingleLoopUpdate, f"the return value of {name}.update", example)
         trainable = split_trainable(state.hyper)[0]
         direction = split_trainable(update.direction)[0]

@@ -5,8 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .._report import AbstractDerivativeInfo, number
-from .._types import (
+from .._core._types import (
     Aux,
     FloatScalar,
     Hyper,
@@ -17,6 +16,7 @@ from .._types import (
     PyTree,
     Vector,
 )
+from .._report import AbstractDerivativeInfo, number
 
 
 class SingleLoopState(eqx.Module):

@@ -5,7 +5,7 @@ from typing import ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 
-from .._types import BoolScalar, IntScalar, ModelState, Params
+from .._core._types import BoolScalar, IntScalar, ModelState, Params
 
 
 if TYPE_CHECKING:

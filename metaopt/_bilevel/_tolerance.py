@@ -5,8 +5,8 @@ import abc
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._types import FloatScalar, IntScalar
-from .._validate import check_tolerance
+from .._core._types import FloatScalar, IntScalar
+from .._core._validate import check_tolerance
 
 
 class AbstractTolerance(eqx.Module):

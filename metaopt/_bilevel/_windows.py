@@ -5,7 +5,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._validate import check_count
+from .._core._validate import check_count
 from ._start import AbstractStart
 
 

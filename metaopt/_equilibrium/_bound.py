@@ -4,9 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._tree import leaf_names, wide_dtype
-from .._types import FloatScalar, PyTree
-from .._validate import check_tolerance
+from .._core._tree import leaf_names, wide_dtype
+from .._core._types import FloatScalar, PyTree
+from .._core._validate import check_tolerance
 
 
 _NUM_SQUARINGS = 8

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import Key, PyTree
-from .._validate import check_count, check_key, check_tolerance
+from .._core._types import Key, PyTree
+from .._core._validate import check_count, check_key, check_tolerance
 from ._bound import bound_spectral_norm, spectral_norm
 
 

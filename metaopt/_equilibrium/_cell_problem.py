@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._core._tree import split_trainable, tree_scaled_norm, tree_sub
+from .._core._types import PyTree, Vector
 from .._problem import AbstractFixedPointProblem
-from .._tree import split_trainable, tree_scaled_norm, tree_sub
-from .._types import PyTree, Vector
 from ._cell import AbstractCell
 
 

@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._detach import stop_gradient
-from .._tree import split_trainable, tree_dot, tree_norm, tree_scale, tree_size
-from .._types import FloatScalar, Key, PyTree, Vector
-from .._validate import canonical_key, check_count
+from .._core._tree import split_trainable, tree_dot, tree_norm, tree_scale, tree_size
+from .._core._types import FloatScalar, Key, PyTree, Vector
+from .._core._validate import canonical_key, check_count
+from .._jaxpr._detach import stop_gradient
 
 
 def jacobian_penalty(

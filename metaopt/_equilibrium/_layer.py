@@ -10,10 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
+from .._core._results import RESULTS
+from .._core._types import IntScalar, PyTree
+from .._core._validate import (
+    ADJOINT_EXAMPLE,
+    canonical_arrays,
+    check_count,
+    check_flag,
+    check_kind,
+)
 from .._data import FullBatch
-from .._detach import detached, stop_gradient
 from .._implicit import LinearFixedPoint
-from .._results import RESULTS
+from .._jaxpr._detach import detached, stop_gradient
 from .._solve_inner import solve_inner
 from .._solver import (
     AbstractFixedPointSolver,
@@ -21,14 +29,6 @@ from .._solver import (
     AbstractSolver,
     Anderson,
     InnerSolve,
-)
-from .._types import IntScalar, PyTree
-from .._validate import (
-    ADJOINT_EXAMPLE,
-    canonical_arrays,
-    check_count,
-    check_flag,
-    check_kind,
 )
 from ._cell import AbstractCell
 from ._cell_problem import cell_problem, CellProblem
@@ -101,10 +101,10 @@ class Equilibrium(eqx.Module):
         optimistix or jaxopt.
     - `adjoint`: how the derivative passes through that: [`metaopt.ImplicitAdjoint`][] with
         any linear solver for systems that are not symmetric; by default
-        [`metaopt.LinearFixedPoint`][], Anderson's method on the adjoint equation.
+        [`metaopt.linear.LinearFixedPoint`][], Anderson's method on the adjoint equation.
         [`metaopt.Neumann`][] with a few terms is the phantom gradient of Geng et al.
-        (2021), with none the Jacobian-free one, and [`metaopt.SHINE`][] shares Broyden's
-        inverse. Or [`metaopt.UnrolledAdjoint`][] and its like.
+        (2021), with none the Jacobian-free one, and [`metaopt.linear.SHINE`][] shares
+        Broyden's inverse. Or [`metaopt.UnrolledAdjoint`][] and its like.
     - `inference_solver`: the solver in inference mode; by default the same.
     - `inference`: whether the layer is in inference mode, which
         `equinox.nn.inference_mode` sets.

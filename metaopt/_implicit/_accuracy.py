@@ -3,8 +3,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._core._types import FloatScalar, Vector
 from .._linear import AbstractLinearSolver, AbstractToleranceSolver, coarsest_eps
-from .._types import FloatScalar, Vector
 from ._error import AbstractErrorEstimate
 
 

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import divided, scale_and_norm, tree_dot, tree_norm
+from .._core._types import FloatScalar, Vector
 from .._linear import (
     AbstractLinearSolver,
     AbstractToleranceSolver,
@@ -13,9 +16,6 @@ from .._linear import (
     coarsest_eps,
     LinearSolution,
 )
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import divided, scale_and_norm, tree_dot, tree_norm
-from .._types import FloatScalar, Vector
 
 
 def checked_solve(
@@ -31,11 +31,11 @@ def checked_solve(
     else, and their solution is not the response of a minimum. For a solver that accepts
     indefinite operators, negative curvature is only reported.
 
-    **Arguments:** those of [`metaopt.AbstractLinearSolver`][]`.solve`.
+    **Arguments:** those of [`metaopt.extend.AbstractLinearSolver`][]`.solve`.
 
     **Returns:**
 
-    A [`metaopt.LinearSolution`][].
+    A [`metaopt.linear.LinearSolution`][].
     """
     solution = solver.solve(operator, vector, start, tolerance)
     if not lx.is_positive_semidefinite(operator):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 
+from .._core._tree import same_structs, split_trainable, tree_structs, tree_widened
+from .._core._types import Hyper, Params, Vector
+from .._core._warn import warn
 from .._solver import Optimality
-from .._tree import same_structs, split_trainable, tree_structs, tree_widened
-from .._types import Hyper, Params, Vector
-from .._warn import warn
 
 
 def widened_condition(

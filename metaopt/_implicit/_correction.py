@@ -8,14 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._linear import (
-    AbstractToleranceSolver,
-    coarsest_eps,
-    LinearSolution,
-    Subspace,
-    transposed as transposed_solver,
-)
-from .._tree import (
+from .._core._tree import (
     divided,
     scale_and_norm,
     tree_add,
@@ -25,7 +18,14 @@ from .._tree import (
     tree_scaled_norm,
     tree_sub,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._linear import (
+    AbstractToleranceSolver,
+    coarsest_eps,
+    LinearSolution,
+    Subspace,
+    transposed as transposed_solver,
+)
 from ._error import Linearisation
 from ._system import ImplicitSystem
 

@@ -6,10 +6,10 @@ from typing import ClassVar, TYPE_CHECKING
 import equinox as eqx
 import lineax as lx
 
+from .._core._tree import tree_structs
+from .._core._types import Vector
 from .._linear import AbstractLinearSolver, CG, MINRES
 from .._solver import Optimality
-from .._tree import tree_structs
-from .._types import Vector
 from ._operators import gauss_newton_operator, jacobian_operator, jacobian_product
 
 
@@ -103,8 +103,8 @@ class GaussNewton(AbstractCurvature):
     costs. The residual, the mixed derivative and everything by which an answer is judged
     are exact. Newton steps become Gauss-Newton steps.
 
-    The inner problem must be an [`metaopt.AbstractPredictionProblem`][], and the solver
-    one whose answer satisfies the optimality of the problem.
+    The inner problem must be an [`metaopt.extend.AbstractPredictionProblem`][], and the
+    solver one whose answer satisfies the optimality of the problem.
 
     ??? cite "Source"
 
@@ -127,9 +127,10 @@ class GaussNewton(AbstractCurvature):
             raise ValueError(
                 "`GaussNewton` needs a loss that is a criterion of a model's output. Make "
                 "the inner problem a `metaopt.PredictionProblem(predict_fn, criterion_fn)`"
-                " or a subclass of `metaopt.AbstractPredictionProblem`, with a solver that "
-                "states no optimality of its own, such as `metaopt.Descent` or "
-                "`metaopt.OptimistixSolver`; or use `curvature=metaopt.ExactCurvature()`."
+                " or a subclass of `metaopt.extend.AbstractPredictionProblem`, with a "
+                "solver that states no optimality of its own, such as `metaopt.Descent` or "
+                "`metaopt.OptimistixSolver`; or use "
+                "`curvature=metaopt.linear.ExactCurvature()`."
             )
         of_params = lambda params: condition(params, hyper)
         operator = gauss_newton_operator(

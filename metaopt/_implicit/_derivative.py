@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._detach import stop_gradient
-from .._linear import AbstractLinearSolver, LinearSolution, transposed
-from .._linearise import linear_solve
-from .._results import first_failure, RESULTS
-from .._solver import Optimality
-from .._tree import (
+from .._core._results import first_failure, RESULTS
+from .._core._tree import (
     nan_where,
     tree_cast_like,
     tree_dot,
@@ -22,7 +18,11 @@ from .._tree import (
     tree_scaled_norm,
     tree_structs,
 )
-from .._types import Hyper, Vector
+from .._core._types import Hyper, Vector
+from .._jaxpr._detach import stop_gradient
+from .._jaxpr._linearise import linear_solve
+from .._linear import AbstractLinearSolver, LinearSolution, transposed
+from .._solver import Optimality
 from ._accuracy import Accuracy
 from ._checked_solve import checked_solve
 from ._correction import random_signs

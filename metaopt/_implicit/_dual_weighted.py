@@ -5,13 +5,13 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._results import mask_result, RESULTS
-from .._tree import (
+from .._core._results import mask_result, RESULTS
+from .._core._tree import (
     divided,
     tree_scaled_norm,
     tree_sub,
 )
-from .._validate import check_tolerance
+from .._core._validate import check_tolerance
 from ._correction import corrected_once, known_subspace, lengths_beside
 from ._error import AbstractErrorEstimate, ErrorEstimate
 
@@ -25,8 +25,8 @@ class DualWeighted(AbstractErrorEstimate):
     tolerance and start from what the solution of the linear system already knows of the
     inverse, so that they cost a fraction of the products of that solve. Not a bound.
 
-    A [`metaopt.GaussNewton`][] operator is used to solve for the corrections, and the
-    residuals are those of the exact Jacobian. The estimate is as rough as the operator.
+    A [`metaopt.linear.GaussNewton`][] operator is used to solve for the corrections, and
+    the residuals are those of the exact Jacobian. The estimate is as rough as the operator.
 
     **Arguments:**
 

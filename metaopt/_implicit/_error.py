@@ -9,16 +9,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._linear import AbstractLinearSolver, LinearSolution
-from .._results import first_failure, mask_result, RESULTS, where_result
-from .._solver import Optimality
-from .._tree import (
+from .._core._results import first_failure, mask_result, RESULTS, where_result
+from .._core._tree import (
     divided,
     tree_dot,
     tree_scaled_norm,
     tree_sub,
 )
-from .._types import Aux, FloatScalar, Hyper, IntScalar, Vector
+from .._core._types import Aux, FloatScalar, Hyper, IntScalar, Vector
+from .._linear import AbstractLinearSolver, LinearSolution
+from .._solver import Optimality
 from ._curvature import AbstractCurvature
 from ._system import ImplicitSystem
 

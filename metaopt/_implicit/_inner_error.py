@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._results import RESULTS, where_result
-from .._tree import (
+from .._core._results import RESULTS, where_result
+from .._core._tree import (
     divided,
     split_trainable,
     tree_cast_like,
@@ -16,7 +16,7 @@ from .._tree import (
     tree_scaled_norm,
     tree_sub,
 )
-from .._types import FloatScalar, Params, Vector
+from .._core._types import FloatScalar, Params, Vector
 
 
 _OF_THE_WAY = 1e-3

@@ -8,6 +8,17 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import (
+    divided,
+    scale_and_norm,
+    tree_add,
+    tree_norm,
+    tree_scale,
+    tree_where,
+    tree_zeros_like,
+)
+from .._core._validate import check_kind
 from .._data import FullBatch
 from .._linear import (
     AbstractToleranceSolver,
@@ -20,7 +31,6 @@ from .._linear import (
     steps_left_out,
 )
 from .._problem import FixedPointProblem
-from .._results import first_failure, mask_result, RESULTS
 from .._solver import (
     AbstractFixedPointSolver,
     AbstractSingleMapSolver,
@@ -28,16 +38,6 @@ from .._solver import (
     Examples,
     InnerSolve,
 )
-from .._tree import (
-    divided,
-    scale_and_norm,
-    tree_add,
-    tree_norm,
-    tree_scale,
-    tree_where,
-    tree_zeros_like,
-)
-from .._validate import check_kind
 
 
 _MARGIN = 0.8

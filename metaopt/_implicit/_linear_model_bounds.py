@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._tree import split_trainable
-from .._types import Hyper
+from .._core._tree import split_trainable
+from .._core._types import Hyper
 from ._strong_convexity import constant, StrongConvexity
 
 
@@ -33,7 +33,7 @@ def ridge_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexity
 
     **Returns:**
 
-    A [`metaopt.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
+    A [`metaopt.accuracy.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
 
     **Raises:**
 
@@ -63,12 +63,12 @@ def logistic_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvex
 
     **Arguments:**
 
-    - `rows`, `valid_rows`: as for [`metaopt.ridge_bound`][].
+    - `rows`, `valid_rows`: as for [`metaopt.accuracy.ridge_bound`][].
     - `penalty`: likewise, and positive: without a penalty there is no strong convexity.
 
     **Returns:**
 
-    A [`metaopt.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
+    A [`metaopt.accuracy.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
 
     **Raises:**
 
@@ -91,13 +91,13 @@ def softmax_bound(rows: Any, valid_rows: Any, penalty: Penalty) -> StrongConvexi
 
     **Arguments:**
 
-    - `rows`, `valid_rows`: as for [`metaopt.ridge_bound`][].
+    - `rows`, `valid_rows`: as for [`metaopt.accuracy.ridge_bound`][].
     - `penalty`: $\lambda$, a scalar or an array that broadcasts to `(d, classes)`,
         positive; or a function of `hyper` that returns it.
 
     **Returns:**
 
-    A [`metaopt.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
+    A [`metaopt.accuracy.StrongConvexity`][] for `metaopt.ImplicitAdjoint(error=...)`.
 
     **Raises:**
 

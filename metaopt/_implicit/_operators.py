@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._linearise import linearised
-from .._tree import (
+from .._core._tree import (
     divided,
     split_trainable,
     tree_add,
@@ -17,7 +16,8 @@ from .._tree import (
     tree_sharded_like,
     tree_structs,
 )
-from .._types import FloatScalar, PyTree, Vector
+from .._core._types import FloatScalar, PyTree, Vector
+from .._jaxpr._linearise import linearised
 
 
 def jacobian_operator(

@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._detach import forbid_derivative
+from .._jaxpr._detach import forbid_derivative
 
 
 def without_second_derivative(left_out: tuple[str, ...], tree: Any) -> Any:
@@ -23,6 +23,6 @@ _NO_SECOND_DERIVATIVE = (
     "The hypergradient leaves something out by request ({left_out}), and its own "
     "derivative is not known: that of the exact linear solution would belong to another "
     "number. For second derivatives use a linear solver with a tolerance and without "
-    "damping, such as `metaopt.CG(rtol=1e-10)`, with `metaopt.ExactCurvature()`, or "
+    "damping, such as `metaopt.CG(rtol=1e-10)`, with `metaopt.linear.ExactCurvature()`, or "
     "`metaopt.UnrolledAdjoint()`."
 )

@@ -10,13 +10,13 @@ import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from .._results import mask_result, RESULTS
-from .._tree import (
+from .._core._results import mask_result, RESULTS
+from .._core._tree import (
     tree_scaled_norm,
     tree_size,
 )
-from .._types import FloatScalar, Hyper, Vector
-from .._validate import check_tolerance
+from .._core._types import FloatScalar, Hyper, Vector
+from .._core._validate import check_tolerance
 from ._correction import corrected_once, known_subspace
 from ._error import AbstractErrorEstimate, ErrorEstimate, Linearisation
 from ._system import ImplicitSystem
@@ -29,11 +29,11 @@ Constant = float | jax.Array | Callable[[Hyper], Any]
 class StrongConvexity(AbstractErrorEstimate):
     r"""Bound the error of the hypergradient of a strongly convex inner problem.
 
-    Both systems are corrected as for [`metaopt.DualWeighted`][], and the remainder is
-    bounded. With inner residual $r$ and curvature $\mu$ the corrected inner solution is
+    Both systems are corrected as for [`metaopt.accuracy.DualWeighted`][], and the remainder
+    is bounded. With inner residual $r$ and curvature $\mu$ the corrected inner solution is
     within $\epsilon = \|r\| / \mu$ of the exact one. For the corrected solution $w$ of the
-    linear system $A w = b$, with $b = \partial_p F$ and residual $\rho$, and
-    $C = \partial_h \nabla_p L$, the error of the corrected hypergradient is at most
+    linear system $A w = b$, with $b = \partial_p F$ and residual $\rho$, and $C =
+    \partial_h \nabla_p L$, the error of the corrected hypergradient is at most
 
     $$L_h \epsilon + L_C \epsilon \|w\| + \frac{\|C\| + L_C \epsilon}{\mu}
     \left( \|\rho\| + L_A \epsilon \|w\| + L_F \epsilon \right).$$
@@ -43,7 +43,7 @@ class StrongConvexity(AbstractErrorEstimate):
 
     A certificate in exact arithmetic, as long as the constants are right: they are yours
     to know, along the way from the solution that was found to the exact one. Use
-    [`metaopt.DualWeighted`][] where they are not known.
+    [`metaopt.accuracy.DualWeighted`][] where they are not known.
 
     **Arguments:** each is a number, or a function of `hyper`.
 
@@ -95,14 +95,14 @@ class StrongConvexity(AbstractErrorEstimate):
         if isinstance(self.curvature, (int, float)) and self.curvature == 0:
             raise ValueError(
                 "`curvature` must be positive; got 0. Without strong convexity there is no "
-                "bound: use `metaopt.DualWeighted()`."
+                "bound: use `metaopt.accuracy.DualWeighted()`."
             )
 
     def __call__(self, here, linear, gradient, at, hyper):
         if lx.positive_semidefinite_tag not in here.system.condition.tags:
             raise ValueError(
                 "`StrongConvexity` bounds the error for an inner loss that is minimised. "
-                "For fixed points and roots use `metaopt.DualWeighted()`."
+                "For fixed points and roots use `metaopt.accuracy.DualWeighted()`."
             )
         curvature = constant(self.curvature, hyper)
         knows, asked = known_subspace(here, linear)
@@ -174,7 +174,7 @@ def _cross_norm(system: ImplicitSystem) -> FloatScalar:
         raise ValueError(
             f"`StrongConvexity` computes the norm of the mixed derivative for up to "
             f"{_MAX_COLUMNS} outer variables, and there are {count}. Give "
-            "`cross_norm=...`, or use `metaopt.DualWeighted()`."
+            "`cross_norm=...`, or use `metaopt.accuracy.DualWeighted()`."
         )
     flat, unravel = ravel_pytree(system.hyper)
 

@@ -10,20 +10,8 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
-from .._data import as_data
-from .._detach import stop_gradient
-from .._linear import (
-    AbstractLinearSolver,
-    CG,
-    LinearSolution,
-    prepare,
-    transposed as transposed_solver,
-)
-from .._linearise import linear_solve
-from .._problem import AbstractProblem
-from .._results import first_failure, RESULTS
-from .._solver import Optimality, problem_optimality
-from .._tree import (
+from .._core._results import first_failure, RESULTS
+from .._core._tree import (
     split_trainable,
     tree_cast_like,
     tree_entangled,
@@ -31,14 +19,35 @@ from .._tree import (
     tree_sub,
     tree_widened,
 )
-from .._types import Batch, FloatScalar, Hyper, IntScalar, Key, ModelState, Params, Vector
-from .._validate import (
+from .._core._types import (
+    Batch,
+    FloatScalar,
+    Hyper,
+    IntScalar,
+    Key,
+    ModelState,
+    Params,
+    Vector,
+)
+from .._core._validate import (
     canonical_arrays,
     canonical_hyper,
     canonical_key,
     canonical_params,
     check_kind,
 )
+from .._data import as_data
+from .._jaxpr._detach import stop_gradient
+from .._jaxpr._linearise import linear_solve
+from .._linear import (
+    AbstractLinearSolver,
+    CG,
+    LinearSolution,
+    prepare,
+    transposed as transposed_solver,
+)
+from .._problem import AbstractProblem
+from .._solver import Optimality, problem_optimality
 from ._checked_solve import checked_solve
 from ._condition import widened_condition
 from ._curvature import AbstractCurvature, ExactCurvature
@@ -111,7 +120,8 @@ class ImplicitSystem(eqx.Module):
         - `batch`: all of the data of the inner problem: arrays, or a source of batches.
         - `key`: for a loss that takes one: one draw of its randomness.
         - `model_state`: the model state at the solution, held constant.
-        - `curvature`: [`metaopt.ExactCurvature`][] or [`metaopt.GaussNewton`][].
+        - `curvature`: [`metaopt.linear.ExactCurvature`][] or
+            [`metaopt.linear.GaussNewton`][].
 
         **Returns:**
 
@@ -122,7 +132,9 @@ class ImplicitSystem(eqx.Module):
         `ValueError` or `TypeError` for arguments that do not fit, by name.
         """
         check_kind(problem, AbstractProblem, "problem", "metaopt.InnerProblem(loss)")
-        check_kind(curvature, AbstractCurvature, "curvature", "metaopt.ExactCurvature()")
+        check_kind(
+            curvature, AbstractCurvature, "curvature", "metaopt.linear.ExactCurvature()"
+        )
         hyper, params = canonical_hyper(hyper), canonical_params(params)
         batch = as_data(canonical_arrays(batch, "batch"), "batch").full()
         key = canonical_key(key)
@@ -164,7 +176,7 @@ class ImplicitSystem(eqx.Module):
         - `state`: the `preconditioner_state` of a system nearby, to go on from.
         - `key`: for random probes of a preconditioner; by default key 0.
         - `solver_state`: the state of the inner solver at the solution, for
-            [`metaopt.SHINE`][] and [`metaopt.SecondMoment`][].
+            [`metaopt.linear.SHINE`][] and [`metaopt.linear.SecondMoment`][].
 
         **Returns:**
 
@@ -221,8 +233,8 @@ class ImplicitSystem(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.LinearSolution`][]. It never raises because of the numbers: `result`
-        says how it went, and `judge` adds whether `params` is a solution.
+        A [`metaopt.linear.LinearSolution`][]. It never raises because of the numbers:
+        `result` says how it went, and `judge` adds whether `params` is a solution.
 
         **Raises:**
 
@@ -269,7 +281,7 @@ class ImplicitSystem(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.LinearSolution`][], each of whose arrays has that axis in front.
+        A [`metaopt.linear.LinearSolution`][], each of whose arrays has that axis in front.
 
         **Raises:**
 

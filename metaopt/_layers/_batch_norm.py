@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._tree import tree_widened
-from .._types import Key
-from .._validate import check_count, check_tolerance
+from .._core._tree import tree_widened
+from .._core._types import Key
+from .._core._validate import check_count, check_tolerance
 
 
 class BatchNorm(eqx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import Key
+from .._core._types import Key
 
 
 class Conv2d(eqx.Module):

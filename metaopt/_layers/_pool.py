@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import Key
-from .._validate import check_count
+from .._core._types import Key
+from .._core._validate import check_count
 
 
 class MaxPool2d(eqx.Module):

@@ -10,11 +10,11 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import same_structs, tree_axpy, tree_dot, tree_structs, tree_zeros_like
-from .._types import BoolScalar, FloatScalar, IntScalar, Key, Vector
-from .._validate import check_tolerance
-from .._warn import warn
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import same_structs, tree_axpy, tree_dot, tree_structs, tree_zeros_like
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Key, Vector
+from .._core._validate import check_tolerance
+from .._core._warn import warn
 
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class AbstractLinearSolver(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.LinearSolution`][].
+        A [`metaopt.linear.LinearSolution`][].
 
         **Raises:**
 
@@ -337,7 +337,7 @@ def reported(
     num_products: IntScalar | int,
     min_curvature: FloatScalar | float = jnp.inf,
 ) -> LinearSolution:
-    """A [`metaopt.LinearSolution`][] of arrays."""
+    """A [`metaopt.linear.LinearSolution`][] of arrays."""
     return LinearSolution(
         value=value,
         result=result,

@@ -7,8 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from .._results import RESULTS
-from .._tree import (
+from .._core._results import RESULTS
+from .._core._tree import (
     tree_axpy,
     tree_dot,
     tree_norm,
@@ -16,8 +16,8 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._validate import check_count
 from ._base import (
     AbstractToleranceSolver,
     check_square,
@@ -41,7 +41,7 @@ class BiCGStab(AbstractToleranceSolver):
     of them. Use it where [`metaopt.GMRES`][] would need a longer cycle than fits in
     memory. Its residual goes up and down, and it can break down where GMRES does not;
     it then starts again from where it is. Where that leads nowhere, try
-    [`metaopt.NormalCG`][].
+    [`metaopt.linear.NormalCG`][].
 
     The solve is successful once the true residual meets
     $\|b - A x\| \le rtol \|b\| + atol$, the norms being Euclidean.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import (
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import (
     same_structs,
     tree_axpy,
     tree_dot,
@@ -25,8 +25,8 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._validate import check_count, check_tolerance
 from ._base import (
     AbstractToleranceSolver,
     check_square,
@@ -60,12 +60,12 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
     unless it is small enough for [`metaopt.Dense`][]. Do not use it for fixed points or
     roots, whose operator is not symmetric ([`metaopt.GMRES`][]).
 
-    The curvature $p^T A p$ is looked at in every step. Where it is not positive the
-    solve stops with the result `linear_indefinite`: a solution found on the other side
-    of negative curvature would not be the response of a minimum. Whoever wants that of
-    another stationary point asks for it with [`metaopt.MINRES`][]. A solve is successful
-    once the *true* residual $b - A x$ meets $\|b - A x\| \le rtol \|b\| + atol$, the
-    norms being Euclidean; it is looked at every 50 steps and before it is believed.
+    The curvature $p^T A p$ is looked at in every step. Where it is not positive the solve
+    stops with the result `linear_indefinite`: a solution found on the other side of
+    negative curvature would not be the response of a minimum. Whoever wants that of another
+    stationary point asks for it with [`metaopt.linear.MINRES`][]. A solve is successful
+    once the *true* residual $b - A x$ meets $\|b - A x\| \le rtol \|b\| + atol$, the norms
+    being Euclidean; it is looked at every 50 steps and before it is believed.
 
     **Arguments:**
 
@@ -79,9 +79,9 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
         can cost half of the hypergradient. The residual reported is that without it.
     - `preconditioner`: an approximation of the inverse of $A$, itself symmetric and
         positive definite: one that is made from products with $A$ or from what the inner
-        solver knows ([`metaopt.DiagonalEstimate`][], [`metaopt.LowRank`][],
-        [`metaopt.SecondMoment`][]), a function from vectors to vectors, or a `lineax`
-        operator.
+        solver knows ([`metaopt.linear.DiagonalEstimate`][], [`metaopt.linear.LowRank`][],
+        [`metaopt.linear.SecondMoment`][]), a function from vectors to vectors, or a
+        `lineax` operator.
 
     ??? cite "Source"
 
@@ -114,8 +114,8 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
         if not callable(self.preconditioner) or isinstance(self.preconditioner, type):
             raise ValueError(
                 "`preconditioner` must be one of metaopt, such as "
-                "`metaopt.DiagonalEstimate()`, a function from vectors to vectors or a "
-                f"`lineax` operator; got {self.preconditioner!r}."
+                "`metaopt.linear.DiagonalEstimate()`, a function from vectors to vectors "
+                f"or a `lineax` operator; got {self.preconditioner!r}."
             )
 
     @property
@@ -129,9 +129,10 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
             promise = "symmetry only" if lx.is_symmetric(operator) else "nothing"
             raise ValueError(
                 "`CG` needs a symmetric positive (semi)definite operator, and this one "
-                f"promises {promise}. For saddles use `metaopt.MINRES()`, which needs "
-                "symmetry only; for fixed points and roots `metaopt.GMRES()`, "
-                "`metaopt.BiCGStab()`, `metaopt.NormalCG()`, `metaopt.Neumann(20)` or "
+                f"promises {promise}. For saddles use `metaopt.linear.MINRES()`, which "
+                "needs symmetry only; for fixed points and roots `metaopt.GMRES()`, "
+                "`metaopt.linear.BiCGStab()`, `metaopt.linear.NormalCG()`, "
+                "`metaopt.Neumann(20)` or "
                 "`metaopt.Dense()`; if you know that it is definite, give it the tag "
                 "`lineax.positive_semidefinite_tag`."
             )

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import (
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import (
     divided,
     scale_and_norm,
     tree_all_finite,
@@ -20,7 +20,7 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._validate import check_count
+from .._core._validate import check_count
 from ._base import (
     AbstractLinearSolver,
     check_square,

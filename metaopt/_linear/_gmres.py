@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._rewrite import carry_conditions
-from .._tree import (
+from .._core._tree import (
     tree_add,
     tree_all_finite,
     tree_norm,
@@ -21,8 +20,9 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._validate import check_count
+from .._jaxpr._rewrite import carry_conditions
 from ._base import (
     AbstractToleranceSolver,
     check_square,
@@ -40,11 +40,11 @@ from ._system import System
 class GMRES(AbstractToleranceSolver):
     r"""Generalised minimal residuals with restarts, for any square operator.
 
-    Use it for fixed points and roots, whose operator is not symmetric. The residual
-    never grows, but it can stop falling, which a longer cycle cures, or else
-    [`metaopt.NormalCG`][]. It keeps `restart` vectors in memory; for the Hessian of a
-    loss at a minimum [`metaopt.CG`][] needs five, and fewer products, and for one that
-    is not definite [`metaopt.MINRES`][] needs seven.
+    Use it for fixed points and roots, whose operator is not symmetric. The residual never
+    grows, but it can stop falling, which a longer cycle cures, or else
+    [`metaopt.linear.NormalCG`][]. It keeps `restart` vectors in memory; for the Hessian of
+    a loss at a minimum [`metaopt.CG`][] needs five, and fewer products, and for one that is
+    not definite [`metaopt.linear.MINRES`][] needs seven.
 
     Each cycle of `restart` steps is one of `lineax.GMRES`, followed by a product that
     computes the true residual; the solve is successful once

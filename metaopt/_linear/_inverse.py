@@ -5,7 +5,7 @@ import abc
 import equinox as eqx
 from jaxtyping import Array
 
-from .._types import Vector
+from .._core._types import Vector
 
 
 class AbstractInverse(eqx.Module):

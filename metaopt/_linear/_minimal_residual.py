@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._results import RESULTS
-from .._tree import (
+from .._core._results import RESULTS
+from .._core._tree import (
     tree_axpy,
     tree_scale,
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._validate import check_count
 from ._base import (
     AbstractToleranceSolver,
     check_structures,

@@ -6,13 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 
-from .._tree import (
+from .._core._tree import (
     tree_axpy,
     tree_dot,
     tree_scaled_norm,
     tree_zeros_like,
 )
-from .._types import FloatScalar, Vector
+from .._core._types import FloatScalar, Vector
 from ._base import check_square
 from ._minimal_residual import AbstractMinimalResidual, or_one, Step, unit
 from ._system import System
@@ -71,8 +71,9 @@ class MINRES(AbstractMinimalResidual):
         if not lx.is_symmetric(operator):
             raise ValueError(
                 "`MINRES` needs a symmetric operator, and this one promises nothing. For "
-                "fixed points and roots use `metaopt.GMRES()`, `metaopt.BiCGStab()`, "
-                "`metaopt.NormalCG()` or `metaopt.Dense()`; if you know that it is "
+                "fixed points and roots use `metaopt.GMRES()`, "
+                "`metaopt.linear.BiCGStab()`, "
+                "`metaopt.linear.NormalCG()` or `metaopt.Dense()`; if you know that it is "
                 "symmetric, give it the tag `lineax.symmetric_tag`."
             )
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import (
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import (
     divided,
     scale_and_norm,
     tree_axpy,
@@ -22,8 +22,8 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import FloatScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._core._types import FloatScalar, Vector
+from .._core._validate import check_count, check_tolerance
 from ._base import (
     AbstractLinearSolver,
     check_square,

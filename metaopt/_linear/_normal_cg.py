@@ -5,13 +5,13 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._tree import (
+from .._core._tree import (
     tree_axpy,
     tree_norm,
     tree_scaled_norm,
     tree_zeros_like,
 )
-from .._types import FloatScalar, Vector
+from .._core._types import FloatScalar, Vector
 from ._base import check_square
 from ._minimal_residual import AbstractMinimalResidual, or_one, Step, unit
 from ._system import System
@@ -21,14 +21,14 @@ class NormalCG(AbstractMinimalResidual):
     r"""Conjugate gradients on the normal equations $A^T A x = A^T b$, for any
     nonsingular square operator.
 
-    Use it where others fail on an operator that is not symmetric: where
-    [`metaopt.GMRES`][] stagnates at a length of its cycles that fits in memory, or
-    [`metaopt.BiCGStab`][] breaks down. It does neither: whatever the eigenvalues, its
-    residual and its error fall in every step, and it keeps five vectors. The price is
-    the square of the condition number $\kappa$: about $\kappa$ steps, of two products
-    each, one with $A$ and one with its transpose. Do not use it where another method
-    converges, least of all for the Hessian of a loss, where [`metaopt.CG`][] needs
-    $\sqrt{\kappa}$ steps of one product.
+    Use it where others fail on an operator that is not symmetric: where [`metaopt.GMRES`][]
+    stagnates at a length of its cycles that fits in memory, or
+    [`metaopt.linear.BiCGStab`][] breaks down. It does neither: whatever the eigenvalues,
+    its residual and its error fall in every step, and it keeps five vectors. The price is
+    the square of the condition number $\kappa$: about $\kappa$ steps, of two products each,
+    one with $A$ and one with its transpose. Do not use it where another method converges,
+    least of all for the Hessian of a loss, where [`metaopt.CG`][] needs $\sqrt{\kappa}$
+    steps of one product.
 
     What is updated is the residual $b - A x$, and not $A^T$ times it, whose rounding
     would cost half of the digits. The solve is successful once the *true* residual meets

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 
-from .._types import Vector
+from .._core._types import Vector
 from ._base import AbstractPreparedSolver
 from ._preconditioner import AbstractPreconditioner
 

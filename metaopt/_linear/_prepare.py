@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._types import IntScalar, Key, Vector
+from .._core._types import IntScalar, Key, Vector
 from ._base import AbstractLinearSolver, AbstractPreparedSolver
 
 

@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import jax
 import lineax as lx
 
-from .._tree import (
+from .._core._tree import (
     explicit_mesh,
     tree_dtype,
     tree_structs,
 )
-from .._types import Vector
+from .._core._types import Vector
 
 
 _T = TypeVar("_T")

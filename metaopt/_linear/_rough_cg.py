@@ -6,9 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from .._results import first_failure
-from .._tree import tree_axpy, tree_dot, tree_dtype, tree_where, tree_zeros_like
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._results import first_failure
+from .._core._tree import tree_axpy, tree_dot, tree_dtype, tree_where, tree_zeros_like
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from ._base import AbstractLinearSolver, check_square, check_structures, relative, reported
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._results import mask_result, RESULTS
-from .._tree import (
+from .._core._results import mask_result, RESULTS
+from .._core._tree import (
     divided,
     scale_and_norm,
     tree_norm,
@@ -17,8 +17,8 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import Vector
-from .._validate import check_kind
+from .._core._types import Vector
+from .._core._validate import check_kind
 from ._base import (
     AbstractLinearSolver,
     AbstractPreparedSolver,
@@ -38,7 +38,7 @@ class SHINE(AbstractPreparedSolver):
     it leaves less of the right-hand side than the one-step (Jacobian-free) estimate does,
     and that estimate otherwise. Biased, because the inverse has learned the directions
     of the forward pass and not those of the loss: use it where the derivative takes most
-    of the time and [`metaopt.LinearFixedPoint`][] is too slow, or as its start.
+    of the time and [`metaopt.linear.LinearFixedPoint`][] is too slow, or as its start.
 
     **Arguments:**
 
@@ -68,7 +68,7 @@ class SHINE(AbstractPreparedSolver):
         if isinstance(self.refine, SHINE):
             raise ValueError(
                 "`refine` must be a linear solver that improves what it is given, such as "
-                "`metaopt.LinearFixedPoint()`; got another `SHINE`."
+                "`metaopt.linear.LinearFixedPoint()`; got another `SHINE`."
             )
 
     @property
@@ -148,5 +148,5 @@ class SHINE(AbstractPreparedSolver):
 _NO_INVERSE = (
     "`SHINE` uses the inverse that a quasi-Newton method leaves behind, and the inner "
     "solver leaves none. Solve with `metaopt.Broyden()`, or use "
-    "`metaopt.LinearFixedPoint()`."
+    "`metaopt.linear.LinearFixedPoint()`."
 )

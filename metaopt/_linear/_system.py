@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 
-from .._tree import (
+from .._core._tree import (
     divided,
     scale_and_norm,
     tree_dtype,
@@ -18,7 +18,7 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from ._base import floored_rtol
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import equinox as eqx
 
-from .._results import RESULTS
-from .._types import BoolScalar, Hyper
+from .._core._results import RESULTS
+from .._core._types import BoolScalar, Hyper
 
 
 class StepRecord(eqx.Module):

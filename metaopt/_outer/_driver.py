@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._raise import ends_run
-from .._report import Best, History
-from .._results import RESULTS
-from .._static import Static
-from .._types import Hyper
+from .._core._results import RESULTS
+from .._core._static import Static
+from .._core._types import Hyper
+from .._report import Best, ends_run, History
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
@@ -35,11 +34,11 @@ class Run:
     - `hyper`: the outer variables; what is learned over tasks.
     - `params`: the inner solution of the last outer step; `None` of learning over tasks.
     - `info`: the report on the last outer step, or `None` before one: a
-        [`metaopt.BilevelStep`][] or a [`metaopt.few_shot.TaskStats`][].
+        [`metaopt.extend.BilevelStep`][] or a [`metaopt.few_shot.TaskStats`][].
     - `updated`: whether it updated the outer variables.
     - `evaluated`: the outer variables that it evaluated the outer loss at.
     - `last`: the rows that the last call added to the history: a dictionary of columns.
-    - `best`: a [`metaopt.Best`][], where a callback keeps one.
+    - `best`: a [`metaopt.extend.Best`][], where a callback keeps one.
     - `failed`: whether the last step failed under `throw`, which ends the run.
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
     - `reason`: the first failure within a step that itself did not fail, or that failure.

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core._tree import same_structs
+from .._core._validate import canonical_arrays, is_loader
 from .._data import AbstractData, as_data, restarted
-from .._tree import same_structs
-from .._validate import canonical_arrays, is_loader
 
 
 class AbstractFeed(abc.ABC):

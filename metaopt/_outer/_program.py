@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._results import RESULTS
-from .._static import Static
-from .._tree import tree_size
-from .._types import Hyper
+from .._core._results import RESULTS
+from .._core._static import Static
+from .._core._tree import tree_size
+from .._core._types import Hyper
 from ._row import Cell, Row, Shown
 
 

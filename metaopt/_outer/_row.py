@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._static import Static
+from .._core._static import Static
 
 
 class Cell(NamedTuple):

@@ -22,5 +22,13 @@ from ._kinds import (
     AbstractRootProblem as AbstractRootProblem,
 )
 from ._least_squares import AbstractLeastSquaresProblem as AbstractLeastSquaresProblem
+from ._mixed_mode import in_mixed_mode as in_mixed_mode, InChunks as InChunks
+from ._model_state import (
+    AbstractStatePolicy as AbstractStatePolicy,
+    CarriedState as CarriedState,
+    FrozenState as FrozenState,
+    PerStepState as PerStepState,
+    StepStates as StepStates,
+)
 from ._prediction import AbstractPredictionProblem as AbstractPredictionProblem
 from ._wrapped import AbstractWrappedProblem as AbstractWrappedProblem

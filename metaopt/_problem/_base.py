@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._types import Aux, Batch, Hyper, Key, ModelState, Params, Vector
+from .._core._types import Aux, Batch, Hyper, Key, ModelState, Params, Vector
 
 
 class Evaluation(eqx.Module):
@@ -26,10 +26,11 @@ class Evaluation(eqx.Module):
 
 class AbstractProblem(eqx.Module):
     """The base of all kinds of inner problem; subclass one of the kinds instead:
-    [`metaopt.AbstractInnerProblem`][] (a loss to minimise; or, where it is that of a
-    model's output, [`metaopt.AbstractPredictionProblem`][]),
-    [`metaopt.AbstractFixedPointProblem`][] or [`metaopt.AbstractRootProblem`][]. A game
-    of several players is a [`metaopt.GameProblem`][].
+    [`metaopt.extend.AbstractInnerProblem`][] (a loss to minimise; or, where it is that of a
+    model's output, [`metaopt.extend.AbstractPredictionProblem`][]),
+    [`metaopt.extend.AbstractFixedPointProblem`][] or
+    [`metaopt.extend.AbstractRootProblem`][]. A game of several players is a
+    [`metaopt.GameProblem`][].
 
     A kind differs from another only in its *field*, a vector that is zero at the inner
     solution, in whether that is the gradient of a loss, and in the structure which its
@@ -68,7 +69,7 @@ class AbstractProblem(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.Evaluation`][].
+        A [`metaopt.extend.Evaluation`][].
 
         **Raises:**
 
@@ -91,8 +92,8 @@ class AbstractProblem(eqx.Module):
         **Returns:**
 
         A vector with the structure, shapes and dtypes of the trainable part of `params`;
-        and the [`metaopt.Evaluation`][] it came from, whose `value` is the loss, or `None`
-        for a kind without one (`has_loss = False`).
+        and the [`metaopt.extend.Evaluation`][] it came from, whose `value` is the loss, or
+        `None` for a kind without one (`has_loss = False`).
         """
 
     def optimality(

@@ -2,7 +2,7 @@
 
 import equinox as eqx
 
-from .._types import Aux, Batch, FloatScalar, Hyper, Key, LossFn, ModelState, Params
+from .._core._types import Aux, Batch, FloatScalar, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem
 from ._call import call_with_note, check_scalar, declared, describe, unpack
 from ._functions import InnerProblem
@@ -43,7 +43,7 @@ class BilevelProblem(eqx.Module):
             if not callable(inner) or isinstance(inner, type):
                 raise ValueError(
                     "`inner` must be an inner problem such as an instance of a "
-                    "subclass of `metaopt.AbstractInnerProblem`, or a function "
+                    "subclass of `metaopt.extend.AbstractInnerProblem`, or a function "
                     f"`loss(params, hyper, batch)`; got {describe(inner)}."
                 )
             inner = InnerProblem(inner)

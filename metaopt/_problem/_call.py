@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._model_state import StepStates
-from .._trace_once import call_once
-from .._tree import leaf_names, split_trainable
-from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
+from .._core._trace_once import call_once
+from .._core._tree import leaf_names, split_trainable
+from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._base import AbstractProblem, Evaluation
+from ._model_state import StepStates
 
 
 def initialise(

@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._types import Batch, Hyper, Key, LossFn, ModelState, Params
+from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from ._call import check_signature, declared, start
 from ._kinds import AbstractFixedPointProblem, AbstractInnerProblem, AbstractRootProblem
 from ._least_squares import AbstractLeastSquaresProblem
@@ -21,7 +21,7 @@ class InnerProblem(AbstractInnerProblem):
         arguments named `key` and (with `has_state`) `state`.
     - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
         initial params are handed over at each call.
-    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    - `has_aux`, `has_state`: as in [`metaopt.extend.AbstractInnerProblem`][].
 
     **Example:**
 
@@ -55,8 +55,8 @@ class PredictionProblem(AbstractPredictionProblem):
         scalar, convex in predictions and params. May declare an argument named `key`.
     - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
         initial params are handed over at each call.
-    - `has_aux`, `has_state`: as in [`metaopt.AbstractPredictionProblem`][]: the former
-        is about the criterion, the latter about the model.
+    - `has_aux`, `has_state`: as in [`metaopt.extend.AbstractPredictionProblem`][]: the
+        former is about the criterion, the latter about the model.
 
     **Example:**
 
@@ -100,7 +100,7 @@ class LeastSquaresProblem(AbstractLeastSquaresProblem):
         `has_state`) `state`.
     - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
         initial params are handed over at each call.
-    - `has_state`: as in [`metaopt.AbstractLeastSquaresProblem`][].
+    - `has_state`: as in [`metaopt.extend.AbstractLeastSquaresProblem`][].
 
     **Example:**
 
@@ -132,7 +132,7 @@ class FixedPointProblem(AbstractFixedPointProblem):
     - `step_fn`: `step_fn(params, hyper, batch)`, a pytree like `params`.
     - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
         initial params are handed over at each call.
-    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    - `has_aux`, `has_state`: as in [`metaopt.extend.AbstractInnerProblem`][].
     """
 
     step_fn: LossFn
@@ -155,7 +155,7 @@ class RootProblem(AbstractRootProblem):
     - `residual_fn`: `residual_fn(params, hyper, batch)`, a pytree like `params`.
     - `init_fn`: `init_fn(hyper, key)`, the initial params. May be left out where
         initial params are handed over at each call.
-    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    - `has_aux`, `has_state`: as in [`metaopt.extend.AbstractInnerProblem`][].
     """
 
     residual_fn: LossFn

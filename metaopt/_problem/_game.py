@@ -6,9 +6,9 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .._dependence import depends
-from .._tree import split_trainable
-from .._types import Batch, Hyper, Key, LossFn, ModelState, Params, Vector
+from .._core._tree import split_trainable
+from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params, Vector
+from .._jaxpr._dependence import depends
 from ._base import AbstractProblem, Evaluation
 from ._call import call, check_scalar, describe, start
 

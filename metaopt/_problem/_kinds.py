@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from .._tree import split_trainable
+from .._core._tree import split_trainable
 from ._base import AbstractProblem, Evaluation
 from ._call import call, check_like, check_scalar
 
@@ -23,7 +23,7 @@ class AbstractInnerProblem(AbstractProblem):
     import metaopt as mo
 
 
-    class Ridge(mo.AbstractInnerProblem):
+    class Ridge(mo.extend.AbstractInnerProblem):
         def init(self, hyper, key):
             return jnp.zeros(8)
 
@@ -82,7 +82,7 @@ class AbstractFixedPointProblem(AbstractProblem):
 
     Subclass it and write `init(hyper, key)` and `step(params, hyper, batch)`, which
     returns a pytree with the structure, shapes and dtypes of `params`. `key`, `has_aux`
-    and `has_state` are as in [`metaopt.AbstractInnerProblem`][].
+    and `has_state` are as in [`metaopt.extend.AbstractInnerProblem`][].
     """
 
     field_name = "the step of the fixed-point problem"
@@ -114,7 +114,7 @@ class AbstractRootProblem(AbstractProblem):
 
     Subclass it and write `init(hyper, key)` and `residual(params, hyper, batch)`, which
     returns a pytree with the structure, shapes and dtypes of `params`. `key`, `has_aux`
-    and `has_state` are as in [`metaopt.AbstractInnerProblem`][].
+    and `has_state` are as in [`metaopt.extend.AbstractInnerProblem`][].
     """
 
     field_name = "the residual"

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._tree import split_trainable
-from .._types import Batch, FloatScalar, Hyper, Params, PyTree
+from .._core._tree import split_trainable
+from .._core._types import Batch, FloatScalar, Hyper, Params, PyTree
 from ._call import declared
 from ._prediction import AbstractPredictionProblem
 
@@ -16,17 +16,17 @@ class AbstractLeastSquaresProblem(AbstractPredictionProblem):
     r"""An inner problem of nonlinear least squares,
     $loss = \tfrac{1}{2} \| residual(params, hyper) \|^2$.
 
-    It is an [`metaopt.AbstractInnerProblem`][] and can stand wherever one can. With
+    It is an [`metaopt.extend.AbstractInnerProblem`][] and can stand wherever one can. With
     [`metaopt.OptimistixSolver`][] it takes the solvers of least squares of optimistix,
     such as `GaussNewton` and `LevenbergMarquardt`. The optimality is the gradient of the
-    loss, with its exact Hessian unless [`metaopt.GaussNewton`][] is asked for.
+    loss, with its exact Hessian unless [`metaopt.linear.GaussNewton`][] is asked for.
 
     ```python
     import jax.numpy as jnp
     import metaopt as mo
 
 
-    class Decay(mo.AbstractLeastSquaresProblem):
+    class Decay(mo.extend.AbstractLeastSquaresProblem):
         def init(self, hyper, key):
             return jnp.ones(2)
 
@@ -51,7 +51,7 @@ class AbstractLeastSquaresProblem(AbstractPredictionProblem):
     def predict(
         self, params: Params, hyper: Hyper, batch: Batch, *, key: Any = None, **state: Any
     ) -> Any:
-        """The residual; see [`metaopt.AbstractPredictionProblem`][].
+        """The residual; see [`metaopt.extend.AbstractPredictionProblem`][].
 
         **Arguments:**
 
@@ -63,7 +63,7 @@ class AbstractLeastSquaresProblem(AbstractPredictionProblem):
     def criterion(
         self, predictions: PyTree, params: Params, hyper: Hyper, batch: Batch
     ) -> FloatScalar:
-        """Half the sum of squares; see [`metaopt.AbstractPredictionProblem`][].
+        """Half the sum of squares; see [`metaopt.extend.AbstractPredictionProblem`][].
 
         **Arguments:**
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from .._tree import split_trainable
-from .._types import Aux, Batch, FloatScalar, Hyper, Key, ModelState, Params, PyTree
+from .._core._tree import split_trainable
+from .._core._types import Aux, Batch, FloatScalar, Hyper, Key, ModelState, Params, PyTree
 from ._base import Evaluation
 from ._call import check_scalar, declared, describe, returned, unpack
 from ._kinds import AbstractInnerProblem
@@ -16,16 +16,16 @@ class AbstractPredictionProblem(AbstractInnerProblem):
     r"""An inner problem whose loss is a criterion of what a model predicts,
     $loss = criterion(predict(params), params)$.
 
-    It is an [`metaopt.AbstractInnerProblem`][] and can stand wherever one can. Write the
-    loss in its two parts where the curvature is to be that of Gauss and Newton
-    ([`metaopt.GaussNewton`][]); nothing else needs them.
+    It is an [`metaopt.extend.AbstractInnerProblem`][] and can stand wherever one can. Write
+    the loss in its two parts where the curvature is to be that of Gauss and Newton
+    ([`metaopt.linear.GaussNewton`][]); nothing else needs them.
 
     ```python
     import jax.numpy as jnp
     import metaopt as mo
 
 
-    class Fit(mo.AbstractPredictionProblem):
+    class Fit(mo.extend.AbstractPredictionProblem):
         def init(self, hyper, key):
             return jnp.zeros((4, 8)), jnp.zeros(8)
 

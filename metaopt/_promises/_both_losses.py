@@ -4,10 +4,19 @@ from collections.abc import Callable, Sequence
 
 import equinox as eqx
 
-from .._dependence import depends
+from .._core._tree import leaf_names, split_trainable
+from .._core._types import (
+    Batch,
+    FloatScalar,
+    Hyper,
+    Key,
+    ModelState,
+    Params,
+    PyTree,
+    Vector,
+)
+from .._jaxpr._dependence import depends
 from .._problem import BilevelProblem, initialise
-from .._tree import leaf_names, split_trainable
-from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params, PyTree, Vector
 
 
 class BothLosses(eqx.Module):

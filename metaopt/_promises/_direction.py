@@ -8,14 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._dependence import dependence
-from .._problem import BilevelProblem
-from .._tree import leaf_names
-from .._types import (
+from .._core._tree import leaf_names
+from .._core._types import (
     FloatScalar,
     PyTree,
     Vector,
 )
+from .._jaxpr._dependence import dependence
+from .._problem import BilevelProblem
 
 
 def check_direction(

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import tree_all_finite, tree_where_arrays
-from .._types import BoolScalar, PyTree
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import tree_all_finite, tree_where_arrays
+from .._core._types import BoolScalar, PyTree
 
 
 def judged(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax
 
-from .._dependence import dependence, leaves_with_influence
-from .._tree import split_trainable
-from .._types import Hyper, PyTree, Vector
+from .._core._tree import split_trainable
+from .._core._types import Hyper, PyTree, Vector
+from .._jaxpr._dependence import dependence, leaves_with_influence
 from ._both_losses import BothLosses, check_tunable, trainable_names
 
 

@@ -7,6 +7,11 @@ from ._parts import (
     InnerInfo as InnerInfo,
     OuterInfo as OuterInfo,
 )
+from ._raise import (
+    attach_solution as attach_solution,
+    ends_run as ends_run,
+    raise_on_failure as raise_on_failure,
+)
 from ._report import Report as Report
 from ._solution import (
     Best as Best,

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import leaf_names
-from .._types import Hyper
+from .._core._tree import leaf_names
+from .._core._types import Hyper
 from ._table import number
 
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._types import Aux, FloatScalar, IntScalar
+from .._core._types import Aux, FloatScalar, IntScalar
 from ._table import is_known, is_positive, number
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._results import RESULTS
+from .._core._results import RESULTS
 from ._parts import InnerInfo, OuterInfo
 from ._table import held_text, table, verdict
 
@@ -15,11 +15,12 @@ class Report(eqx.Module):
     **Attributes:**
 
     - `result`: how it went; `metaopt.RESULTS[result]` names the cause and the remedy.
-    - `outer`: a [`metaopt.OuterInfo`][], the outer loss and the size of the hypergradient.
-    - `inner`: a [`metaopt.InnerInfo`][], the inner solve.
-    - `derivative`: the adjoint's own part, such as a [`metaopt.ImplicitInfo`][] or a
-        [`metaopt.PathInfo`][]: an
-        [`metaopt.AbstractDerivativeInfo`][].
+    - `outer`: a [`metaopt.extend.OuterInfo`][], the outer loss and the size of the
+        hypergradient.
+    - `inner`: a [`metaopt.extend.InnerInfo`][], the inner solve.
+    - `derivative`: the adjoint's own part, such as a [`metaopt.extend.ImplicitInfo`][] or a
+        [`metaopt.extend.PathInfo`][]: an
+        [`metaopt.extend.AbstractDerivativeInfo`][].
     - `adjoint`: the name of the adjoint.
     """
 

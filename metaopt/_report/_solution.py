@@ -5,8 +5,8 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from .._results import RESULTS
-from .._types import Aux, FloatScalar, Hyper, ModelState, Params
+from .._core._results import RESULTS
+from .._core._types import Aux, FloatScalar, Hyper, ModelState, Params
 from ._history import History
 from ._report import notes, Report
 from ._table import is_known, number, table, verdict

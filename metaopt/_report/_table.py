@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.core
 import numpy as np
 
-from .._results import RESULTS
+from .._core._results import RESULTS
 
 
 def table(title: str, rows: list[tuple[str, str]], text: str) -> str:

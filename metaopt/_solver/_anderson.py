@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._model_state import AbstractStatePolicy
-from .._tree import tree_dtype, tree_put, tree_rooms, tree_sub
-from .._types import IntScalar, Vector
-from .._validate import check_count, check_tolerance
+from .._core._tree import tree_dtype, tree_put, tree_rooms, tree_sub
+from .._core._types import IntScalar, Vector
+from .._core._validate import check_count, check_tolerance
+from .._problem import AbstractStatePolicy
 from ._examples import Examples
 from ._fixed_point import (
     AbstractAcceleratedSolver,

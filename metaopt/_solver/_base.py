@@ -5,11 +5,8 @@ from typing import Any
 
 import equinox as eqx
 
-from .._data import AbstractData
-from .._model_state import AbstractStatePolicy
-from .._problem import AbstractProblem
-from .._results import RESULTS
-from .._types import (
+from .._core._results import RESULTS
+from .._core._types import (
     Aux,
     Batch,
     BoolScalar,
@@ -21,6 +18,8 @@ from .._types import (
     Params,
     Vector,
 )
+from .._data import AbstractData
+from .._problem import AbstractProblem, AbstractStatePolicy
 
 
 class Composition(eqx.Module):
@@ -98,7 +97,7 @@ class Outcome(eqx.Module):
         `None` where the solver or the adjoint does not hand it on.
     - `loss`: the inner loss at the solution, on the batch of the last step; `None` where
         the problem has none, and where it has not been looked at yet.
-    - `num_flat`: the sum over the steps of that of [`metaopt.StepOutput`][].
+    - `num_flat`: the sum over the steps of that of [`metaopt.extend.StepOutput`][].
     """
 
     params: Params
@@ -171,7 +170,7 @@ class AbstractSolver(eqx.Module):
 
         **Returns:**
 
-        A [`metaopt.Optimality`][].
+        A [`metaopt.extend.Optimality`][].
         """
 
 
@@ -231,7 +230,7 @@ class AbstractIterativeSolver(AbstractSolver):
         **Returns:**
 
         The new params and the new solver state, both with the shapes and dtypes of the
-        old ones, and a [`metaopt.StepOutput`][].
+        old ones, and a [`metaopt.extend.StepOutput`][].
         """
 
 
@@ -290,6 +289,6 @@ class AbstractDirectSolver(AbstractSolver):
 
         **Returns:**
 
-        An [`metaopt.Outcome`][], whose `result` says how it went. It never raises
+        An [`metaopt.extend.Outcome`][], whose `result` says how it went. It never raises
         because of the numbers.
         """

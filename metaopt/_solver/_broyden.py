@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._core._tree import tree_add, tree_dtype, tree_put, tree_rooms, tree_sub
+from .._core._types import IntScalar, Vector
+from .._core._validate import check_count
 from .._linear import AbstractInverse
-from .._model_state import AbstractStatePolicy
-from .._tree import tree_add, tree_dtype, tree_put, tree_rooms, tree_sub
-from .._types import IntScalar, Vector
-from .._validate import check_count
+from .._problem import AbstractStatePolicy
 from ._examples import Examples
 from ._fixed_point import (
     AbstractAcceleratedSolver,
@@ -42,7 +42,7 @@ class Broyden(AbstractAcceleratedSolver, AbstractSingleMapSolver):
     grows to more than twice the best one, the next step goes back by half of the last
     one.
 
-    Use it where its inverse is wanted for the derivative, with [`metaopt.SHINE`][].
+    Use it where its inverse is wanted for the derivative, with [`metaopt.linear.SHINE`][].
     [`metaopt.Anderson`][] needs less memory and is the first choice otherwise. A solve
     that does not meet its tolerance returns the best iterate that it met, and says
     whether the residual was still falling.

@@ -3,11 +3,11 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._core._results import RESULTS, where_result
+from .._core._tree import split_trainable
+from .._core._types import Batch, Hyper, Key, ModelState, Params
 from .._data import AbstractData
 from .._problem import AbstractPredictionProblem, AbstractProblem
-from .._results import RESULTS, where_result
-from .._tree import split_trainable
-from .._types import Batch, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
     AbstractIterativeSolver,
@@ -52,7 +52,7 @@ def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem
     if problem.has_state and solver.state_policy is None:
         raise ValueError(
             "The inner problem has model state (`has_state = True`), and what becomes "
-            f"of it must be said: write `{name}(..., state_policy=metaopt.CarriedState"
+            f"of it must be said: write `{name}(..., state_policy=metaopt.nn.CarriedState"
             "())`, or `FrozenState()`, or `PerStepState()`."
         )
     if not problem.has_state and solver.state_policy is not None:

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._model_state import AbstractStatePolicy
-from .._problem import AbstractProblem
-from .._rewrite import carry_conditions
-from .._tree import split_trainable, tree_norm, tree_sum_abs
-from .._types import Batch, Hyper, Key, ModelState, Params
-from .._validate import check_count, check_tolerance
+from .._core._tree import split_trainable, tree_norm, tree_sum_abs
+from .._core._types import Batch, Hyper, Key, ModelState, Params
+from .._core._validate import check_count, check_tolerance
+from .._jaxpr._rewrite import carry_conditions
+from .._problem import AbstractProblem, AbstractStatePolicy
 from ._base import AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
 from ._zero_gradients import with_usable_slopes
@@ -70,8 +69,8 @@ class Descent(AbstractIterativeSolver):
     - `atol`: stop once the Euclidean norm of the gradient (or field) is at most this;
         `None` takes all the steps. Needs inner data without minibatches.
     - `state_policy`: what becomes of model state, if the problem has any:
-        [`metaopt.CarriedState`][], [`metaopt.FrozenState`][] or
-        [`metaopt.PerStepState`][].
+        [`metaopt.nn.CarriedState`][], [`metaopt.nn.FrozenState`][] or
+        [`metaopt.nn.PerStepState`][].
 
     **Raises:**
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._tree import same_structs, tree_where_arrays
-from .._types import BoolScalar, Vector
+from .._core._tree import same_structs, tree_where_arrays
+from .._core._types import BoolScalar, Vector
 from ._base import AbstractIterativeSolver, AbstractSolver
 from ._descent import Descent
 from ._exact_momentum import AbstractExactMomentum, ReversibleState

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from ._base import AbstractIterativeSolver
 from ._fixed_point_numbers import bounded, decode, encode, straight, to_integer
 from ._lossless import (

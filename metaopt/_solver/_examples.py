@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._tree import tree_dtype, with_auto_axes
-from .._types import Vector
+from .._core._tree import tree_dtype, with_auto_axes
+from .._core._types import Vector
 
 
 class Examples(eqx.Module):

@@ -11,12 +11,12 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._core._results import mask_result, RESULTS
+from .._core._tree import split_trainable, tree_dtype
+from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
+from .._core._validate import check_count, check_flag, check_tolerance
 from .._data import AbstractData
 from .._problem import AbstractFixedPointProblem, AbstractProblem
-from .._results import mask_result, RESULTS
-from .._tree import split_trainable, tree_dtype
-from .._types import BoolScalar, FloatScalar, IntScalar, Vector
-from .._validate import check_count, check_flag, check_tolerance
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, StepOutput
 from ._common import check_state_policy, check_stopping, problem_optimality
 from ._examples import Examples

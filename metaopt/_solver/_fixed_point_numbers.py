@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._tree import wide_dtype
-from .._types import BoolScalar
+from .._core._tree import wide_dtype
+from .._core._types import BoolScalar
 
 
 def encode(x: jax.Array, fraction_bits: int | None) -> tuple[jax.Array, BoolScalar]:

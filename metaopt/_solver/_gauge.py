@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .._types import Vector
+from .._core._types import Vector
 
 
 def new_gauge() -> jax.Array:

@@ -6,12 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import tree_scaled_norm, tree_widened
+from .._core._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
 from .._data import AbstractData
-from .._detach import detached
+from .._jaxpr._detach import detached
 from .._problem import AbstractProblem
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import tree_scaled_norm, tree_widened
-from .._types import Batch, FloatScalar, Hyper, Key, ModelState, Params
 from ._base import (
     AbstractDirectSolver,
     AbstractIterativeSolver,

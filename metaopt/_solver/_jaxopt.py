@@ -15,10 +15,10 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._core._results import RESULTS, where_result
+from .._core._tree import split_trainable, tree_all_finite
+from .._jaxpr._rewrite import carry_conditions
 from .._problem import AbstractFixedPointProblem
-from .._results import RESULTS, where_result
-from .._rewrite import carry_conditions
-from .._tree import split_trainable, tree_all_finite
 from ._base import AbstractDirectSolver, Optimality
 from ._common import direct_outcome, problem_optimality, refuse_state
 

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._data import AbstractData
-from .._problem import AbstractProblem
-from .._results import first_failure, mask_result, RESULTS, where_result
-from .._tree import padding, split_trainable, tree_all_finite, wide_dtype
-from .._types import (
+from .._core._results import first_failure, mask_result, RESULTS, where_result
+from .._core._tree import padding, split_trainable, tree_all_finite, wide_dtype
+from .._core._types import (
     Aux,
     Batch,
     BoolScalar,
@@ -24,6 +22,8 @@ from .._types import (
     Params,
     Vector,
 )
+from .._data import AbstractData
+from .._problem import AbstractProblem
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
 from ._earlier import Earlier
 from ._fixed_point import AbstractFixedPointSolver

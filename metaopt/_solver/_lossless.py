@@ -40,7 +40,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._types import IntScalar
+from .._core._types import IntScalar
 
 
 BITS = 16

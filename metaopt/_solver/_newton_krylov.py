@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
+from .._core._tree import tree_axpy, tree_dtype, tree_structs, tree_sub
+from .._core._types import FloatScalar, IntScalar, Vector
+from .._core._validate import check_kind
+from .._jaxpr._linearise import linear_solve, linearised
 from .._linear import AbstractLinearSolver, GMRES
-from .._linearise import linear_solve, linearised
-from .._model_state import AbstractStatePolicy
-from .._tree import tree_axpy, tree_dtype, tree_structs, tree_sub
-from .._types import FloatScalar, IntScalar, Vector
-from .._validate import check_kind
+from .._problem import AbstractStatePolicy
 from ._examples import Examples
 from ._fixed_point import AbstractAcceleratedSolver, Applied, as_budget, Progress
 

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 
+from .._core._results import RESULTS
+from .._core._tree import split_trainable
+from .._core._types import IntScalar, Params, Vector
+from .._core._validate import check_count
+from .._jaxpr._rewrite import carry_conditions
 from .._problem import (
     AbstractFixedPointProblem,
     AbstractLeastSquaresProblem,
     AbstractProblem,
     Evaluation,
 )
-from .._results import RESULTS
-from .._rewrite import carry_conditions
-from .._tree import split_trainable
-from .._types import IntScalar, Params, Vector
-from .._validate import check_count
 from ._base import AbstractDirectSolver
 from ._common import direct_outcome, problem_optimality, refuse_state
 from ._safe_loops import with_safe_loops

@@ -3,8 +3,8 @@
 import equinox as eqx
 import jax
 
-from .._model_state import AbstractStatePolicy
-from .._types import IntScalar
+from .._core._types import IntScalar
+from .._problem import AbstractStatePolicy
 from ._examples import Examples
 from ._fixed_point import AbstractSingleMapSolver, as_budget, Begun, check_relaxation
 

@@ -2,10 +2,10 @@
 
 import equinox as eqx
 
-from .._model_state import AbstractStatePolicy
-from .._tree import split_trainable
-from .._types import IntScalar, Vector
-from .._validate import check_tolerance
+from .._core._tree import split_trainable
+from .._core._types import IntScalar, Vector
+from .._core._validate import check_tolerance
+from .._problem import AbstractStatePolicy
 from ._base import AbstractMixingSolver
 from ._examples import Examples
 from ._fixed_point import AbstractFixedPointSolver, as_budget, Begun

@@ -9,11 +9,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .._model_state import AbstractStatePolicy
-from .._results import first_failure, mask_result, RESULTS
-from .._tree import split_trainable, tree_all_finite, tree_dtype
-from .._types import Hyper
-from .._validate import check_count
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import split_trainable, tree_all_finite, tree_dtype
+from .._core._types import Hyper
+from .._core._validate import check_count
+from .._problem import AbstractStatePolicy
 from ._base import StepOutput
 from ._common import check_state_policy, problem_optimality
 from ._exact_momentum import AbstractExactMomentum, ReversibleState

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import lineax as lx
 
-from .._rewrite import carry_conditions
-from .._types import PyTree
+from .._core._types import PyTree
+from .._jaxpr._rewrite import carry_conditions
 
 
 class _SafeLoops(lx.AbstractLinearSolver):

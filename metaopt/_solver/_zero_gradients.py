@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._detach import detached, stop_gradient
-from .._rewrite import finite_derivatives, has_unbounded_derivatives, remade_entrywise
-from .._tree import tree_dtype
-from .._types import FloatScalar, PyTree, Vector
+from .._core._tree import tree_dtype
+from .._core._types import FloatScalar, PyTree, Vector
+from .._jaxpr._detach import detached, stop_gradient
+from .._jaxpr._rewrite import (
+    finite_derivatives,
+    has_unbounded_derivatives,
+    remade_entrywise,
+)
 
 
 Update = Callable[..., tuple[Vector, Any]]

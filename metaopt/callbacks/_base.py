@@ -20,7 +20,7 @@ class AbstractCallback:
 
         **Arguments:**
 
-        - `run`: the [`metaopt.Run`][].
+        - `run`: the [`metaopt.extend.Run`][].
         """
 
     def see(self, run: Any) -> bool | None:
@@ -28,7 +28,7 @@ class AbstractCallback:
 
         **Arguments:**
 
-        - `run`: the [`metaopt.Run`][].
+        - `run`: the [`metaopt.extend.Run`][].
 
         **Returns:**
 
@@ -40,5 +40,5 @@ class AbstractCallback:
 
         **Arguments:**
 
-        - `run`: the [`metaopt.Run`][].
+        - `run`: the [`metaopt.extend.Run`][].
         """

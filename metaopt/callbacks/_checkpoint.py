@@ -10,10 +10,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._checkpoint import CheckpointError, described, load, save
+from .._core._checkpoint import CheckpointError, described, load, save
+from .._core._results import RESULTS
+from .._core._validate import check_count
 from .._report import Best, is_float_array
-from .._results import RESULTS
-from .._validate import check_count
 from ._base import AbstractCallback
 
 

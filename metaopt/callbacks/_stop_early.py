@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .._validate import check_count, check_tolerance
+from .._core._validate import check_count, check_tolerance
 from ._base import AbstractCallback
 
 

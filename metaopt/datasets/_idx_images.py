@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._files import (
+from .._core._files import (
     check_checksum,
     data_folder,
     DataError,

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from .._validate import check_count
+from .._core._files import DataError, pillow
+from .._core._validate import check_count
 from ._class_data import ClassData
-from ._files import DataError, pillow
 
 
 _FORMATS = {

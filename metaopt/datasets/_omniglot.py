@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from ._class_data import ClassData
-from ._files import (
+from .._core._files import (
     data_folder,
     DataError,
     fetch,
@@ -20,6 +19,7 @@ from ._files import (
     read_npz,
     write_atomically,
 )
+from ._class_data import ClassData
 
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"

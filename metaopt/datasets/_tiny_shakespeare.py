@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ._files import check_checksum, data_folder, DataError, fetch, write_atomically
+from .._core._files import check_checksum, data_folder, DataError, fetch, write_atomically
 from ._text_data import TextData
 
 

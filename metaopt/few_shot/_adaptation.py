@@ -7,10 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._model_state import AbstractStatePolicy, StepStates
-from .._problem import AbstractInnerProblem, check_signature, declared
-from .._tree import split_trainable, tree_dot, tree_dtype, tree_sub
-from .._types import (
+from .._core._tree import split_trainable, tree_dot, tree_dtype, tree_sub
+from .._core._types import (
     Aux,
     Batch,
     FloatScalar,
@@ -22,6 +20,13 @@ from .._types import (
     PyTree,
     Vector,
 )
+from .._problem import (
+    AbstractInnerProblem,
+    AbstractStatePolicy,
+    check_signature,
+    declared,
+    StepStates,
+)
 from ._task import model_of
 
 
@@ -31,7 +36,7 @@ class ModelLoss(AbstractInnerProblem):
     **Attributes:**
 
     - `loss_fn`: `loss_fn(model, batch)`, with `key` and `state` as it declares them.
-    - `has_aux`, `has_state`: as in [`metaopt.AbstractInnerProblem`][].
+    - `has_aux`, `has_state`: as in [`metaopt.extend.AbstractInnerProblem`][].
     - `frozen`: the part of the model that is held constant, as a function of the model;
         `None` for nothing.
     """

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._types import Key
-from .._validate import canonical_arrays, check_count
+from .._core._types import Key
+from .._core._validate import canonical_arrays, check_count
 from ..datasets import ClassData
 from ._task import Task
 

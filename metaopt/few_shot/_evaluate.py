@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._model_state import StepStates
-from .._problem import declared
-from .._results import RESULTS
-from .._tree import with_auto_axes
-from .._types import Key, ModelState
-from .._validate import canonical_key, check_count
+from .._core._results import RESULTS
+from .._core._tree import with_auto_axes
+from .._core._types import Key, ModelState
+from .._core._validate import canonical_key, check_count
+from .._problem import declared, StepStates
 from ._episodes import Episodes, HostEpisodes
 from ._learner import (
     AbstractLearner,

@@ -10,14 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._data import AbstractData, FullBatch
-from .._model_state import StepStates
-from .._problem import initialise
-from .._raise import raise_on_failure
-from .._report import flat_text, is_positive, table, verdict
-from .._results import mask_result, RESULTS
-from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
-from .._tree import (
+from .._core._results import mask_result, RESULTS
+from .._core._tree import (
     leaf_names,
     same_structs,
     split_trainable,
@@ -30,7 +24,7 @@ from .._tree import (
     tree_zeros_like,
     with_auto_axes,
 )
-from .._types import (
+from .._core._types import (
     Aux,
     Batch,
     FloatScalar,
@@ -40,13 +34,17 @@ from .._types import (
     Params,
     Vector,
 )
-from .._validate import (
+from .._core._validate import (
     canonical_arrays,
     canonical_hyper,
     canonical_key,
     canonical_params,
     check_count,
 )
+from .._data import AbstractData, FullBatch
+from .._problem import initialise, StepStates
+from .._report import flat_text, is_positive, raise_on_failure, table, verdict
+from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
 from ._adaptation import Adaptation, ModelLoss
 from ._task import Learned, model_of, Task
 

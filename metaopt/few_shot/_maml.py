@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adjoint import AbstractAdjoint, StoreAll, UnrolledAdjoint
-from .._data import FullBatch
-from .._objective import Objective
-from .._problem import BilevelProblem
-from .._results import first_failure, mask_result, RESULTS
-from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
-from .._tree import tree_add, tree_all_finite
-from .._types import LossFn
-from .._validate import (
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import tree_add, tree_all_finite
+from .._core._types import LossFn
+from .._core._validate import (
     ADJOINT_EXAMPLE,
     check_count,
     check_kind,
     check_tolerance,
     DESCENT_EXAMPLE,
 )
+from .._data import FullBatch
+from .._objective import Objective
+from .._problem import BilevelProblem
+from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
 from ._adaptation import Adaptation, ModelLoss, WithTotalPolicy
 from ._learner import AbstractLearner, TaskGradient
 from ._task import Learned

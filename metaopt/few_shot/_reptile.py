@@ -6,11 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._results import first_failure, mask_result, RESULTS
+from .._core._results import first_failure, mask_result, RESULTS
+from .._core._tree import tree_all_finite, tree_sub
+from .._core._types import LossFn
+from .._core._validate import check_count, check_kind, DESCENT_EXAMPLE
 from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
-from .._tree import tree_all_finite, tree_sub
-from .._types import LossFn
-from .._validate import check_count, check_kind, DESCENT_EXAMPLE
 from ._adaptation import Adaptation, adapting_part, judge, ModelLoss
 from ._learner import AbstractLearner, adapt, TaskGradient
 from ._task import Learned

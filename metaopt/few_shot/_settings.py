@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from .._types import Params
-from .._validate import check_count, check_tolerance
+from .._core._types import Params
+from .._core._validate import check_count, check_tolerance
 from ._adaptation import adapting_part
 from ._task import Learned
 

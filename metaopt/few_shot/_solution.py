@@ -5,9 +5,9 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
+from .._core._results import RESULTS
+from .._core._types import IntScalar, Key, ModelState
 from .._report import Best, flat_text, History, is_positive, table, verdict
-from .._results import RESULTS
-from .._types import IntScalar, Key, ModelState
 
 
 class TrainState(eqx.Module):
@@ -43,7 +43,8 @@ class TrainSolution(eqx.Module):
     - `result`: how the run ended.
     - `reason`: why the first task that failed did; successful where none did.
     - `state`: to go on from.
-    - `best`: the [`metaopt.Best`][] that [`metaopt.callbacks.KeepBest`][] kept, or `None`.
+    - `best`: the [`metaopt.extend.Best`][] that [`metaopt.callbacks.KeepBest`][] kept, or
+        `None`.
     - `seconds`: how long it took, compilation included.
     """
 

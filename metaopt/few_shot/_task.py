@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._types import Batch, Params
+from .._core._types import Batch, Params
 
 
 class Task(eqx.Module):

@@ -8,17 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._outer import AbstractBody, as_callbacks, drive, Pulled, Run, StepRecord
-from .._raise import attach_solution, raise_on_failure
-from .._results import mask_result, RESULTS
-from .._tree import same_structs, split_trainable, tree_norm, tree_strong, tree_where_arrays
-from .._types import Key, ModelState
-from .._validate import (
+from .._core._results import mask_result, RESULTS
+from .._core._tree import (
+    same_structs,
+    split_trainable,
+    tree_norm,
+    tree_strong,
+    tree_where_arrays,
+)
+from .._core._types import Key, ModelState
+from .._core._validate import (
     canonical_key,
     check_count,
     check_kind,
     check_tolerance,
 )
+from .._outer import AbstractBody, as_callbacks, drive, Pulled, Run, StepRecord
+from .._report import attach_solution, raise_on_failure
 from ..callbacks import AbstractCallback
 from ._adaptation import chosen_leaves
 from ._episodes import HostEpisodes
@@ -65,9 +71,9 @@ def train(
     - `steps_per_call`: how many steps are compiled into one call; callbacks see the last of
         each call.
     - `callbacks`: called between calls, such as [`metaopt.callbacks.Checkpoint`][]; a
-        function is called with the [`metaopt.Run`][] after each call. One ends the run by
-        returning `True` or raising `StopIteration`. Any other error that it raises has what
-        was reached as its attribute `solution`.
+        function is called with the [`metaopt.extend.Run`][] after each call. One ends the
+        run by returning `True` or raising `StopIteration`. Any other error that it raises
+        has what was reached as its attribute `solution`.
     - `throw`: whether a failure raises.
 
     **Returns:**

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .._types import PyTree
+from .._core._types import PyTree
 
 
 class AbstractHyper(eqx.Module):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._tree import tree_widened
-from .._validate import canonical_arrays, check_real
+from .._core._tree import tree_widened
+from .._core._validate import canonical_arrays, check_real
 
 
 def initial_raw(

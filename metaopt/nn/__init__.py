@@ -31,3 +31,8 @@ from .._layers import (
     Conv2d as Conv2d,
     MaxPool2d as MaxPool2d,
 )
+from .._problem import (
+    CarriedState as CarriedState,
+    FrozenState as FrozenState,
+    PerStepState as PerStepState,
+)

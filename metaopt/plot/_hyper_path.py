@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from .._core._tree import leaf_names
+from .._core._validate import check_kind
 from .._report import History, is_float_array
-from .._tree import leaf_names
-from .._validate import check_kind
 from ..hyper import values
 from ._matplotlib import new_figure, tidy
 

@@ -4,18 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from .._check_response import ResponseCheck
-from .._validate import check_kind
+from .._core._validate import check_kind
+from ..diagnostics import ResponseCheck
 from ._matplotlib import new_figure, tidy
 
 
 def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
-    """Draws a [`metaopt.ResponseCheck`][]: how far the learned response points where the
-    implicit one does, and what both make of the hypergradient.
+    """Draw a learned response beside the implicit one, and both hypergradients.
 
     **Arguments:**
 
-    - `check`: what [`metaopt.check_response`][] returned.
+    - `check`: what [`metaopt.diagnostics.check_response`][] returned.
     - `figure`: a matplotlib figure or subfigure to draw into; by default a new one.
 
     **Returns:**
@@ -26,7 +25,7 @@ def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
 
     `ValueError` for anything else; `ImportError` without matplotlib.
     """
-    check_kind(check, ResponseCheck, "check", "metaopt.check_response(...)")
+    check_kind(check, ResponseCheck, "check", "metaopt.diagnostics.check_response(...)")
     count = len(check.names)
     if figure is None:
         figure = new_figure(9.0, 1.4 + 0.32 * count)

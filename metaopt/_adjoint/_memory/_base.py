@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ..._mixed_mode import in_mixed_mode
+from ..._problem import in_mixed_mode
 from ..._solver import Loop, LoopState
 
 

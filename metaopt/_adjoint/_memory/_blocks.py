@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._validate import check_count
+from ..._core._validate import check_count
 from ._base import AbstractMemoryPlan, remade
 from ._steps import StoreUpdates
 
@@ -22,8 +22,8 @@ class Blocks(AbstractMemoryPlan):
     **Arguments:**
 
     - `num_levels`: how often a step is made again.
-    - `steps`: what is kept of the steps in a block: [`metaopt.StoreUpdates`][],
-        [`metaopt.RecomputeSteps`][] or [`metaopt.StoreAll`][].
+    - `steps`: what is kept of the steps in a block: [`metaopt.memory.StoreUpdates`][],
+        [`metaopt.memory.RecomputeSteps`][] or [`metaopt.memory.StoreAll`][].
     """
 
     num_levels: int = eqx.field(default=1, static=True)
@@ -33,8 +33,8 @@ class Blocks(AbstractMemoryPlan):
         check_count(self.num_levels, "num_levels")
         if not isinstance(self.steps, AbstractMemoryPlan):
             raise ValueError(
-                "`steps` must be a memory plan such as `metaopt.RecomputeSteps()`; got "
-                f"{self.steps!r}."
+                "`steps` must be a memory plan such as `metaopt.memory.RecomputeSteps()`; "
+                f"got {self.steps!r}."
             )
 
     def prepare(self, loop):

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import equinox as eqx
 import jax
 
-from ..._tree import explicit_mesh
+from ..._core._tree import explicit_mesh
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -80,8 +80,8 @@ class MemoryBudget(eqx.Module):
             raise ValueError(
                 "A budget of memory is kept to by compiling each plan beforehand, which "
                 "cannot be done for arrays that are sharded over explicit axes of a mesh. "
-                "Choose a plan by hand: `UnrolledAdjoint(metaopt.Blocks())`; or make the "
-                "mesh with `axis_types=(AxisType.Auto,)`."
+                "Choose a plan by hand: `UnrolledAdjoint(metaopt.memory.Blocks())`; or "
+                "make the mesh with `axis_types=(AxisType.Auto,)`."
             )
         needs: dict[str, int] = {}
         for candidate in candidates:
@@ -131,7 +131,8 @@ def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
     if analysis is None:
         raise ValueError(
             "This backend of JAX does not say how much memory it plans for, so a budget "
-            "cannot be kept to. Choose a plan by hand: `UnrolledAdjoint(metaopt.Blocks())`."
+            "cannot be kept to. Choose a plan by hand: "
+            "`UnrolledAdjoint(metaopt.memory.Blocks())`."
         )
     return analysis.temp_size_in_bytes
 

@@ -7,17 +7,17 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 
-from ..._tree import explicit_mesh, padding
-from ..._validate import check_count
+from ..._core._tree import explicit_mesh, padding
+from ..._core._validate import check_count
 from ._base import AbstractMemoryPlan, with_mixed_mode
 
 
 class OnlineCheckpoints(AbstractMemoryPlan):
     r"""Keeps a fixed number of states of a loop whose length is not known beforehand.
 
-    For solvers that stop at a tolerance: the loop ends where they stop, in the forward
-    and in the reverse pass, whatever the most steps that they may take. Checkpoints are
-    moved as the loop goes on. Where the number of steps is known, [`metaopt.Blocks`][]
+    For solvers that stop at a tolerance: the loop ends where they stop, in the forward and
+    in the reverse pass, whatever the most steps that they may take. Checkpoints are moved
+    as the loop goes on. Where the number of steps is known, [`metaopt.memory.Blocks`][]
     makes fewer steps again. Reverse mode only.
 
     **Arguments:**
@@ -46,7 +46,8 @@ class OnlineCheckpoints(AbstractMemoryPlan):
             raise ValueError(
                 "`OnlineCheckpoints` keeps its states in loops of Equinox, which take no "
                 "arrays that are sharded over explicit axes of a mesh. Use "
-                "`metaopt.Blocks()`, or make the mesh with `axis_types=(AxisType.Auto,)`."
+                "`metaopt.memory.Blocks()`, or make the mesh with "
+                "`axis_types=(AxisType.Auto,)`."
             )
 
         def goes_on(carry):

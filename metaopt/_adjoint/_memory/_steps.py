@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 
-from ..._validate import check_count
+from ..._core._validate import check_count
 from ._base import AbstractMemoryPlan, remade, with_mixed_mode
 
 
@@ -38,8 +38,8 @@ class StoreUpdates(AbstractMemoryPlan):
     """Keeps the params before every step and what the optimizer computed, and nothing
     of the loss: memory grows with `num_steps` times two or three times the params.
 
-    Each gradient is differentiated in mixed mode, forward over reverse, which costs
-    about half a gradient more in each step than [`metaopt.StoreAll`][] (Kemaev et al.,
+    Each gradient is differentiated in mixed mode, forward over reverse, which costs about
+    half a gradient more in each step than [`metaopt.memory.StoreAll`][] (Kemaev et al.,
     2025). Use it where activations take more room than params.
     """
 
@@ -57,8 +57,8 @@ class RecomputeSteps(AbstractMemoryPlan):
     """Keeps the state before every step and makes the inside of each step again: memory
     grows with `num_steps` times the params and solver state.
 
-    Like [`metaopt.StoreUpdates`][] in mixed mode. It saves memory in addition where the
-    state is smaller than what the optimizer computes from it: half of it for plain
+    Like [`metaopt.memory.StoreUpdates`][] in mixed mode. It saves memory in addition where
+    the state is smaller than what the optimizer computes from it: half of it for plain
     gradient descent and nothing with momentum.
     """
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from ..._tree import (
+from ..._core._tree import (
     tree_all_finite,
     tree_rooms,
     tree_sharded_like,
     tree_structs,
     tree_where,
 )
-from ..._types import IntScalar, Key, Vector
+from ..._core._types import IntScalar, Key, Vector
 
 
 class AbstractPreconditioner(eqx.Module):

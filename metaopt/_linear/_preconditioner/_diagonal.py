@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._tree import tree_dtype, tree_size, tree_zeros_like
-from ..._validate import check_count
+from ..._core._tree import tree_dtype, tree_size, tree_zeros_like
+from ..._core._validate import check_count
 from ._base import AbstractPreconditioner, drawn, products, Refreshed
 
 

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._tree import tree_dtype, tree_rooms, tree_size, tree_where, with_auto_axes
-from ..._validate import check_count
+from ..._core._tree import tree_dtype, tree_rooms, tree_size, tree_where, with_auto_axes
+from ..._core._validate import check_count
 from .._base import coarsest_eps
 from ._base import AbstractPreconditioner, drawn, products, Refreshed
 

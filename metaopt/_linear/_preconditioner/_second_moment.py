@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..._tree import tree_dtype, tree_structs
-from ..._validate import check_tolerance
+from ..._core._tree import tree_dtype, tree_structs
+from ..._core._validate import check_tolerance
 from ._base import AbstractPreconditioner
 from ._diagonal import divided_by_diagonal
 
@@ -53,7 +53,7 @@ class SecondMoment(AbstractPreconditioner):
                 "`SecondMoment` needs the one second moment that an optimizer of the Adam "
                 f"type keeps for all of the params, and the inner solver keeps {kept}. Use "
                 "`metaopt.Descent(optax.adam(...), num_steps=...)`, or "
-                "`metaopt.DiagonalEstimate()`, which needs products only."
+                "`metaopt.linear.DiagonalEstimate()`, which needs products only."
             )
         roots = jax.tree.map(
             lambda nu, a: jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(nu), 0)).astype(a),

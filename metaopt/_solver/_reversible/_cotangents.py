@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._tree import wide_dtype
-from ..._types import PyTree
+from ..._core._tree import wide_dtype
+from ..._core._types import PyTree
 
 
 def partitioned(held: PyTree, moving: Any) -> tuple[PyTree, PyTree]:

@@ -31,10 +31,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._detach import unknown_derivative
-from ..._results import RESULTS
-from ..._tree import split_trainable
-from ..._types import BoolScalar, Hyper, ModelState, Vector
+from ..._core._results import RESULTS
+from ..._core._tree import split_trainable
+from ..._core._types import BoolScalar, Hyper, ModelState, Vector
+from ..._jaxpr._detach import unknown_derivative
 from .._loop import Loop
 from ._cotangents import added, in_dtypes, or_zeros, partitioned, wide_zeros
 from ._coupling import Coupling

@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._tree import tree_sub
-from ..._types import FloatScalar, Vector
+from ..._core._tree import tree_sub
+from ..._core._types import FloatScalar, Vector
 from .._examples import Examples
 
 

@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._detach import forbid_derivative
-from ..._tree import split_trainable
+from ..._core._tree import split_trainable
+from ..._jaxpr._detach import forbid_derivative
 from .._loop import LoopState
 from ._run import AbstractRun, Inputs, Reached
 

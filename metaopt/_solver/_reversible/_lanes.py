@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._types import BoolScalar, PyTree
+from ..._core._types import BoolScalar, PyTree
 
 
 Axes = tuple[int | None, ...]

@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..._results import RESULTS
-from ..._tree import nan_where, split_trainable, tree_dot
-from ..._types import Hyper, ModelState, Vector
+from ..._core._results import RESULTS
+from ..._core._tree import nan_where, split_trainable, tree_dot
+from ..._core._types import Hyper, ModelState, Vector
 from .._exact_momentum import AbstractExactMomentum
 from .._gauge import measured, new_gauge, rounding_variances
 from .._loop import Loop

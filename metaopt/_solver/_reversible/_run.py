@@ -7,8 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ..._tree import split_trainable
-from ..._types import BoolScalar, FloatScalar, Hyper, ModelState, Vector
+from ..._core._tree import split_trainable
+from ..._core._types import BoolScalar, FloatScalar, Hyper, ModelState, Vector
 from .._base import AbstractIterativeSolver, Outcome
 from .._loop import Loop, LoopState
 
@@ -61,7 +61,8 @@ class Undone(eqx.Module):
 
     - `cotangents`: those of `(run.evaluate, inputs)`; NaN where it has failed.
     - `succeeded`: whether the way back ended where it should.
-    - `returned_to_start`, `stored_bits`, `drift`: as in [`metaopt.ReversibleInfo`][].
+    - `returned_to_start`, `stored_bits`, `drift`: as in
+        [`metaopt.extend.ReversibleInfo`][].
     - `measured`: what a gauge has measured on the way, or `None`.
     """
 

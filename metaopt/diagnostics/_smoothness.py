@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ._data import AbstractData, as_data
-from ._problem import AbstractProblem, initialise
-from ._raise import raise_on_failure
-from ._report import table, verdict
-from ._results import first_failure, RESULTS
-from ._solver import AbstractSolver, InnerSolve
-from ._tree import split_trainable
-from ._types import FloatScalar, Hyper, Key, ModelState, Params, PyTree
-from ._validate import (
+from .._core._results import first_failure, RESULTS
+from .._core._tree import split_trainable
+from .._core._types import FloatScalar, Hyper, Key, ModelState, Params, PyTree
+from .._core._validate import (
     canonical_arrays,
     canonical_hyper,
     canonical_key,
@@ -26,6 +21,10 @@ from ._validate import (
     check_tolerance,
     DESCENT_EXAMPLE,
 )
+from .._data import AbstractData, as_data
+from .._problem import AbstractProblem, initialise
+from .._report import raise_on_failure, table, verdict
+from .._solver import AbstractSolver, InnerSolve
 
 
 class SmoothnessCheck(eqx.Module):
@@ -85,7 +84,7 @@ def check_smoothness(
     import optax
 
     problem = mo.InnerProblem(lambda params, hyper, data: jnp.sum((params - hyper) ** 2))
-    check = mo.check_smoothness(
+    check = mo.diagnostics.check_smoothness(
         problem, jnp.ones(3), jnp.zeros(3), solver=mo.Descent(optax.sgd(0.1), num_steps=20)
     )
     print(check.score.round(3))  # 1.0
@@ -102,7 +101,7 @@ def check_smoothness(
 
     **Returns:**
 
-    A [`metaopt.SmoothnessCheck`][]. Its score is NaN where nothing moves.
+    A [`metaopt.diagnostics.SmoothnessCheck`][]. Its score is NaN where nothing moves.
 
     **Raises:**
 

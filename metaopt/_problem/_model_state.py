@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._types import IntScalar, ModelState
-from ._validate import check_count
+from .._core._types import IntScalar, ModelState
+from .._core._validate import check_count
 
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class FrozenState(AbstractStatePolicy):
 class StepStates(eqx.Module):
     """Model states that outlast an inner solve, one for each of its steps.
 
-    What [`metaopt.PerStepState`][] starts from where the statistics of each step are to
+    What [`metaopt.nn.PerStepState`][] starts from where the statistics of each step are to
     be gathered over many solves: over the tasks of few-shot learning, say, where the
     `model_state` that a learner takes and returns is one of these.
 
@@ -94,7 +94,7 @@ class StepStates(eqx.Module):
         import jax.numpy as jnp
         import metaopt as mo
 
-        states = mo.StepStates({"mean": jnp.zeros(3)}, num_steps=5)
+        states = mo.extend.StepStates({"mean": jnp.zeros(3)}, num_steps=5)
         states.last  # {"mean": jnp.zeros(3)}
         ```
 
@@ -144,8 +144,8 @@ class PerStepState(AbstractStatePolicy):
     Step `t` sees and updates only slot `t`; the solution has the state of the last
     step taken. Costs `num_steps` copies of the state.
 
-    From one model state every slot begins with that. From [`metaopt.StepStates`][] each
-    begins where it was left, and the solution has all of them; steps beyond the last
+    From one model state every slot begins with that. From [`metaopt.extend.StepStates`][]
+    each begins where it was left, and the solution has all of them; steps beyond the last
     slot share it.
     """
 
@@ -173,8 +173,8 @@ class PerStepState(AbstractStatePolicy):
 def _one(state: ModelState) -> ModelState:
     if isinstance(state, StepStates):
         raise ValueError(
-            "`StepStates` are for a solver with `state_policy=metaopt.PerStepState()`; the "
-            "others take one model state."
+            "`StepStates` are for a solver with `state_policy=metaopt.nn.PerStepState()`; "
+            "the others take one model state."
         )
     return state
 

@@ -12,7 +12,7 @@ import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ._adjoint import (
+from .._adjoint import (
     AbstractAdjoint,
     Blocks,
     format_bytes,
@@ -20,15 +20,15 @@ from ._adjoint import (
     temporary_bytes,
     UnrolledAdjoint,
 )
-from ._hypergradient import differentiate, prepare
-from ._linear import GMRES
-from ._objective import Objective
-from ._problem import BilevelProblem
-from ._report import Report, verdict
-from ._results import RESULTS
-from ._solver import AbstractIterativeSolver, AbstractSolver
-from ._types import Hyper, Key, ModelState, Params
-from ._validate import ADJOINT_EXAMPLE, check_count, check_kind
+from .._core._results import RESULTS
+from .._core._types import Hyper, Key, ModelState, Params
+from .._core._validate import ADJOINT_EXAMPLE, check_count, check_kind
+from .._hypergradient import differentiate, prepare
+from .._linear import GMRES
+from .._objective import Objective
+from .._problem import BilevelProblem
+from .._report import Report, verdict
+from .._solver import AbstractIterativeSolver, AbstractSolver
 
 
 class ComparedAdjoint(eqx.Module):
@@ -63,7 +63,7 @@ class Comparison(eqx.Module):
 
     **Attributes:**
 
-    - `rows`: a [`metaopt.ComparedAdjoint`][] for each adjoint, by its name.
+    - `rows`: a [`metaopt.diagnostics.ComparedAdjoint`][] for each adjoint, by its name.
     - `reference`: the adjoint that they are compared with.
     """
 
@@ -157,8 +157,8 @@ def compare_hypergradients(
 
     **Returns:**
 
-    A [`metaopt.Comparison`][]. An adjoint that cannot serve the problem, or that fails,
-    has a row that says so.
+    A [`metaopt.diagnostics.Comparison`][]. An adjoint that cannot serve the problem, or
+    that fails, has a row that says so.
 
     **Raises:**
 

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._files import DataError, read_npz, write_atomically
 from ._tree import leaf_names
-from .datasets import DataError
-from .datasets._files import read_npz, write_atomically
 
 
 T = TypeVar("T")

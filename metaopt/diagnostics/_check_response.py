@@ -9,29 +9,29 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from ._best_response import ordinary
-from ._bilevel import Coordinates, SelfTuningState
-from ._data import AbstractData, as_data
-from ._dependence import without_derivative
-from ._implicit import (
-    AbstractCurvature,
-    cheapest_curvature,
-    ImplicitSystem,
-)
-from ._linear import AbstractLinearSolver
-from ._problem import AbstractProblem, BilevelProblem
-from ._report import BilevelSolution, table
-from ._solver import Optimality, problem_optimality
-from ._tree import leaf_names, split_trainable, tree_dot
-from ._types import Batch, Hyper, Key, ModelState, Params, Vector
-from ._validate import (
+from .._best_response import ordinary
+from .._bilevel import Coordinates, SelfTuningState
+from .._core._tree import leaf_names, split_trainable, tree_dot
+from .._core._types import Batch, Hyper, Key, ModelState, Params, Vector
+from .._core._validate import (
     canonical_arrays,
     canonical_key,
     check_count,
     check_kind,
     check_tolerance,
 )
-from ._warn import warn
+from .._core._warn import warn
+from .._data import AbstractData, as_data
+from .._implicit import (
+    AbstractCurvature,
+    cheapest_curvature,
+    ImplicitSystem,
+)
+from .._jaxpr._dependence import without_derivative
+from .._linear import AbstractLinearSolver
+from .._problem import AbstractProblem, BilevelProblem
+from .._report import BilevelSolution, table
+from .._solver import Optimality, problem_optimality
 
 
 _Numbers = Float[Array, " num_hyper"]
@@ -186,7 +186,7 @@ def check_response(
 
     **Returns:**
 
-    A [`metaopt.ResponseCheck`][].
+    A [`metaopt.diagnostics.ResponseCheck`][].
 
     **Raises:**
 
@@ -209,7 +209,7 @@ def check_response(
         curvature = cheapest_curvature(problem.inner)
     if linear_solver is None:
         linear_solver = curvature.stationary_solver(1e-2)
-    check_kind(curvature, AbstractCurvature, "curvature", "metaopt.GaussNewton()")
+    check_kind(curvature, AbstractCurvature, "curvature", "metaopt.linear.GaussNewton()")
     check_kind(linear_solver, AbstractLinearSolver, "linear_solver", "metaopt.CG()")
     measured = _measure(
         problem,

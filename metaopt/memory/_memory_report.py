@@ -5,15 +5,15 @@ from typing import Any
 
 import equinox as eqx
 
-from ._adjoint import AbstractAdjoint, exact_adjoints, format_bytes, temporary_bytes
-from ._hypergradient import prepare
-from ._objective import Objective
-from ._problem import BilevelProblem
-from ._report import table
-from ._solver import AbstractSolver
-from ._tree import tree_num_bytes
-from ._types import Hyper, Key, ModelState, Params
-from ._validate import ADJOINT_EXAMPLE, check_kind
+from .._adjoint import AbstractAdjoint, exact_adjoints, format_bytes, temporary_bytes
+from .._core._tree import tree_num_bytes
+from .._core._types import Hyper, Key, ModelState, Params
+from .._core._validate import ADJOINT_EXAMPLE, check_kind
+from .._hypergradient import prepare
+from .._objective import Objective
+from .._problem import BilevelProblem
+from .._report import table
+from .._solver import AbstractSolver
 
 
 class MemoryReport(eqx.Module):
@@ -67,7 +67,7 @@ def memory_report(
         lambda params, hyper, batch: jnp.mean(params**2),
     )
     print(
-        mo.memory_report(
+        mo.memory.memory_report(
             problem, 3.0, jnp.ones(1000), params=jnp.ones(1000),
             inner=mo.Descent(optax.sgd(0.1), num_steps=100),
         )
@@ -84,7 +84,7 @@ def memory_report(
 
     **Returns:**
 
-    A [`metaopt.MemoryReport`][].
+    A [`metaopt.memory.MemoryReport`][].
 
     **Raises:**
 

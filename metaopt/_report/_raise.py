@@ -7,8 +7,8 @@ import jax
 import jax.core
 import numpy as np
 
-from ._report import verdict
-from ._results import RESULTS, SolveError
+from .._core._results import RESULTS, SolveError
+from ._table import verdict
 
 
 T = TypeVar("T")

@@ -8,25 +8,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._adjoint import AbstractAdjoint, HypergradientOutput
-from ._data import AbstractData
-from ._dependence import evaluate_tracing_scale, leaves_with_influence
-from ._loop_error import loops_explained
-from ._problem import BilevelProblem, initialise
-from ._promises import (
-    check_inner_loss,
-    check_outer_loss,
-    check_seen,
-    check_tunable,
-    judged,
-    split_unreached,
-    trainable_names,
+from .._adjoint import AbstractAdjoint, HypergradientOutput
+from .._core._results import voids_hypergradient
+from .._core._tree import (
+    nan_where,
+    split_trainable,
+    tree_add,
+    tree_scaled_norm,
+    tree_where_arrays,
 )
-from ._report import InnerInfo, OuterInfo, Report
-from ._results import voids_hypergradient
-from ._solver import AbstractSolver, Earlier, InnerSolve, Outcome
-from ._tree import nan_where, split_trainable, tree_add, tree_scaled_norm, tree_where_arrays
-from ._types import (
+from .._core._types import (
     Aux,
     BoolScalar,
     FloatScalar,
@@ -36,7 +27,22 @@ from ._types import (
     Params,
     Vector,
 )
-from ._validate import check_params
+from .._core._validate import check_params
+from .._data import AbstractData
+from .._jaxpr._dependence import evaluate_tracing_scale, leaves_with_influence
+from .._problem import BilevelProblem, initialise
+from .._promises import (
+    check_inner_loss,
+    check_outer_loss,
+    check_seen,
+    check_tunable,
+    judged,
+    split_unreached,
+    trainable_names,
+)
+from .._report import InnerInfo, OuterInfo, Report
+from .._solver import AbstractSolver, Earlier, InnerSolve, Outcome
+from ._loop_error import loops_explained
 
 
 class Continued(eqx.Module):

@@ -7,8 +7,8 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 
+from .._core._types import Vector
 from ._dependence import is_transposable, passes_loop
-from ._types import Vector
 
 
 def linearised(

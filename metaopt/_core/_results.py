@@ -89,8 +89,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     curvature_contradicted = (
         "The `curvature` that `StrongConvexity` was given is not positive, or the linear "
         "solver met a smaller one, so its bound does not hold. Give a smaller `curvature` "
-        "above zero (to `metaopt.logistic_bound` and its like the penalty itself, and not "
-        "its logarithm), or use `metaopt.DualWeighted()`, which needs none."
+        "above zero (to `metaopt.accuracy.logistic_bound` and its like the penalty itself, "
+        "and not "
+        "its logarithm), or use `metaopt.accuracy.DualWeighted()`, which needs none."
     )
     # -- the linear system of implicit differentiation
     linear_max_steps = (
@@ -103,7 +104,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "hypergradient is still larger than the adjoint's `rtol` allows: the system is "
         "ill-conditioned, or, for a bound in float32, what rounding can do at worst is "
         "larger. Lower the `rtol` of the linear solver, give it a `preconditioner` or more "
-        "steps, use float64, estimate the error with `metaopt.DualWeighted()` in place of "
+        "steps, use float64, estimate the error with `metaopt.accuracy.DualWeighted()` in "
+        "place of "
         "a bound, add regularisation to the inner problem, or accept a larger error by "
         "name with `ImplicitAdjoint(rtol=...)`."
     )

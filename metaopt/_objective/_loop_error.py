@@ -7,11 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ._adjoint import AbstractAdjoint, ForwardAdjoint, ImplicitAdjoint
-from ._dependence import passes_loop
-from ._solver import AbstractIterativeSolver, InnerSolve
-from ._tree import split_trainable
-from ._types import FloatScalar, Hyper, ModelState, Params
+from .._adjoint import AbstractAdjoint, ForwardAdjoint, ImplicitAdjoint
+from .._core._tree import split_trainable
+from .._core._types import FloatScalar, Hyper, ModelState, Params
+from .._jaxpr._dependence import passes_loop
+from .._solver import AbstractIterativeSolver, InnerSolve
 
 
 Outer = Callable[[Params, Hyper, ModelState], FloatScalar]

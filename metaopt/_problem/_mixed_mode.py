@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-from ._data import AbstractData
-from ._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
-from ._rewrite import inner_jaxprs
-from ._tree import split_trainable, tree_dot, tree_zeros_like
-from ._types import FloatScalar, Vector
-from ._validate import check_count
+from .._core._tree import split_trainable, tree_dot, tree_zeros_like
+from .._core._types import FloatScalar, Vector
+from .._core._validate import check_count
+from .._data import AbstractData
+from .._jaxpr._rewrite import inner_jaxprs
+from ._base import AbstractProblem, Evaluation
+from ._call import returned
+from ._wrapped import AbstractWrappedProblem
 
 
 def in_mixed_mode(
@@ -343,6 +345,7 @@ mlir.register_lowering(_once_p, lambda ctx, x: [x])
 
 _ONCE = (
     "A second derivative was asked of a hypergradient whose steps are differentiated in "
-    "mixed mode, which allows for one. Use `metaopt.UnrolledAdjoint(metaopt.StoreAll())`, "
+    "mixed mode, which allows for one. Use "
+    "`metaopt.UnrolledAdjoint(metaopt.memory.StoreAll())`, "
     "whose steps are differentiated plainly."
 )

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ._adjoint import AbstractAdjoint
-from ._hypergradient import differentiate, prepare
-from ._objective import Objective
-from ._problem import BilevelProblem
-from ._report import Report, table
-from ._results import RESULTS, SolveError
-from ._solver import AbstractSolver
-from ._tree import split_trainable
-from ._types import Hyper, Key, ModelState, Params, Vector
-from ._validate import check_count, check_tolerance
+from .._adjoint import AbstractAdjoint
+from .._core._results import RESULTS, SolveError
+from .._core._tree import split_trainable
+from .._core._types import Hyper, Key, ModelState, Params, Vector
+from .._core._validate import check_count, check_tolerance
+from .._hypergradient import differentiate, prepare
+from .._objective import Objective
+from .._problem import BilevelProblem
+from .._report import Report, table
+from .._solver import AbstractSolver
 
 
 class HypergradientCheck(eqx.Module):
@@ -129,7 +129,7 @@ def check_hypergradient(
 
     **Returns:**
 
-    A [`metaopt.HypergradientCheck`][].
+    A [`metaopt.diagnostics.HypergradientCheck`][].
 
     **Raises:**
 

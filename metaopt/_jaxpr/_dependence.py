@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from .._core._types import PyTree
 from ._rewrite import inner_jaxprs, propagate
-from ._types import PyTree
 
 
 HELD_CONSTANT = "metaopt.held_constant"

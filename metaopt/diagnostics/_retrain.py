@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._adjoint import UnrolledAdjoint
-from ._best_response import best_responses, ordinary
-from ._data import AbstractData, as_data
-from ._problem import (
+from .._adjoint import UnrolledAdjoint
+from .._best_response import best_responses, ordinary
+from .._core._types import Hyper, Key, ModelState, Params
+from .._core._validate import canonical_arrays, check_kind, DESCENT_EXAMPLE
+from .._data import AbstractData, as_data
+from .._problem import (
     AbstractProblem,
     AbstractWrappedProblem,
     BilevelProblem,
     returned,
 )
-from ._report import History, Solution
-from ._solve_inner import solve_inner
-from ._solver import Descent
-from ._types import Hyper, Key, ModelState, Params
-from ._validate import canonical_arrays, check_kind, DESCENT_EXAMPLE
+from .._report import History, Solution
+from .._solve_inner import solve_inner
+from .._solver import Descent
 
 
 def retrain(

@@ -1,0 +1,1 @@
+"""Types, trees, checks of arguments, and results: the ground that all else stands on."""
