@@ -16,6 +16,7 @@ import pytest
 
 import metaopt
 from our_source import (
+    COMMAND_LINE,
     import_module,
     module_name,
     MODULES,
@@ -354,3 +355,41 @@ def test_init_files_only_reexport(name):
         if not is_reexport(node) and not (name == ROOT and is_root_extra(node))
     ]
     assert other == []
+
+
+# Sizes
+
+
+MAX_FILE, MAX_FUNCTION = 400, 60  # lines; those of a function without its docstring
+
+
+def long_functions(text: str) -> list[str]:
+    lines, found = text.splitlines(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            has_docstring = ast.get_docstring(node) is not None
+            begin = (first.end_lineno if has_docstring else first.lineno - 1) or 0
+            code = [line.strip() for line in lines[begin : node.end_lineno]]
+            if sum(bool(line) and not line.startswith("#") for line in code) > MAX_FUNCTION:
+                found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE
+    assert long_functions(text) == []
+
+
+def test_long_functions_are_seen():
+    text = "def function():\n    'Text.'\n    # A comment.\n" + 60 * "    x = 1\n"
+    assert long_functions(text) == []
+    assert long_functions(text + "    x = 2\n") == ["function"]
+
+
+def test_the_root_is_small():
+    assert len(dir(metaopt)) <= 70
+    entries = {name.split(".")[0] for name in MODULES} - {ROOT, COMMAND_LINE}
+    assert len(entries) <= 33

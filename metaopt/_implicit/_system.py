@@ -6,14 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 
 from .._core._results import first_failure, RESULTS
 from .._core._tree import (
     split_trainable,
-    tree_cast_like,
     tree_entangled,
     tree_structs,
     tree_sub,
@@ -54,6 +51,7 @@ from ._curvature import AbstractCurvature, ExactCurvature
 from ._inner_error import InnerError, judge_inner
 from ._operators import cross_pullback, newton_length
 from ._second_derivative import without_second_derivative
+from ._vectors import like
 
 
 class ImplicitSystem(eqx.Module):
@@ -325,7 +323,7 @@ class ImplicitSystem(eqx.Module):
 
         A vector like `params`.
         """
-        direction = _like(direction, self.hyper, "direction", "hyper")
+        direction = like(direction, self.hyper, "direction", "hyper")
         along = lambda hyper: self.condition(self.params, hyper)
         return jax.jvp(along, (self.hyper,), (direction,))[1]
 
@@ -392,26 +390,4 @@ class ImplicitSystem(eqx.Module):
         return operator.transpose() if transposed and not self.is_symmetric else operator
 
     def _like_params(self, vector: Vector, name: str, axes: int = 0) -> Vector:
-        return _like(vector, self.params, name, "params", axes)
-
-
-def _like(vector: Vector, expected: Vector, name: str, of: str, axes: int = 0) -> Vector:
-    """A vector in the dtypes of another, with so many more axes in front."""
-    given = _vector(vector)
-    leaves, structure = jax.tree.flatten(given)
-    shapes = [jnp.shape(leaf)[axes:] for leaf in leaves]
-    expected_shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
-    if structure != jax.tree.structure(expected) or shapes != expected_shapes:
-        more = ", with one more axis in front of each leaf" if axes else ""
-        raise ValueError(
-            f"`{name}` must have the structure and the shapes of the floating-point "
-            f"arrays of `{of}`, {tree_structs(expected)}{more}; got {tree_structs(given)}."
-        )
-    return tree_cast_like(given, expected)
-
-
-def _vector(tree: Any) -> Vector:
-    """The floating-point arrays of a pytree, those of NumPy and Python floats included."""
-    numbers = float | np.ndarray | np.generic
-    arrays = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, numbers) else x, tree)
-    return split_trainable(arrays)[0]
+        return like(vector, self.params, name, "params", axes)

@@ -27,8 +27,9 @@ from .._outer import AbstractBody, as_callbacks, drive, Pulled, Run, StepRecord
 from .._report import attach_solution, raise_on_failure
 from ..callbacks import AbstractCallback
 from ._adaptation import chosen_leaves
+from ._batches import as_tasks
 from ._episodes import HostEpisodes
-from ._learner import AbstractLearner, as_tasks, canonical_meta, check_model_state
+from ._learner import AbstractLearner, canonical_meta, check_model_state
 from ._solution import TrainSolution, TrainState
 from ._task import Learned, model_of
 
