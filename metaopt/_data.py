@@ -53,7 +53,7 @@ class AbstractData(eqx.Module):
 
 
 class FullBatch(AbstractData):
-    """All of the data at every step. What plain arrays are taken as.
+    """All of the data at every step. Plain arrays become one of these.
 
     **Arguments:**
 

@@ -7,7 +7,9 @@ abstract or final. The rules for imports are in `test_imports.py`.
 import ast
 import dataclasses
 import inspect
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -393,3 +395,40 @@ def test_the_root_is_small():
     assert len(dir(metaopt)) <= 70
     entries = {name.split(".")[0] for name in MODULES} - {ROOT, COMMAND_LINE}
     assert len(entries) <= 33
+
+
+# English
+
+
+def prose(text: str) -> Iterator[str]:
+    """The docstrings and the comments of a module, comments in a row as one."""
+    for node in ast.walk(ast.parse(text)):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
+            yield docstring
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments, last = [], 0
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1 and comments:
+                yield " ".join(comments)
+                comments = []
+            comments.append(token.string.lstrip("# "))
+            last = token.start[0]
+    yield " ".join(comments)
+
+
+def indirect_sentences(text: str) -> list[str]:
+    """The sentences whose subject is a relative clause, which have to be read twice."""
+    opening = r"(?:^|(?<=[.:!?]\s)|\n\s*\n\s*)((?:What|Where|How)\b[^?]{0,40})(?!\?)"
+    return [found for part in prose(text) for found in re.findall(opening, part)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_sentences_begin_with_their_subject(name):
+    assert indirect_sentences(MODULES[name].read_text(encoding="utf-8")) == []
+
+
+def test_indirect_sentences_are_seen():
+    text = '"""Text. What is left is\nnothing."""\n\n# Where it is.\nx = 1\n'
+    assert indirect_sentences(text) == ["What is left is\nnothing.", "Where it is."]

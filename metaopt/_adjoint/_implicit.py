@@ -215,7 +215,7 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
         carry = _Carry(
             tree_widened(linear.value),
             system.preconditioner_state,
-            # What was refused is no measure of what comes next.
+            # A refused hypergradient does not measure the next ones.
             jnp.where(result == RESULTS.successful, largest, before),
         )
         return HypergradientOutput(

@@ -114,11 +114,11 @@ class ImplicitInfo(AbstractDerivativeInfo):
         the linear system took, those of checks and of a preconditioner included.
     - `min_curvature`: the smallest curvature that the linear solver met; infinite where
         it does not look.
-    - `tolerance`: what the linear system was solved to at most, and the error of the
-        inner solution that was accepted, because the outer loop accepts that much at
-        this step; `None` without a [`metaopt.PolynomialTolerance`][] or the like. What
-        the linear solver has not met by then (negative curvature, slow directions of the
-        inner solution) is not known.
+    - `tolerance`: what the linear system was solved to at most, and the error of the inner
+        solution that was accepted, because the outer loop accepts that much at this step;
+        `None` without a [`metaopt.PolynomialTolerance`][] or the like. The linear solver
+        may stop before it meets negative curvature or slow directions of the inner
+        solution.
     - `error`: the Euclidean norm of the error of the hypergradient, or `None` where
         nobody asked for it.
     - `error_is_bound`: whether the error cannot be larger; otherwise it is an estimate.

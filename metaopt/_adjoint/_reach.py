@@ -163,7 +163,7 @@ class InnerGradientsHeld(AbstractPathReach):
 
 
 class AtSolution(AbstractReach):
-    """What acts on the solution itself, or on the last steps: the inner loss.
+    """The inner loss alone, which acts on the solution itself or on the last steps.
 
     The initial params are out of reach, and so is all else that an outcome holds: model
     state, auxiliary outputs, losses and the state of the solver satisfy no condition.

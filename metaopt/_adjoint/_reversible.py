@@ -31,9 +31,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     r"""Reverse mode through every step of [`metaopt.ReversibleSGD`][] or
     [`metaopt.ReversiblePicard`][], each of which is undone on the way back.
 
-    It gives the derivative of the steps taken, as [`metaopt.UnrolledAdjoint`][] does,
-    with the memory of one step. Where the steps fit in memory, the unrolled adjoint takes
-    any solver, and less time.
+    It gives the derivative of the steps taken, as [`metaopt.UnrolledAdjoint`][] does, with
+    the memory of one step. If the steps fit in memory, the unrolled adjoint takes any
+    solver, and less time.
 
     **`ReversibleSGD`** is undone to the last bit, for which $\log_2(1 / momentum)$ bits
     are kept for each step and parameter. Use it for long runs whose learning rates,
@@ -46,7 +46,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     how far from the start the way back ends, which the report says (`drift`). The error of
     the derivative is smaller as a rule, because what is furthest off counts for least.
 
-    Where steps were not undone the hypergradient is NaN, and the result says why.
+    The hypergradient is NaN if a step was not undone, and the result says why.
 
     Not for model state that changes: freeze it. Second derivatives of what is solved are
     an error, and so is forward mode. Of the losses of a fixed point, which are norms of

@@ -35,10 +35,10 @@ from ._reversible import ReversibleAdjoint
 class UnrolledAdjoint(AbstractAdjoint):
     """Reverse mode through every step of the inner solver.
 
-    Exact for the params that were reached, converged or not, and the only exact choice
-    for hyperparameters of the path itself: learning rates, momenta, schedules, initial
-    params. Its memory grows with the number of steps, as `memory` says. Where the inner
-    problem is solved to convergence, [`metaopt.ImplicitAdjoint`][] needs less.
+    Exact for the params that were reached, converged or not, and the only exact choice for
+    hyperparameters of the path itself: learning rates, momenta, schedules, initial params.
+    Its memory grows with the number of steps, as `memory` says. If the inner problem is
+    solved to convergence, [`metaopt.ImplicitAdjoint`][] needs less.
 
     **Arguments:**
 

@@ -21,7 +21,7 @@ class AbstractBestResponse(eqx.Module):
     """A layer whose arrays depend on outer variables: general ones and their response.
 
     It is called as the layer that it stands for, and has its attributes: sizes, and arrays
-    as they are at the bound perturbation. What it answers to is bound beforehand
+    as they are at the bound perturbation. The perturbation is bound beforehand
     (`metaopt.nn.bind`), under `jax.vmap` with a perturbation of its own for each example;
     unbound, it is the general layer.
 
@@ -37,8 +37,9 @@ class AbstractBestResponse(eqx.Module):
     perturbation: eqx.AbstractVar[Perturbation | None]
 
     def __getattr__(self, name: str) -> Any:
-        # What the class itself lacks. Models ask their layers for sizes, such as
-        # `cell.hidden_size`, and for arrays that they use elsewhere once more.
+        # Called for attributes that the class itself lacks. Models ask their layers for
+        # sizes, such as `cell.hidden_size`, and for arrays that they use elsewhere once
+        # more.
         if name.startswith("_") or name in ("layer", "response", "perturbation"):
             raise AttributeError(name)  # a copy under construction has none of these
         if name in self.response:

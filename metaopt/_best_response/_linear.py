@@ -42,7 +42,7 @@ class BestResponseLinear(AbstractBestResponse):
 
         **Returns:**
 
-        What the layer returns, at the bound perturbation.
+        Apply the layer at the bound perturbation.
         """
         y = self.layer(x)
         if self.perturbation is None:

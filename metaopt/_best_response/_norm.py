@@ -38,7 +38,7 @@ class BestResponseNorm(AbstractBestResponse, eqx.nn.StatefulLayer):
 
         **Returns:**
 
-        What the layer returns, at the bound perturbation.
+        Apply the layer at the bound perturbation.
         """
         # The affine part is as large as its input, so nothing is lost by forming it.
         return self.effective()(x, *args, **kwargs)

@@ -75,8 +75,8 @@ def _with_axes_of(y, *others):
 
 @_added_at_zero.defjvp
 def _(shape, primals, tangents):
-    # What is left out has the factor `vector`, which is zero; XLA could not know that,
-    # and the tangent of `x` may have cost a matrix product.
+    # The omitted term has the factor `vector`, which is zero; XLA could not know that, and
+    # the tangent of `x` may have cost a matrix product.
     y, matrix, vector, x = primals
     out = _with_axes_of(y, matrix, vector, x)
     return out, tangents[0] + _scaled(shape, matrix, tangents[2], x)

@@ -108,9 +108,9 @@ class STN(AbstractBestResponseMethod):
     $$\min_{W, \Theta} \; \mathbb{E}_\epsilon\, loss(W + \Theta \epsilon,
     \lambda + \epsilon).$$
 
-    Works for any loss. What it converges to is the best response up to an error that
-    grows with the square of the scale of the perturbation; [`metaopt.DeltaSTN`][] has
-    less of that, costs a little more and needs the loss in two parts.
+    Works for any loss. It converges to the best response up to an error that grows with the
+    square of the scale of the perturbation; [`metaopt.DeltaSTN`][] has less of that, costs
+    a little more and needs the loss in two parts.
 
     In the paper the response is a function of $\lambda + \epsilon$, of which this is the
     same function written around the present $\lambda$ (general weights follow it). There,
@@ -175,13 +175,13 @@ class DeltaSTN(AbstractBestResponseMethod):
     $$\min_\Theta \; \mathbb{E}_\epsilon\, loss\big(f(W) + J_f(W)\, \Theta \epsilon,\;
     \lambda + \epsilon\big),$$
 
-    so that neither disturbs the other, and what is differentiated in the outer loss is
-    the Jacobian of the best response itself. Where the criterion is quadratic in what the
-    network predicts, and `hyper` acts in the criterion alone, the response that is found
-    is that of the implicit function theorem with the curvature of Gauss and Newton,
-    whatever the scale of $\epsilon$. What acts in `predict`, as dropout does, is sampled
-    as it is, at the price of another forward pass, of noise, and of an error that grows
-    with the square of the scale.
+    so that neither disturbs the other, and what is differentiated in the outer loss is the
+    Jacobian of the best response itself. If the criterion is quadratic in the predictions
+    of the network, and `hyper` acts in the criterion alone, the response found is that of
+    the implicit function theorem with the curvature of Gauss and Newton, whatever the scale
+    of $\epsilon$. Leaves that act in `predict`, such as a dropout rate, are sampled as they
+    are, at the price of another forward pass, of noise, and of an error that grows with the
+    square of the scale.
 
     Needs a loss in two parts, an [`metaopt.extend.AbstractPredictionProblem`][], whose
     criterion has a derivative in `hyper`. There are four differences from the paper: the

@@ -29,14 +29,13 @@ from ._self_tuning_steps import SelfTuningState, SelfTuningSteps, Trained, Valid
 class SelfTuningSolver(AbstractBilevelSolver):
     """Trains a network that *is* the best response, and `hyper` through it, in one run.
 
-    The layers of the model become best-response layers
-    ([`metaopt.nn.self_tuning`][]), whose weights are a function of `hyper`. Training
-    steps fit that function around the present `hyper`: each example sees a random
-    perturbation of it, in the loss and in the weights alike. Validation steps then
-    differentiate the outer loss through the function. No inner problem is solved and no
-    linear system either, so a run costs little more than training once; it returns a
-    *schedule* of `hyper` with a model trained on it. What enters neither loss nor model,
-    such as a learning rate, cannot be tuned this way.
+    The layers of the model become best-response layers ([`metaopt.nn.self_tuning`][]),
+    whose weights are a function of `hyper`. Training steps fit that function around the
+    present `hyper`: each example sees a random perturbation of it, in the loss and in the
+    weights alike. Validation steps then differentiate the outer loss through the function.
+    No inner problem is solved and no linear system either, so a run costs little more than
+    training once; it returns a *schedule* of `hyper` with a model trained on it. A leaf
+    that enters neither loss nor model, such as a learning rate, cannot be tuned this way.
 
     One outer step is `num_rounds` rounds of `train_steps` training and `valid_steps`
     validation steps. The `outer_loss` in reports is that of the last validation batch,
@@ -47,9 +46,9 @@ class SelfTuningSolver(AbstractBilevelSolver):
     are written with [`metaopt.nn.squared_norm`][]. Both are checked before the run, unless
     it is inside of a `jax.jit` of your own.
 
-    What acts on the training loss is perturbed and tuned, with or without a derivative:
-    the rate of an `equinox.nn.Dropout`, too, which is behind a `jax.lax.stop_gradient`.
-    So that holds nothing constant here; keep what is to stay as it is out of `hyper`.
+    Every leaf that acts on the training loss is perturbed and tuned, with or without a
+    derivative, even behind a `jax.lax.stop_gradient`, such as the rate of an
+    `equinox.nn.Dropout`. Keep a number that is to stay constant out of `hyper`.
 
     In reports `inner_loss` and `inner_residual` are those of the last training step, before
     it was taken; the residual is the norm of the gradient in all params, those of the

@@ -58,9 +58,8 @@ class AbstractStart(eqx.Module):
 class ColdStart(AbstractStart):
     """Every outer step solves the inner problem from scratch.
 
-    What the tuned `hyper` is worth is then what it does for a new run, which is what is
-    wanted of learning rates and schedules. Random initial params and minibatches are
-    drawn anew at every outer step.
+    The tuned `hyper` is then judged by a new run, as learning rates and schedules should
+    be. Random initial params and minibatches are drawn anew at every outer step.
     """
 
     goes_on: ClassVar[bool] = False
@@ -79,10 +78,10 @@ class ColdStart(AbstractStart):
 class WarmStart(AbstractStart):
     """Every outer step goes on from the last inner solution.
 
-    Cheaper where the inner problem has one solution. Where it has many, the params
-    found can owe more to the history of the run than to the `hyper` found (Vicol et
-    al., 2022): solve again from scratch before you report. An adjoint that follows the
-    path sees the part of it within the outer step, and the report says so.
+    Cheaper where the inner problem has one solution. If it has many, the params found can
+    owe more to the history of the run than to the `hyper` found (Vicol et al., 2022): solve
+    again from scratch before you report. An adjoint that follows the path sees the part of
+    it within the outer step, and the report says so.
 
     Params and model state are carried over. The inner optimizer begins anew at every
     outer step, with its momenta, averages, schedule and count of steps:

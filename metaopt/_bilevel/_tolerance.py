@@ -14,10 +14,10 @@ class AbstractTolerance(eqx.Module):
 
     An early one need not be exact: `hyper` is far from where it will end, and a rough one
     leads there as well. The linear system of an implicit derivative is solved to the
-    tolerance where that is more than the linear solver's own, and a relative error of
-    the inner solution up to it is accepted where it is more than the adjoint's
-    `inner_rtol`. How far the inner solver goes is left to the inner solver, because a
-    residual that is small says little of the distance to the solution.
+    tolerance where that is more than the linear solver's own, and a relative error of the
+    inner solution up to it is accepted where it is more than the adjoint's `inner_rtol`.
+    The inner solver decides by itself when to stop, because a small residual does not bound
+    the distance to the solution.
 
     It is the residual of the linear system that is held to the tolerance; the error of
     the hypergradient can be as many times more as the system is ill-conditioned. A

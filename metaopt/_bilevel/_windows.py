@@ -18,9 +18,9 @@ class Windows(AbstractStart):
     `hyper` is worth in a new run use [`metaopt.ColdStart`][], and where the path does not
     matter [`metaopt.WarmStart`][].
 
-    What an outer step takes over is held constant: the derivative is that of its own
-    window, and the report says so. Short windows prefer what pays off soon (Wu, Ren,
-    Liao and Grosse, 2018). Each window draws its own minibatches.
+    The state at the start of a window is held constant: the derivative is that of its own
+    window, and the report says so. Short windows prefer what pays off soon (Wu, Ren, Liao
+    and Grosse, 2018). Each window draws its own minibatches.
 
     Solvers of fixed points remember nothing that the next map could use, and begin anew at
     the params reached. [`metaopt.ReversibleSGD`][] goes on with its velocities, and reads

@@ -30,7 +30,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     **Arguments:**
 
     - `path`: the file, whose folder is made if need be. One that is there is replaced.
-    - `tree`: any pytree, such as the `state` of a run. What is no array is not written.
+    - `tree`: any pytree, such as the `state` of a run. Leaves that are no arrays are not
+        written.
 
     **Raises:**
 
@@ -60,7 +61,7 @@ def load(path: str | os.PathLike, like: T) -> T:
 
     - `path`: the file.
     - `like`: a pytree of the same structure, shapes and dtypes, such as the state at the
-        start of the run. What is no array is taken from it.
+        start of the run. Leaves that are no arrays are taken from it.
 
     **Returns:**
 

@@ -238,8 +238,8 @@ def read_npz(path: Path, keys: Sequence[str], max_bytes: int) -> dict[str, np.nd
         with zipfile.ZipFile(path) as archive:
             for key in keys:
                 _check_npz_member(archive, key, max_bytes)
-                # NumPy reads as much as an array should take. Where a damaged member has
-                # more to it, that is short of the end, and its checksum is not compared.
+                # NumPy reads as much as an array should take. If a damaged member holds
+                # more, NumPy stops before its end and does not compare the checksum.
                 with archive.open(f"{key}.npy") as member:
                     while member.read(2**20):
                         pass

@@ -1,4 +1,4 @@
-"""Pytrees as vectors. What `optax.tree` already offers is used from there."""
+"""Pytrees as vectors, beyond the functions of `optax.tree`."""
 
 from collections.abc import Callable
 
@@ -203,7 +203,7 @@ def tree_sharded_like(x: PyTree, structs: PyTree) -> PyTree:
 
 
 def with_auto_axes(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """`fn(*args)`, within which the axes of an explicit mesh are automatic. Where any array
+    """`fn(*args)`, within which the axes of an explicit mesh are automatic. If any array
     is sharded over explicit axes, the results are replicated."""
     dynamic, static = eqx.partition(args, eqx.is_array)
     mesh = explicit_mesh(dynamic)

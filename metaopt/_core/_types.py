@@ -19,8 +19,8 @@ Aux: TypeAlias = PyTree[Any]
 """Whatever a loss returns beside its value."""
 
 ModelState: TypeAlias = PyTree[Any]
-"""What a model updates as it runs and nobody differentiates a loss for, such as the
-running statistics of batch normalisation. `None` where there is none."""
+"""State that a model updates as it runs and that is not trained, such as the running
+statistics of batch normalisation. `None` for a model without."""
 
 Key: TypeAlias = PRNGKeyArray
 BoolScalar: TypeAlias = Bool[Array, ""]

@@ -112,9 +112,9 @@ class MonotoneCell(AbstractCell):
     r"""The fixed point of $relu(W z + U x + b)$ for matrices $W$ of any norm that are
     *monotone*: $W = (1 - m) I - A^T A + B - B^T$.
 
-    There is one fixed point for each input, whatever $A$ and $B$ are, and the spectral
-    norm of $W$ has no bound: such a layer can express more than a contraction. What is
-    iterated is a step of forward-backward splitting with the same fixed point,
+    There is one fixed point for each input, whatever $A$ and $B$ are, and the spectral norm
+    of $W$ has no bound: such a layer can express more than a contraction. The iteration is
+    a step of forward-backward splitting with the same fixed point,
 
     $$z \mapsto relu(z - \alpha ((I - W) z - U x - b)), \qquad \alpha = m / L^2,$$
 

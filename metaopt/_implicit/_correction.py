@@ -53,8 +53,8 @@ class Corrected(NamedTuple):
     - `with_old_solution`: the same with the solution of the linear system before.
     - `num_products`: the products that the correction took.
     - `min_curvature`: the smallest curvature that its solves met.
-    - `indefinite`: whether a solve met negative curvature, beyond rounding, of an
-        operator that is to be positive semidefinite. What it corrects is then no minimum.
+    - `indefinite`: whether a solve met negative curvature, beyond rounding, of an operator
+        that is to be positive semidefinite. The point is then no minimum.
     """
 
     there: Linearisation
@@ -175,7 +175,7 @@ def _solved_roughly(
     remaining, within = tree_norm(left), rtol * size
     if allowed is not None:
         within = jnp.maximum(within, allowed.astype(within.dtype) / scale)
-    # What is left may be larger than what it is left of.
+    # The new residual may be larger than the old one.
     tolerance = within / jnp.where(remaining > 0, remaining, 1)
     solution = solve_roughly(here.system, left, transposed, rtol, tolerance)
     value = solution.value if first is None else tree_add(first, solution.value)

@@ -48,7 +48,7 @@ class StrongConvexity(AbstractErrorEstimate):
     **Arguments:** each is a number, or a function of `hyper`.
 
     - `curvature`: $\mu > 0$, the least eigenvalue of the Hessian of the inner loss, or
-        less. Where the linear solver meets a smaller one, the result says so.
+        less. The result says so if the linear solver meets a smaller one.
     - `hessian_lipschitz`: $L_A$, how fast the Hessian changes with the params; 0 for a
         quadratic inner loss.
     - `cross_lipschitz`: $L_C$, likewise the mixed derivative $C$.
@@ -123,7 +123,7 @@ class StrongConvexity(AbstractErrorEstimate):
             + of_inner * tree_scaled_norm(there.system.residual)
             + of_linear * tree_scaled_norm(left)
         )
-        # What rounding adds; the bound itself is for exact arithmetic.
+        # The effect of rounding; the bound itself is for exact arithmetic.
         solution = tree_scaled_norm(linear.value)
         eps = jnp.finfo(solution.dtype).eps
         size = tree_scaled_norm(here.direct) + self._cross_norm(here, hyper) * solution

@@ -27,9 +27,8 @@ def dependence(
 ) -> list[bool]:
     """For each output of `jaxpr`, whether it can depend on a marked input.
 
-    What users hold constant with `jax.lax.stop_gradient` is no dependence: they do not
-    ask for its derivative. What metaopt itself holds constant is one. Values depend on
-    both.
+    A value behind a `jax.lax.stop_gradient` of the user is no dependence: its derivative is
+    not asked for. A value that metaopt itself holds constant is one. Values depend on both.
     """
     rule = _values_depend if despite_stop_gradient else _depends
     return propagate(jaxpr, inputs, rule)

@@ -35,8 +35,8 @@ def detached(fn: Callable[..., Any], *args: Any) -> Any:
 def forbid_derivative(tree: Any, message: str) -> Any:
     """`tree`; a derivative with respect to it raises a `ValueError` with `message`.
 
-    For a derivative that would be zero by construction, which nobody asks for on
-    purpose. What is not differentiated passes freely.
+    For a derivative that would be zero by construction, which nobody asks for on purpose.
+    Values that are not differentiated pass freely.
     """
     return tree
 
@@ -51,9 +51,8 @@ def _(primals, tangents):
 def unknown_derivative(value: Any, of: Any, *, message: str, throw: bool) -> Any:
     """`value`, whose derivative with respect to `of` is not known, and not zero.
 
-    Where its cotangent is not zero reverse mode raises `message`, or gives NaN unless
-    `throw`. In forward mode, which computes derivatives that nobody asked for as well,
-    it is NaN.
+    Reverse mode raises `message` if its cotangent is not zero, or gives NaN unless `throw`.
+    Forward mode gives NaN, because it also computes derivatives that nobody asked for.
 
     **Arguments:**
 

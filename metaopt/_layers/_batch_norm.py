@@ -15,10 +15,9 @@ from .._core._validate import check_count, check_tolerance
 class BatchNorm(eqx.Module):
     """Batch normalisation by the batch at hand, in training and at test time alike.
 
-    What few-shot learning calls transductive: there are no running statistics, so the
+    Transductive, in the words of few-shot learning: there are no running statistics, so the
     prediction for one example depends on the others, and there is no model state. For
-    running statistics use `equinox.nn.BatchNorm` and a `state_policy` of the inner
-    solver.
+    running statistics use `equinox.nn.BatchNorm` and a `state_policy` of the inner solver.
 
     The batch is the axis of a `jax.vmap` that is named: `jax.vmap(model,
     axis_name="batch")`.

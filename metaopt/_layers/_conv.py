@@ -13,11 +13,11 @@ from .._core._types import Key
 class Conv2d(eqx.Module):
     """A 2D convolution for models that adapt, task by task, under `jax.vmap`.
 
-    Computes what `equinox.nn.Conv2d` does, with the same weights. Where the weights are
+    Computes the same as `equinox.nn.Conv2d`, with the same weights. If the weights are
     mapped over as well, as in the inner loop of [`metaopt.few_shot.MAML`][], XLA makes a
-    grouped convolution of that one, which on CPUs is slow, and its derivatives slower.
-    This one is a product of two matrices there, the shifted images side by side and the
-    weights. On other backends it is the convolution of XLA.
+    grouped convolution of that one, which on CPUs is slow, and its derivatives slower. This
+    one is a product of two matrices there, the shifted images side by side and the weights.
+    On other backends it is the convolution of XLA.
 
     **Arguments:**
 

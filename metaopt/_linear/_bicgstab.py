@@ -37,10 +37,10 @@ _CHECK_EVERY = 25  # steps of two products
 class BiCGStab(AbstractToleranceSolver):
     r"""Stabilised biconjugate gradients, for any square operator.
 
-    Needs seven vectors of memory however many steps it takes, and two products in each
-    of them. Use it where [`metaopt.GMRES`][] would need a longer cycle than fits in
-    memory. Its residual goes up and down, and it can break down where GMRES does not;
-    it then starts again from where it is. Where that leads nowhere, try
+    Needs seven vectors of memory however many steps it takes, and two products in each of
+    them. Use it where [`metaopt.GMRES`][] would need a longer cycle than fits in memory.
+    Its residual goes up and down, and it can break down where GMRES does not; it then
+    starts again from where it is. If that does not converge, try
     [`metaopt.linear.NormalCG`][].
 
     The solve is successful once the true residual meets
@@ -48,9 +48,9 @@ class BiCGStab(AbstractToleranceSolver):
 
     **Arguments:**
 
-    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of
-        steps asked for by name is no failure. What the precision of the vector cannot
-        reach is raised to 10 units of rounding, with a warning.
+    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of steps
+        asked for by name is no failure. A tolerance below the precision of the vector is
+        raised to 10 units of rounding, with a warning.
     - `atol`: absolute tolerance.
     - `max_steps`: the most steps to take, of two products each.
 

@@ -47,7 +47,7 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
     unless it is small enough for [`metaopt.Dense`][]. Do not use it for fixed points or
     roots, whose operator is not symmetric ([`metaopt.GMRES`][]).
 
-    The curvature $p^T A p$ is looked at in every step. Where it is not positive the solve
+    The curvature $p^T A p$ is looked at in every step. If it is not positive the solve
     stops with the result `linear_indefinite`: a solution found on the other side of
     negative curvature would not be the response of a minimum. Whoever wants that of another
     stationary point asks for it with [`metaopt.linear.MINRES`][]. A solve is successful
@@ -56,9 +56,9 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
 
     **Arguments:**
 
-    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of
-        steps asked for by name is no failure. What the precision of the vector cannot
-        reach is raised to 10 units of rounding, with a warning.
+    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of steps
+        asked for by name is no failure. A tolerance below the precision of the vector is
+        raised to 10 units of rounding, with a warning.
     - `atol`: absolute tolerance.
     - `max_steps`: the most steps to take.
     - `damping`: solves with $A + damping \cdot I$ instead. It makes the operator more

@@ -251,8 +251,8 @@ class Method:
         claimed = jnp.sqrt(series.square) <= self.system.tolerance
         contradicted = claimed & ~within
 
-        # Where rounding has the last word neither residual nor energy go down any more.
-        # On the way, the former may go up for long, and the latter does not.
+        # At the level of rounding neither residual nor energy decrease. Before that the
+        # residual may increase for long, and the energy does not.
         progress = self.system.eps * 100 * jnp.abs(state.best_energy)
         lower = energy < state.best_energy - progress
         flat = ~(size < state.least_size) & ~lower

@@ -35,11 +35,11 @@ from ._promotion import cast_up, in_auto_axes, promoted
 class Dense(AbstractLinearSolver):
     r"""An LU factorisation of the operator's matrix, for small systems.
 
-    Exact to rounding, whatever the conditioning, for any nonsingular operator. Where the
-    operator promises to be positive semidefinite its eigenvalues are looked at, and a
-    negative one is the result `linear_indefinite`. Use it to check other methods, and
-    for up to some hundred unknowns. It makes the matrix from as many products as there
-    are unknowns, all at once.
+    Exact to rounding, whatever the conditioning, for any nonsingular operator. If the
+    operator promises to be positive semidefinite its eigenvalues are computed, and a
+    negative one is the result `linear_indefinite`. Use it to check other methods, and for
+    up to some hundred unknowns. It makes the matrix from as many products as there are
+    unknowns, all at once.
 
     **Arguments:**
 

@@ -52,9 +52,9 @@ class GMRES(AbstractToleranceSolver):
 
     **Arguments:**
 
-    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of
-        steps asked for by name is no failure. What the precision of the vector cannot
-        reach is raised to 10 units of rounding, with a warning.
+    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of steps
+        asked for by name is no failure. A tolerance below the precision of the vector is
+        raised to 10 units of rounding, with a warning.
     - `atol`: absolute tolerance.
     - `max_steps`: the most steps to take, rounded up to whole cycles.
     - `restart`: the steps in a cycle. More of them converge in fewer products.

@@ -258,9 +258,9 @@ class _Rounds:
         claimed = series.size <= self.system.tolerance
         lost = claimed | ~(size <= 2 * series.size)
 
-        # Where rounding has the last word, neither the steps nor a new beginning lower
-        # the residual any more. Steps from a small slope get one try, because on a
-        # singular system they only lead away.
+        # At the level of rounding neither more steps nor a restart lower the residual.
+        # Steps from a small slope get one try, because on a singular system they only lead
+        # away.
         lower = size < (1 - 100 * self.system.eps) * state.best_residual
         num_flat = jnp.where(lower | starts, 0, state.num_flat + 1)
         astray = state.series.looked & (num_flat > 0)

@@ -30,15 +30,15 @@ class NormalCG(AbstractMinimalResidual):
     least of all for the Hessian of a loss, where [`metaopt.CG`][] needs $\sqrt{\kappa}$
     steps of one product.
 
-    What is updated is the residual $b - A x$, and not $A^T$ times it, whose rounding
-    would cost half of the digits. The solve is successful once the *true* residual meets
-    $\|b - A x\| \le rtol \|b\| + atol$, the norms being Euclidean.
+    The method updates the residual $b - A x$, and not $A^T$ times it, whose rounding would
+    cost half of the digits. The solve is successful once the *true* residual meets $\|b - A
+    x\| \le rtol \|b\| + atol$, the norms being Euclidean.
 
     **Arguments:**
 
-    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of
-        steps asked for by name is no failure. What the precision of the vector cannot
-        reach is raised to 10 units of rounding, with a warning.
+    - `rtol`: relative tolerance, or `None` for exactly `max_steps` steps: a number of steps
+        asked for by name is no failure. A tolerance below the precision of the vector is
+        raised to 10 units of rounding, with a warning.
     - `atol`: absolute tolerance.
     - `max_steps`: the most steps to take, of two products each.
 

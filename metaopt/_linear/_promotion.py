@@ -53,7 +53,7 @@ def in_auto_axes(
 
     **Returns:**
 
-    What `fn` does.
+    Whatever `fn` raises.
     """
     shardings = jax.tree.map(lambda struct: struct.sharding, tree_structs(vector))
     mesh = explicit_mesh(vector)

@@ -80,8 +80,7 @@ class System:
     def checked(self, x: Vector, starts: BoolScalar) -> tuple[Vector, Vector, FloatScalar]:
         """An iterate, its residual, computed from it, and the norm of that.
 
-        Where `x` is a start, before any step, and its residual is larger than that of
-        zero, it is no help, and zero takes its place.
+        A start `x` whose residual is larger than that of zero is replaced by zero.
         """
         r = tree_sub(self.b, self.product(x))
         size = tree_norm(r)

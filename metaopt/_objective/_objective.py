@@ -163,8 +163,8 @@ class Objective(eqx.Module):
         output = dataclasses.replace(output, outcome=outcome)
         is_finite = jnp.isfinite(output.value), jnp.isfinite(norm)
         result = judged(outcome.result, *is_finite, output.result)
-        # Where there is no solution there is no hypergradient: a linear solver that
-        # stops at once can leave a zero that looks like one.
+        # Without a solution there is no hypergradient: a linear solver that stops at once
+        # leaves a zero that looks like one.
         gradient = _nan_where(voids_hypergradient(result), gradient)
         report = _report(name, output, gradient, norm, result, idle, held)
         return output, gradient, report

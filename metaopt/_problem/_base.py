@@ -44,9 +44,9 @@ class AbstractProblem(eqx.Module):
     # Whether the field is the gradient of a loss: the value of `evaluate`, and that of the
     # evaluation beside the field.
     has_loss = False
-    # What errors call the field.
+    # The name of the field in errors.
     field_name = "the field of the inner problem"
-    # What errors call the outer variables.
+    # The name of the outer variables in errors.
     outer_name = "hyper"
 
     @abc.abstractmethod

@@ -151,7 +151,7 @@ def check_signature(
         ) from error
 
 
-# What a function raises that is given one pytree in the place of another.
+# Errors of a function that is given one pytree in the place of another.
 _MISPLACED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 

@@ -288,9 +288,9 @@ def _(primals, tangents):
         of_params = lambda params: gradients(moving, params)
         return jax.jvp(of_params, (params,), (cotangent[1],))[1]
 
-    # What a loop does not change, like the data, is passed on as it is: newer versions of
-    # JAX keep anything else for each step. So a number is guarded that is 1, and depends
-    # on all that must not be differentiated again.
+    # Loop invariants, such as the data, are passed on as they are: newer versions of JAX
+    # keep anything else for each step. So a number is guarded that is 1, and depends on all
+    # that must not be differentiated again.
     empty = [jnp.sum(jnp.ravel(a)[:0]) for a in jax.tree.leaves(_inexact(primals))]
     nothing = sum(jnp.real(a).astype(jnp.float32) for a in empty)
     once = _once_p.bind(1.0 + nothing)

@@ -84,9 +84,9 @@ class FrozenState(AbstractStatePolicy):
 class StepStates(eqx.Module):
     """Model states that outlast an inner solve, one for each of its steps.
 
-    What [`metaopt.nn.PerStepState`][] starts from where the statistics of each step are to
-    be gathered over many solves: over the tasks of few-shot learning, say, where the
-    `model_state` that a learner takes and returns is one of these.
+    Start of [`metaopt.nn.PerStepState`][] for statistics of each step that are gathered
+    over many solves: over the tasks of few-shot learning, say, where the `model_state` that
+    a learner takes and returns is one of these.
 
     !!! example
 

@@ -46,8 +46,8 @@ class OuterInfo(AbstractInfo):
 
     - `loss`, `aux`: the outer loss and its auxiliary output.
     - `hypergradient_norm`: the Euclidean norm of the hypergradient.
-    - `num_zeros`: how many entries of the hypergradient are exactly zero. What an adjoint
-        can see is known for each leaf of `hyper`, and not within one.
+    - `num_zeros`: how many entries of the hypergradient are exactly zero. The reach of an
+        adjoint is known for each leaf of `hyper`, and not within one.
     - `unreached`: the names of the leaves of `hyper` that influence nothing; their
         derivative is exactly zero.
     - `held_constant`: the names of the leaves of `hyper` that have influence and no

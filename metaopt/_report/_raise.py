@@ -50,7 +50,7 @@ def attach_solution(error: Exception, solution: Callable[[], Any]) -> None:
 
 def ends_run(callback: Callable[..., Any] | None, *args: Any) -> bool:
     """Calls a callback, if there is one; whether it returned `True`, or raised
-    `StopIteration`. What else it returns means nothing."""
+    `StopIteration`. Any other return value is ignored."""
     if callback is None:
         return False
     try:

@@ -84,8 +84,8 @@ class BilevelSolution(eqx.Module):
     - `num_skipped`: outer steps at which `hyper` was left alone, because the
         hypergradient was not finite.
     - `warm_started`: whether the params owe something to the `hyper` of earlier outer
-        steps. What `hyper` is worth in a new run is then another question: answer it
-        with [`metaopt.solve_inner`][] before you report a result.
+        steps. The value of `hyper` in a new run is then unknown: measure it with
+        [`metaopt.solve_inner`][] before you report a result.
     - `best`: the best step, under [`metaopt.callbacks.KeepBest`][]; else `None`.
     """
 

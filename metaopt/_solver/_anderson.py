@@ -148,8 +148,8 @@ class _History(eqx.Module):
     def weights(self, regularization: float) -> Array:
         """The weight of each difference: the least squares solution."""
         squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
-        # Differences of length one, so that old and new ones are regularised alike. What
-        # is not there yet is zero, and gets the weight zero.
+        # Differences of length one, so that old and new ones are regularised alike. Missing
+        # differences are zero, and get the weight zero.
         used = squares > 0
         scale = jnp.where(used, jax.lax.rsqrt(jnp.where(used, squares, 1)), 0)
         scaled = self.products * scale[..., :, None] * scale[..., None, :]

@@ -52,9 +52,8 @@ class Broyden(AbstractAcceleratedSolver, AbstractSingleMapSolver):
     - `num_steps`: the most steps that are taken.
     - `rtol`, `atol`: stop once the Euclidean norm of `step(params) - params` is at most
         `atol + rtol * norm(params)`. With `rtol=None` all the steps are taken.
-    - `history_size`: how many terms are kept. Where the inverse is shared with the
-        derivative it should be as many as a solve takes steps, because what is left of a
-        memory that has begun anew is little.
+    - `history_size`: how many terms are kept. If the inverse is shared with the derivative,
+        use as many as a solve takes steps, because a restarted memory holds little.
     - `per_example`: whether the leading axis of every array of the params is one of
         examples, each a fixed point of its own, with its own inverse and its own residual,
         and held once it has converged. Under `jax.vmap` it is so without.
@@ -228,9 +227,9 @@ class _Memory(eqx.Module):
     def updated(self, at: Applied) -> tuple[BroydenInverse, Vector]:
         r"""The inverse with what the last step says of it, and the next direction.
 
-        With the step $s = t d$ and the change $y = g - g'$ of the residual, that is
-        $y = (I - J) s$ for a linear map, $H' = H + (s - H y) (H^T s)^T / s^T H y$. Where
-        $s^T H y$ is too small, $y$ is replaced by a mean of itself and of $H^{-1} s$.
+        With the step $s = t d$ and the change $y = g - g'$ of the residual, that is $y = (I
+        - J) s$ for a linear map, $H' = H + (s - H y) (H^T s)^T / s^T H y$. If $s^T H y$ is
+        too small, $y$ is replaced by a mean of itself and of $H^{-1} s$.
         """
         examples, size = at.examples, jax.tree.leaves(self.inverse.left)[0].shape[0]
         full = self.inverse.count >= size

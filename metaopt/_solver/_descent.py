@@ -52,15 +52,15 @@ class Descent(AbstractIterativeSolver):
     problem. Transforms that compare losses are then refused: line searches,
     `optax.lbfgs`, Polyak steps and `reduce_on_plateau`.
 
-    Derivatives pass through the transform. Where an elementary operation in its update
-    has no finite derivative (the square root in Adam at a gradient entry of exactly
-    zero) it is taken as zero, and forward values are unchanged. That includes schedules,
-    which are evaluated in the update, and not what the function computes from `hyper`.
-    The same holds where a derivative is finite and useless: at a gradient entry that is
-    zero, or zero but for rounding, and has always been, the slope of Adam is `1 / eps`,
-    right within `eps` of zero and nowhere else. Reports count these entries
-    (`num_flat`). To have their derivative, give an `eps` of at least a hundredth of the
-    largest gradient entry, or start from values that are not zero.
+    Derivatives pass through the transform. If an elementary operation in its update has no
+    finite derivative (the square root in Adam at a gradient entry of exactly zero) it is
+    taken as zero, and forward values are unchanged. That includes schedules, which are
+    evaluated in the update, and not what the function computes from `hyper`. The same holds
+    where a derivative is finite and useless: at a gradient entry that is zero, or zero but
+    for rounding, and has always been, the slope of Adam is `1 / eps`, right within `eps` of
+    zero and nowhere else. Reports count these entries (`num_flat`). To have their
+    derivative, give an `eps` of at least a hundredth of the largest gradient entry, or
+    start from values that are not zero.
 
     **Arguments:**
 

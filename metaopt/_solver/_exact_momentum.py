@@ -85,8 +85,8 @@ class AbstractExactMomentum(AbstractIterativeSolver):
     """A solver whose params and velocities are integers, so that its steps can be undone.
 
     Here is what becomes of the integers; where learning rates, momenta and gradients come
-    from is for the solver to say. What a momentum throws away is kept in digits (see
-    `_lossless.py`), and words are taken off these where they become too long.
+    from is for the solver to say. The remainders that a momentum discards are kept as
+    digits (see `_lossless.py`), and words are taken off these where they become too long.
     """
 
     min_momentum: eqx.AbstractVar[float]

@@ -204,8 +204,8 @@ class AbstractAcceleratedSolver(AbstractFixedPointSolver, AbstractBestIterateSol
             problem, params, hyper, batch, key, model_state, begun
         )
         new, memory = self.advance(at, memory, progress)
-        # The point whose residual is known to be small is the answer. Where no tolerance
-        # was asked for, going on from there would combine nothing but rounding.
+        # The point whose residual is known to be small is the answer. Without a tolerance,
+        # going on from there would combine rounding errors alone.
         new = at.examples.where(at.settled, at.params, new)
         static = split_trainable(params)[1]
         state = begun, progress.passed(at), memory

@@ -25,10 +25,9 @@ class NewtonKrylov(AbstractAcceleratedSolver):
 
     $$(I - J(z))\, d = step(z) - z$$
 
-    is solved by products with the Jacobian $J$ of the map alone (Knoll and Keyes, 2004),
-    as accurately as pays off so far from the solution (Eisenstat and Walker, 1996, the
-    second choice). Where the residual does not fall the next step goes back by half of
-    the last one.
+    is solved by products with the Jacobian $J$ of the map alone (Knoll and Keyes, 2004), as
+    accurately as pays off so far from the solution (Eisenstat and Walker, 1996, the second
+    choice). If the residual does not fall the next step goes back by half of the last one.
 
     Few steps, each of which costs an application of the map and as many products as the
     linear solver takes. Use it for high accuracy, and where [`metaopt.Anderson`][]

@@ -13,9 +13,9 @@ class Picard(AbstractSingleMapSolver):
     """Solves a fixed-point problem by applying its step map again and again.
 
     Use it for contractions, and wherever the derivative should follow the path; it
-    converges at the rate of the contraction. Where the map is no contraction it
-    diverges or circles, which the result says. What is returned is the map, applied to the
-    first params that meet the tolerance: for a contraction that is nearer still.
+    converges at the rate of the contraction. If the map is no contraction it diverges or
+    circles, which the result says. It returns the map applied to the first params that meet
+    the tolerance: for a contraction that is nearer still.
 
     **Arguments:**
 

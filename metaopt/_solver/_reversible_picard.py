@@ -29,10 +29,9 @@ class ReversiblePicard(
     the steps taken, with the memory of one of them: exact whether they have converged or
     not. Other adjoints differentiate it like any solver. Each step applies the map
     **twice**: `num_steps` steps are `2 * num_steps` evaluations (the 12 evaluations of the
-    source are 6 steps). Use it for equilibrium layers whose steps do not fit in memory
-    and that are not solved accurately enough for [`metaopt.ImplicitAdjoint`][]. Where the
-    answer alone is wanted [`metaopt.Picard`][] and [`metaopt.Anderson`][] need fewer
-    evaluations.
+    source are 6 steps). Use it for equilibrium layers whose steps do not fit in memory and
+    that are not solved accurately enough for [`metaopt.ImplicitAdjoint`][]. If the answer
+    alone is wanted, [`metaopt.Picard`][] and [`metaopt.Anderson`][] need fewer evaluations.
 
     Undoing a step divides by $1 - \beta$, and rounding with it: of $n$ steps at most by
     $(1 - \beta)^{2 n}$, where the map is a contraction. With the default settings that

@@ -199,8 +199,8 @@ class ReversibleSGD(AbstractExactMomentum, AbstractReversibleSolver):
             mask_result(jnp.logical_not(allowed), RESULTS.inner_momentum),
             mask_result(jnp.logical_not(state.in_range), RESULTS.inner_out_of_range),
         )
-        # What follows changes no value: it is the step in real numbers, whose derivative
-        # is that of the step.
+        # The next line changes no value: it is the step in real numbers, which gives the
+        # derivative.
         momentum = self.fraction(numerator, momentum)
         leaves, structure = jax.tree.flatten(point)
         velocity = [

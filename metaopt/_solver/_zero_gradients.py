@@ -85,7 +85,7 @@ def _steep(
     its slope is left out."""
     owners = _owners(solver_state, gradient)
     zero = _zero_entries(gradient, solver_state, owners)
-    # Where all are zero nothing tells their scale.
+    # If all are zero their scale is unknown.
     size = _largest(gradient)
     size = jnp.where(size > 0, size, 1)
     along = jax.tree.map(lambda g, z: jnp.where(z, size.astype(g.dtype), 0), gradient, zero)

@@ -17,7 +17,7 @@ _FOR_ROWS = (
 class ClassData(eqx.Module):
     """Examples sorted by class, held on the host as NumPy arrays.
 
-    What [`metaopt.few_shot.Episodes`][] draws tasks from. `data[classes]` selects some
+    [`metaopt.few_shot.Episodes`][] draws tasks from it. `data[classes]` selects some
     classes.
 
     **Arguments:**

@@ -60,8 +60,8 @@ def load_fashion_mnist(
     Looks for `fashion_mnist/fashion_mnist.npz`, then for a subset of it,
     `fashion_mnist/fashion_mnist_20k.npz`, then for the four canonical `.gz` files, in
     `root`; where none of them is there, downloads the four files (31 MB) and keeps them
-    there. What was downloaded is checked against the checksums of the published files
-    before it is unpacked.
+    there. A download is checked against the checksums of the published files before it is
+    unpacked.
 
     **Arguments:**
 

@@ -136,7 +136,7 @@ def load_idx_images(
 
     **Returns:**
 
-    What is there first: one of the `.npz` files, the four files, the download.
+    The first that exists: one of the `.npz` files, the four files, the download.
     """
     checksums = published.sha256 if checksums is None else checksums
     missing = sorted(set(published.sha256) - set(checksums))

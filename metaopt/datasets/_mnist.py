@@ -44,11 +44,10 @@ def load_mnist(
 ) -> ImageData:
     """The 70,000 handwritten digits of 28 x 28 pixels of MNIST (LeCun and Cortes).
 
-    Looks for `mnist/mnist.npz`, then for the four canonical `.gz` files, in `root`;
-    where neither is there, downloads the four files (12 MB) and keeps them there. What
-    was downloaded is checked against the published checksums before it is unpacked.
-    Where a few thousand images will do, [`metaopt.datasets.load_digits`][] needs no
-    download.
+    Looks for `mnist/mnist.npz`, then for the four canonical `.gz` files, in `root`; where
+    neither is there, downloads the four files (12 MB) and keeps them there. A download is
+    checked against the published checksums before it is unpacked. If a few thousand images
+    suffice, [`metaopt.datasets.load_digits`][] needs no download.
 
     **Arguments:**
 

@@ -33,7 +33,7 @@ OMNIGLOT_MD5: Mapping[str, str] = MappingProxyType(
 )
 
 # The split of Vinyals et al. (2016): whole alphabets, but for the last four characters of
-# Gurmukhi, which are in the test part. What is not named here is in the training part.
+# Gurmukhi, which are in the test part. All others are in the training part.
 _VALIDATION = frozenset(
     ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 )
@@ -63,7 +63,7 @@ _MAX_PACKED = 16 * 1024**2
 _MAX_UNPACKED = 64 * 1024**2
 _MAX_IMAGE = 64 * 1024
 
-# What `zipfile` and Pillow raise for something damaged: RuntimeError where it seems to be
+# Errors of `zipfile` and Pillow for damaged files: RuntimeError if one seems to be
 # encrypted or compressed in another way, SyntaxError for a broken PNG.
 _READ_ERRORS = (
     zipfile.BadZipFile,

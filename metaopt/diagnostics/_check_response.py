@@ -281,7 +281,7 @@ def _measure(
         implicit = ravel_pytree(solution.value)[0]
         learned = ravel_pytree(_learned_along(state, direction))[0]
         implicit_slope = slope_of(implicit)
-        # What chance left, and what the linear solver did.
+        # The effect of chance, and the result of the linear solver.
         chance = jnp.std(dots) / (len(dots) - 1) ** 0.5
         return {
             "dot": jnp.sum(learned * implicit),

@@ -147,12 +147,12 @@ def compare_hypergradients(
     - `problem`, `hyper`, `train`, `valid`, `inner`, `params`, `key`, `model_state`: as
         in [`metaopt.hypergradient`][].
     - `adjoints`: the adjoints by the names to show.
-    - `reference`: what they are compared with. By default the exact derivative of what
-        the inner solver did, [`metaopt.UnrolledAdjoint`][] in blocks; for a solver that
-        runs as a whole [`metaopt.ImplicitAdjoint`][] with a Newton step. Where the inner
-        solver has not converged the two differ, and neither is wrong. The derivative of
-        a long path can explode; where [`metaopt.check_hypergradient`][] does not accept
-        it, it is no reference.
+    - `reference`: what they are compared with. By default the exact derivative of what the
+        inner solver did, [`metaopt.UnrolledAdjoint`][] in blocks; for a solver that runs as
+        a whole [`metaopt.ImplicitAdjoint`][] with a Newton step. If the inner solver has
+        not converged the two differ, and neither is wrong. The derivative of a long path
+        can explode; where [`metaopt.check_hypergradient`][] does not accept it, it is no
+        reference.
     - `repeats`: how often each is timed.
 
     **Returns:**

@@ -23,10 +23,9 @@ def as_float(x: Array) -> Array:
 class Episodes(eqx.Module):
     """N-way K-shot tasks, drawn from arrays on the device inside the compiled loop.
 
-    For each task some classes are drawn and numbered anew, and of each class some
-    examples, none of them twice: support and query have no example in common. What is
-    drawn depends on the key alone. `episodes(key)` is a batch of tasks, and
-    `episodes.draw(key)` is one.
+    For each task some classes are drawn and numbered anew, and of each class some examples,
+    none of them twice: support and query have no example in common. The draws depend on the
+    key alone. `episodes(key)` is a batch of tasks, and `episodes.draw(key)` is one.
 
     A task is a [`metaopt.few_shot.Task`][] whose `support` and `query` are pairs `(x, y)`
     of examples and labels, `num_ways * num_shots` and `num_ways * num_queries` of them,

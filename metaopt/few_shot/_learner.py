@@ -83,7 +83,7 @@ class TaskStats(eqx.Module):
     - `num_failed`: how many did.
     - `aux`: what the loss returned beside its value, stacked by task, or `None`.
     - `model_state`: the mean over tasks of the model state after the query examples, or
-        `None`. What is no floating-point number in it is that of the first task.
+        `None`. Leaves that are no floating-point arrays are those of the first task.
     - `results`: how each task went, of shape `(num_tasks,)`.
     - `result`: whether any task was left.
     - `left_out`: what the gradients leave out by construction, in words.

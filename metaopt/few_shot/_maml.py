@@ -88,8 +88,8 @@ class MAML(AbstractLearner):
         nothing. `jax.lax.stop_gradient` in the loss does so too, unless the optimizer
         moves what has no gradient, as one with weight decay does.
     - `has_aux`, `has_state`: whether the loss returns `(value, aux)`, `(value, state)` or
-        `(value, state, aux)`. What becomes of model state in the inner loop is up to the
-        `state_policy` of the solver.
+        `(value, state, aux)`. The `state_policy` of the solver decides about model state in
+        the inner loop.
 
     **Raises:**
 

@@ -60,7 +60,7 @@ class _Rates(eqx.Module):
 
 
 def learned_rates(learned: Learned) -> optax.GradientTransformation:
-    """Gradient descent at the rates in `learned.settings`. Where each step has rates of
+    """Gradient descent at the rates in `learned.settings`. If each step has rates of
     its own, steps beyond those that were learned, as at test time, take the last ones.
 
     !!! example

@@ -35,8 +35,8 @@ class Integer(AbstractHyper):
     are reached at finite `raw`.
 
     `value` has no derivative with respect to `raw`, and asking for one is an error rather
-    than a zero. What tunes it must perturb `raw` and see what becomes of the loss, as
-    `metaopt.SelfTuningSolver` does. Where a number in between makes sense in the loss, read
+    than a zero. Tune it by a method that perturbs `raw` and compares losses, such as
+    `metaopt.SelfTuningSolver`. If a number in between makes sense in the loss, read
     `relaxed` and tune that by its derivative. All other derivatives pass freely.
 
     !!! example

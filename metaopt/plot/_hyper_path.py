@@ -46,7 +46,7 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
             "than 1000 numbers. Record what you need with `callback`."
         )
     path = values(history.hyper)
-    # What is no float is kept once, without an axis of steps.
+    # Leaves that are no floats are kept once, without an axis of steps.
     path = eqx.filter(path, is_float_array)
     names, leaves = leaf_names(path, ""), jax.tree.leaves(path)
     columns = min(_PER_ROW, len(leaves))

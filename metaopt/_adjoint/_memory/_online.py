@@ -17,8 +17,8 @@ class OnlineCheckpoints(AbstractMemoryPlan):
 
     For solvers that stop at a tolerance: the loop ends where they stop, in the forward and
     in the reverse pass, whatever the most steps that they may take. Checkpoints are moved
-    as the loop goes on. Where the number of steps is known, [`metaopt.memory.Blocks`][]
-    makes fewer steps again. Reverse mode only.
+    as the loop goes on. If the number of steps is known, [`metaopt.memory.Blocks`][] makes
+    fewer steps again. Reverse mode only.
 
     **Arguments:**
 

@@ -36,9 +36,9 @@ def finite_derivatives(fn: _Fn) -> _Fn:
     `fn` closes over, are taken to be finite, so that a product with them costs nothing.
 
     The values of `fn` do not change, and neither do its derivatives where the partial
-    derivatives of these operations are finite. Second derivatives follow the same rule.
-    Where there are such operations, what `fn` computes entry by entry is computed again
-    in a reverse pass rather than kept.
+    derivatives of these operations are finite. Second derivatives follow the same rule. If
+    there are such operations, the elementwise operations of `fn` are computed again in a
+    reverse pass rather than kept.
 
     **Arguments:**
 
@@ -256,7 +256,7 @@ _SLOPES: dict[jex.core.Primitive, Callable[..., tuple[Callable[[], Array], ...]]
     prims.sqrt_p: _sqrt_slopes,
 }
 
-# What is finite where all that goes in is, but for overflow.
+# Operations whose output is finite for finite inputs, but for overflow.
 _FINITE = frozenset(
     {
         prims.abs_p,

@@ -28,8 +28,8 @@ class Rewriting(NamedTuple):
     around: Callable[[_Evaluation], _Evaluation] = lambda evaluation: evaluation
 
 
-# What a rewriting can look into. Functions with custom derivatives stand apart: a rewriting
-# that changes derivatives leaves them alone.
+# Primitives that a rewriting can look into. Functions with custom derivatives stand apart:
+# a rewriting that changes derivatives leaves them alone.
 CUSTOM = frozenset({prims.custom_jvp_call_p, prims.custom_vjp_call_p})
 CALLS = frozenset(
     {
@@ -50,7 +50,7 @@ def rewritten(fn: _Fn, rewriting_of: Callable[[jex.core.ClosedJaxpr], Rewriting]
     **Arguments:**
 
     - `rewriting_of`: what to replace in a program whose inputs are the arrays among the
-        arguments of `fn`. What `fn` closes over is constants of the program.
+        arguments of `fn`. Values that `fn` closes over are constants of the program.
     """
 
     @ft.wraps(fn)
@@ -61,8 +61,8 @@ def rewritten(fn: _Fn, rewriting_of: Callable[[jex.core.ClosedJaxpr], Rewriting]
             args, kwargs = eqx.combine(dynamic, static)
             return fn(*args, **kwargs)
 
-        # What `fn` closes over, tracers included, becomes a constant of the jaxpr, and
-        # keeps its derivatives because the jaxpr is evaluated in the same trace.
+        # Values that `fn` closes over, tracers included, become constants of the jaxpr, and
+        # keep their derivatives because the jaxpr is evaluated in the same trace.
         jaxpr, struct, rest = eqx.filter_make_jaxpr(from_arrays)(dynamic)
         rewriting = rewriting_of(jaxpr)
         run = rewriting.around(lambda args: evaluate(jaxpr, args, rewriting))

@@ -23,9 +23,9 @@ class AbstractPreconditioner(eqx.Module):
     r"""A way to approximate the inverse of a symmetric positive definite operator.
 
     It changes how many products a solve takes, and never what the answer is checked
-    against. What it knows of the operator is its state, which an adjoint carries from
-    one outer step to the next. Where nothing is carried, as inside a plain `jax.grad`,
-    it is made anew.
+    against. Its state is its knowledge of the operator, which an adjoint carries from one
+    outer step to the next. Inside a plain `jax.grad` nothing is carried, and it is made
+    anew.
     """
 
     @abc.abstractmethod
@@ -96,7 +96,7 @@ class Refreshed(eqx.Module):
     ) -> tuple["Refreshed", IntScalar]:
         """The knowledge for this solve: `make()` if it is time, and the old one otherwise.
 
-        What is not finite is not kept: it is nothing, and is made anew the next time.
+        Knowledge that is not finite is replaced by zeros, and made anew the next time.
 
         **Arguments:**
 
@@ -106,7 +106,7 @@ class Refreshed(eqx.Module):
 
         **Returns:**
 
-        What is known now, and the products that it took.
+        The new knowledge, and the number of products that it took.
         """
         if every == 1:
             fresh, known = jnp.asarray(True), make()

@@ -71,9 +71,9 @@ class DiagonalEstimate(AbstractPreconditioner):
 def divided_by_diagonal(diagonal, vector):
     """`vector / diagonal`, entry by entry, the diagonal relative to its largest entry.
 
-    What is below the root of one unit of rounding is taken for that, so that an entry
-    which came out as zero by chance, or underflowed, cannot take over. A diagonal of
-    zeros is none.
+    Entries below the root of one unit of rounding, relative to the largest, are raised to
+    it, so that an entry which came out as zero by chance, or underflowed, cannot take over.
+    A diagonal of zeros is none.
     """
     if tree_size(diagonal) == 0:
         return vector

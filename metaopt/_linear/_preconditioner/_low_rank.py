@@ -105,8 +105,8 @@ def _basis_and_weights(operator, key, structure, rank):
     basis = _orthonormal(basis, kept)
     least = jnp.min(jnp.where(kept, eigenvalues, jnp.inf))
     ratio = jnp.where(kept, least / jnp.where(kept, eigenvalues, 1), 1)
-    # Where there is nothing to keep it does nothing. A matrix that is not finite or not
-    # definite leaves NaN, which whoever asked sees.
+    # Without kept vectors it is the identity. A matrix that is not finite or not definite
+    # leaves NaN, which whoever asked sees.
     basis = tree_where(jnp.any(kept), basis, jax.tree.map(jnp.zeros_like, basis))
     weights = jnp.where(jnp.any(kept), ratio - 1, 0)
     return basis, jnp.where(jnp.all(jnp.isfinite(eigenvalues)), weights, jnp.nan)

@@ -15,9 +15,9 @@ class SecondMoment(AbstractPreconditioner):
     r"""One over $\sqrt{\nu} + \epsilon$, with $\nu$ the second moment of the gradient
     that an optimizer of the Adam type keeps for each of the params.
 
-    It costs no product. What Adam divides gradients by resembles the diagonal of the
-    Hessian where gradients are noise, as with minibatches near a solution. On all of the
-    data it is the history of one descent, and can be far from it: compare
+    It costs no product. The second moments of Adam resemble the diagonal of the Hessian
+    where gradients are noise, as with minibatches near a solution. On all of the data it is
+    the history of one descent, and can be far from it: compare
     `report.derivative.num_products` with and without. The optimizer must be in a
     [`metaopt.Descent`][].
 

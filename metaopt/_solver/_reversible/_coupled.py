@@ -1,7 +1,6 @@
 r"""The way back of coupled Picard iteration: to rounding, which it magnifies.
 
-What to expect of it. Where the map has the Jacobian $J$, a change of $(y, z)$ passes a
-step as
+Error analysis. For a map with the Jacobian $J$, a change of $(y, z)$ passes a step as
 
 $$
 \delta y' = (1 - \beta) \delta y + \beta J \delta z, \qquad
@@ -11,11 +10,11 @@ $$
 For an eigenvalue $\lambda$ of $J$ that is a matrix of size two, whose eigenvalues have the
 product $(1 - \beta)^2$. Those of a contraction are at most 1, so that the smaller one is
 between $(1 - \beta)^2$, where $\lambda = \pm 1$, and $1 - \beta$, where $\lambda = 0$.
-Undoing the step divides an error by it. What was rounded in the last of $n$ steps, an eps
-of the numbers, arrives at the start as $(1 - \beta)^{-2 n}$ eps at most, and what was
-rounded before that as less. With the defaults of `ReversiblePicard`, a relaxation of a
-half and six steps, this is 4096 units of rounding, 2.4e-4 in float32. (Measured, for maps
-of norm 0.9: 1e-5 to 6e-5.) Where the map is no contraction, it can be more.
+Undoing the step divides an error by it. The rounding of the last of $n$ steps, an eps of
+the numbers, arrives at the start as $(1 - \beta)^{-2 n}$ eps at most, and that of earlier
+steps as less. With the defaults of `ReversiblePicard`, a relaxation of a half and six
+steps, this is 4096 units of rounding, 2.4e-4 in float32. (Measured, for maps of norm 0.9:
+1e-5 to 6e-5.) Where the map is no contraction, it can be more.
 
 The derivative suffers less. The states that are furthest off are the first ones, and for a
 contraction what is pulled back has become small by then. (Measured there: a twentieth of
@@ -150,7 +149,7 @@ class CoupledRun(AbstractSharedRun):
 
         and its first half likewise, with $y$ and $z$ in each other's place. The product
         with the transposed Jacobian comes with the value of the map: each half takes one
-        evaluation, and one pullback. What else the map depends on is pulled back with it.
+        evaluation, and one pullback. All other inputs of the map are pulled back with it.
 
         **Arguments:** as for any run.
         """
