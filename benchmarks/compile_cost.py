@@ -173,7 +173,7 @@ def equilibrium(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
         layer = mo.nn.Equilibrium(
             Cell(inner, weights), lambda x: x, solver=solver, adjoint=adjoint, throw=False
         )
-        return jax.grad(lambda layer: outer(jax.vmap(layer)(x)[0]))(layer)
+        return eqx.filter_grad(lambda layer: outer(jax.vmap(layer)(x)[0]))(layer)
 
     def solve(step, start):
         def go_on(carry):

@@ -403,9 +403,8 @@ def test_the_root_is_small():
 def prose(text: str) -> Iterator[str]:
     """The docstrings and the comments of a module, comments in a row as one."""
     for node in ast.walk(ast.parse(text)):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-        if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
-            yield docstring
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments, last = [], 0
     for token in tokens:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
 from .._core._results import RESULTS
+from .._core._trace_once import tracing_once
 from .._core._types import IntScalar, PyTree
 from .._core._validate import (
     ADJOINT_EXAMPLE,
@@ -163,6 +164,7 @@ class Equilibrium(eqx.Module):
         self.inference = inference
         self.throw = throw
 
+    @tracing_once()
     def __call__(
         self, x: PyTree, z: PyTree | None = None, *, budget: IntScalar | int | None = None
     ) -> tuple[PyTree, EquilibriumInfo]:

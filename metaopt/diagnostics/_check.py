@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from .._adjoint import AbstractAdjoint
 from .._core._results import RESULTS, SolveError
+from .._core._trace_once import tracing_once
 from .._core._tree import split_trainable
 from .._core._types import Hyper, Key, ModelState, Params, Vector
 from .._core._validate import check_count, check_tolerance
@@ -84,6 +85,7 @@ class HypergradientCheck(eqx.Module):
         return table("Hypergradient (left) against finite differences", rows, text)
 
 
+@tracing_once()
 def check_hypergradient(
     problem: BilevelProblem,
     hyper: Hyper,

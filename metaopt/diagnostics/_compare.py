@@ -21,6 +21,7 @@ from .._adjoint import (
     UnrolledAdjoint,
 )
 from .._core._results import RESULTS
+from .._core._trace_once import tracing_once
 from .._core._types import Hyper, Key, ModelState, Params
 from .._core._validate import ADJOINT_EXAMPLE, check_count, check_kind
 from .._hypergradient import differentiate, prepare
@@ -103,6 +104,7 @@ class Comparison(eqx.Module):
         return "\n".join(lines + [f"  {note}" for note in notes])
 
 
+@tracing_once()
 def compare_hypergradients(
     problem: BilevelProblem,
     hyper: Hyper,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core._results import RESULTS
+from .._core._trace_once import tracing_once
 from .._core._tree import with_auto_axes
 from .._core._types import Key, ModelState
 from .._core._validate import canonical_key, check_count
@@ -59,6 +60,7 @@ class Scores(eqx.Module):
         return text
 
 
+@tracing_once()
 def evaluate(
     learner: AbstractLearner,
     meta: Any,

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._core._results import mask_result, RESULTS
+from .._core._trace_once import tracing_once
 from .._core._tree import (
     split_trainable,
     tree_add,
@@ -148,6 +149,7 @@ class AbstractLearner(eqx.Module):
         A `TaskGradient`.
         """
 
+    @tracing_once()
     def value_and_grad(
         self,
         meta: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core._results import mask_result, RESULTS
+from .._core._trace_once import tracing_once
 from .._core._tree import (
     same_structs,
     split_trainable,
@@ -34,6 +35,7 @@ from ._solution import TrainSolution, TrainState
 from ._task import Learned, model_of
 
 
+@tracing_once()
 def train(
     learner: AbstractLearner,
     meta: Any,
