@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import equinox as eqx
-
 from ._adjoint import AbstractAdjoint
+from ._core._static import compiled
 from ._core._trace_once import tracing_once
 from ._core._types import (
     Hyper,
@@ -120,7 +119,7 @@ def prepare(
     return problem, hyper, params, train, valid, canonical_key(key)
 
 
-@eqx.filter_jit
+@compiled
 def differentiate(
     problem: BilevelProblem,
     hyper: Hyper,

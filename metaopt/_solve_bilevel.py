@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._bilevel import AbstractBilevelSolver, BilevelEvaluation
 from ._core._results import first_failure, mask_result, RESULTS
+from ._core._static import compiled
 from ._core._trace_once import tracing_once
 from ._core._tree import same_structs
 from ._core._types import Hyper, Key, ModelState, Params
@@ -208,7 +209,7 @@ def _solution(
     )
 
 
-@eqx.filter_jit
+@compiled
 def _evaluate(
     solver: AbstractBilevelSolver,
     problem: BilevelProblem,

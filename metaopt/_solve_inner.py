@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 
 from ._adjoint import AbstractAdjoint
+from ._core._static import compiled
 from ._core._trace_once import tracing_once
 from ._core._types import Hyper, Key, ModelState, Params
 from ._core._validate import (
@@ -137,7 +137,7 @@ def _check_solver_state(
         )
 
 
-@eqx.filter_jit
+@compiled
 def _solve(
     problem: AbstractProblem,
     hyper: Hyper,

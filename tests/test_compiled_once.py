@@ -11,6 +11,7 @@ import pytest
 
 import metaopt as mo
 from jaxprs import operations
+from metaopt._core._static import Static
 from problems import CASES
 
 
@@ -217,3 +218,47 @@ def test_solve_inner_traces_once(adjoint):
         counts.append(inner_loss.count)
     assert solution.value.dtype == jnp.float64
     assert counts == 3 * counts[:1]
+
+
+def test_a_run_traces_each_loss_once():
+    case = CASES["ridge"](jnp.float64)
+    problem, inner_loss, outer_loss = counted_problem()
+    for _ in range(2):  # transforms of optax that are made anew are told for the same
+        mo.solve_bilevel(
+            problem,
+            case.hyper,
+            *case.data,
+            params=case.params,
+            solver=mo.NestedSolver(
+                mo.Descent(optax.adam(0.1), 5), mo.UnrolledAdjoint(), optax.sgd(0.1)
+            ),
+            num_steps=2,
+        )
+        assert inner_loss.count == outer_loss.count == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.adam(1e-3),
+        lambda: optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9)),
+        lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 10)),
+    ],
+)
+def test_transforms_made_anew_are_equal(make):
+    assert Static(make()) == Static(make())
+    assert hash(Static(make())) == hash(Static(make()))
+
+
+def test_transforms_of_other_numbers_are_not_equal():
+    rates = [0.1, 0.2, 1, 1.0]
+    keys = [Static(optax.sgd(rate)) for rate in rates]
+    assert len(set(keys)) == len(rates)
+    # A function of the user may read globals.
+    made = lambda rate: lambda step: rate
+    assert Static(optax.sgd(made(0.1))) != Static(optax.sgd(made(0.1)))
+    schedule = made(0.1)
+    assert Static(optax.sgd(schedule)) == Static(optax.sgd(schedule))
+    # ... and an array has no hash.
+    rate = jnp.asarray(0.1)
+    assert Static(optax.sgd(rate)) != Static(optax.sgd(rate))

@@ -1,5 +1,8 @@
 """The part of a pytree that is no array, as a key of compiled programs."""
 
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +19,8 @@ class Static:
     """
 
     def __init__(self, tree: Any):
-        leaves, structure = jax.tree.flatten(tree)
-        self.key = tuple(leaves), structure
+        self.leaves, self.structure = jax.tree.flatten(tree)
+        self.key = tuple(map(_identity, self.leaves)), self.structure
         try:
             self.hash = hash(self.key)
         except TypeError as error:
@@ -42,10 +45,90 @@ class Static:
     @property
     def tree(self) -> Any:
         """The pytree."""
-        leaves, structure = self.key
-        return jax.tree.unflatten(structure, leaves)
+        return jax.tree.unflatten(self.structure, self.leaves)
 
     def joined(self, arrays: list[Any]) -> Any:
         """The pytree that was split, with these arrays."""
         rest, inner = self.tree
         return eqx.combine(jax.tree.unflatten(inner, arrays), rest)
+
+
+# Packages whose functions depend on nothing but their arguments and closures.
+_PURE = ("optax", "jax", "equinox", "optimistix", "lineax")
+
+
+_MAX_DEPTH = 20  # of closures within closures; functions may refer to each other
+
+
+def _identity(x: Any, depth: int = 0) -> Any:
+    """A hashable value that is equal for objects of equal behaviour.
+
+    A transform of optax is a pair of closures. Two that were made by the same call are
+    equal here, although Python compares functions by their addresses. A function of the
+    user may read globals, and is equal to itself alone.
+    """
+    within = functools.partial(_identity, depth=depth + 1)
+    found = type(x), x
+    if depth == _MAX_DEPTH:
+        return found
+    if isinstance(x, tuple):
+        found = type(x), *map(within, x)
+    elif isinstance(x, functools.partial):
+        found = type(x), within(x.func), within(x.args), within(_items(x.keywords))
+    elif isinstance(x, types.FunctionType) and _is_pure(x):
+        cells = tuple(map(_content, x.__closure__ or ()))
+        parts = cells, x.__defaults__ or (), _items(x.__kwdefaults__ or {})
+        found = x.__code__, *map(within, parts)
+    try:
+        hash(found)
+    except TypeError:
+        return x  # holds an array, or the like
+    return found
+
+
+def _is_pure(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] in _PURE
+
+
+def _items(keywords: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(keywords.items(), key=lambda item: item[0]))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of pytrees, once for all arguments of equal behaviour.
+
+    Like `equinox.filter_jit`, but it finds a program again although the transforms of
+    optax in its arguments are made anew in each call.
+
+    **Arguments:**
+
+    - `function`: a function of positional arguments, any pytrees.
+
+    **Returns:**
+
+    The compiled function.
+    """
+
+    def of_arrays(rest: Static, arrays: list[Any]) -> Any:
+        return Static.split(function(*rest.joined(arrays)))
+
+    fast, in_words = jax.jit(of_arrays, static_argnums=0), eqx.filter_jit(of_arrays)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        arrays, rest = Static.split(args)
+        try:
+            arrays, rest = fast(rest, arrays)
+        except jax.errors.JaxRuntimeError:
+            # Raises in its own words what `equinox.error_if` found.
+            arrays, rest = in_words(rest, arrays)
+        return rest.joined(arrays)
+
+    return call

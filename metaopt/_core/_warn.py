@@ -5,7 +5,7 @@ import pathlib
 import warnings
 
 
-_PACKAGE = str(pathlib.Path(__file__).parent)
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 _LIBRARIES = ("equinox", "jax", "jaxtyping", "beartype", "contextlib")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core._results import RESULTS
+from .._core._static import compiled
 from .._core._trace_once import tracing_once
 from .._core._tree import with_auto_axes
 from .._core._types import Key, ModelState
@@ -131,7 +132,7 @@ def evaluate(
     return Scores(np.asarray(values))
 
 
-@eqx.filter_jit
+@compiled
 def _drawn(draw: Callable[[Key], Any], num_tasks: int, key: Key) -> Task:
     """As many batches as it takes, and of them so many tasks."""
 
@@ -146,7 +147,7 @@ def _drawn(draw: Callable[[Key], Any], num_tasks: int, key: Key) -> Task:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tasks], batches)
 
 
-@eqx.filter_jit
+@compiled
 def _scores(
     learner: AbstractLearner,
     meta: Any,

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._core._results import mask_result, RESULTS
+from .._core._static import compiled
 from .._core._trace_once import tracing_once
 from .._core._tree import (
     split_trainable,
@@ -254,7 +255,7 @@ class Adapted(eqx.Module):
     result: RESULTS
 
 
-@eqx.filter_jit
+@compiled
 def adapt(
     learner: AbstractLearner,
     meta: Any,
@@ -316,7 +317,7 @@ def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None
         )
 
 
-@eqx.filter_jit
+@compiled
 def _value_and_grad(
     learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
 ) -> tuple[FloatScalar, Vector, TaskStats]:
