@@ -73,38 +73,6 @@ def test_steps_see_different_batches():
     assert len(np.unique(losses)) == 8
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_epochs_of_both_losses_continue_across_outer_steps(num_steps):
-    # Each outer step once began an epoch, so that few inner steps hardly saw most rows.
-    # Rows are one-hot: inner steps count in `params` the rows that they see.
-    rows, batch_sizes, seen = 10, (4, 3), []
-    problem = mo.BilevelProblem(
-        lambda params, hyper, batch: -jnp.sum(batch @ params),
-        lambda params, hyper, batch: (jnp.sum(params * hyper), jnp.sum(batch, axis=0)),
-        has_aux=True,
-    )
-    solver = mo.NestedSolver(
-        mo.Descent(optax.sgd(1.0), num_steps), mo.UnrolledAdjoint(), optax.sgd(0.0)
-    )
-    mo.solve_bilevel(
-        problem,
-        jnp.ones(rows),
-        *(mo.Minibatches(jnp.eye(rows), size) for size in batch_sizes),
-        params=jnp.zeros(rows),
-        solver=solver,
-        num_steps=20,
-        callbacks=[lambda run: seen.append((run.params, run.info.report.outer.aux))],
-    )
-    inner, outer = (np.stack(counts) for counts in zip(*seen))
-    for counts, each in ((inner, num_steps * batch_sizes[0]), (outer, batch_sizes[1])):
-        assert len(np.unique(counts, axis=0)) > 5
-        for step, total in enumerate(np.cumsum(counts, axis=0), 1):
-            # Whole epochs have each row once, and the present one has it once at most.
-            epochs, left = divmod(step * each, rows)
-            np.testing.assert_array_equal(np.sort(total)[: rows - left], epochs)
-            np.testing.assert_array_equal(np.sort(total)[rows - left :], epochs + 1)
-
-
 def test_iterators_feed_every_step_of_a_call():
     batches = lambda: ((ROWS[i : i + 5],) * 2 for i in itertools.cycle(range(30)))
     split = lambda: zip(*itertools.islice(batches(), 9))
