@@ -88,7 +88,7 @@ def test_sources_of_an_iterator_begin_epochs_of_their_own():
         np.testing.assert_array_equal(counts, np.arange(8) < lengths[step - 1])
 
 
-class Restless(mo.AbstractData):
+class Restless(mo.extend.AbstractData):
     """A source whose cursor changes its dtype."""
 
     @property
