@@ -13,16 +13,20 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._core._tree import leaf_names
-from ._core._types import Batch, Key
+from ._core._types import Batch, IntScalar, Key
 from ._core._validate import check_count
-from ._shuffle import shuffled
+from ._shuffle import permuted
 
 
 class AbstractData(eqx.Module):
     """A source of batches, read inside the compiled loop.
 
-    A source plans all its draws before the loop starts and gathers one batch for each
-    step inside it, so the data itself is never copied per step.
+    A source has a cursor, a pytree of arrays that says which batch comes next. `take` plans
+    the draws of several steps and moves the cursor past them, before the loop starts;
+    `batch` gathers one batch for each step inside the loop, so the data itself is never
+    copied. [`metaopt.solve_bilevel`][] keeps the cursors of both losses in the state of the
+    run: epochs continue from one outer step to the next, and a run that is resumed sees the
+    batches that it would have seen.
     """
 
     @property
@@ -40,8 +44,32 @@ class AbstractData(eqx.Module):
         """Raises a `ValueError` if the source cannot serve `num_steps` steps."""
 
     @abc.abstractmethod
-    def plan(self, key: Key, num_steps: int) -> PyTree[Any]:
-        """The draws for `batch` at each of `num_steps` steps, stacked on a leading axis."""
+    def init(self, key: Key) -> PyTree[Any]:
+        """The cursor before the first draw.
+
+        **Arguments:**
+
+        - `key`: the randomness of all draws.
+
+        **Returns:**
+
+        A pytree of arrays, or `None` where every draw is the same.
+        """
+
+    @abc.abstractmethod
+    def take(self, cursor: PyTree[Any], num_steps: int) -> tuple[PyTree[Any], PyTree[Any]]:
+        """Plan the next draws, as plain traceable code.
+
+        **Arguments:**
+
+        - `cursor`: what `init` or the last `take` returned.
+        - `num_steps`: the number of draws, a Python int.
+
+        **Returns:**
+
+        The draws for `batch`, stacked on a leading axis of length `num_steps`, and the
+        cursor past them, of the structure, shapes and dtypes of the old one.
+        """
 
     @abc.abstractmethod
     def batch(self, draw: PyTree[Any]) -> Batch:
@@ -50,6 +78,35 @@ class AbstractData(eqx.Module):
     @abc.abstractmethod
     def full(self) -> Batch:
         """All of the data as one batch."""
+
+    def plan(self, key: Key, num_steps: int) -> PyTree[Any]:
+        """The first `num_steps` draws of a new cursor, for a solve by itself."""
+        return self.take(self.init(key), num_steps)[0]
+
+
+class AbstractWrappedData(AbstractData):
+    """A source that draws from another one.
+
+    **Attributes:**
+
+    - `source`: the other source.
+    """
+
+    source: eqx.AbstractVar[AbstractData]
+
+    @property
+    def num_batches(self):
+        return self.source.num_batches
+
+    def check(self, num_steps):
+        self.source.check(num_steps)
+
+
+def unwrapped(data: AbstractData) -> AbstractData:
+    """The source that the user handed over."""
+    while isinstance(data, AbstractWrappedData):
+        data = data.source
+    return data
 
 
 class FullBatch(AbstractData):
@@ -73,8 +130,11 @@ class FullBatch(AbstractData):
     def check(self, num_steps):
         _check_arrays(self.arrays, "the data")
 
-    def plan(self, key, num_steps):
+    def init(self, key):
         return None
+
+    def take(self, cursor, num_steps):
+        return None, None
 
     def batch(self, draw):
         return self.arrays
@@ -83,14 +143,24 @@ class FullBatch(AbstractData):
         return self.arrays
 
 
+class _Position(eqx.Module):
+    """The cursor of minibatches: the next row to be drawn."""
+
+    key: Key  # folded with the number of an epoch, the key of its order
+    epoch: IntScalar
+    position: IntScalar  # the rows of the epoch that have been drawn
+
+
 class Minibatches(AbstractData):
     """Random minibatches, drawn inside the compiled loop.
 
-    The rows are shuffled anew in every epoch and each epoch is cut into batches of equal
-    size; rows left over at the end of an epoch are not used in that epoch. Each outer step
-    begins an epoch. Of more than 65,536 rows only those that are drawn are shuffled. Under
-    an implicit adjoint the loop draws minibatches while the optimality is taken on all the
-    rows.
+    The rows are shuffled anew in every epoch, and each epoch draws each row once. A batch
+    at the end of an epoch that lacks rows has the first ones of the next. In a run of
+    [`metaopt.solve_bilevel`][] epochs continue from one outer step to the next, separately
+    for the inner and the outer loss; a source that an iterator yields for one outer step
+    begins an epoch. The cost of a draw does not depend on how many other rows there are.
+    Under an implicit adjoint the loop draws minibatches while the optimality is taken on
+    all the rows.
 
     **Arguments:**
 
@@ -124,13 +194,23 @@ class Minibatches(AbstractData):
                 f"{self.batch_size}."
             )
 
-    def plan(self, key, num_steps):
+    def init(self, key):
+        return _Position(key, jnp.zeros((), int), jnp.zeros((), int))
+
+    def take(self, cursor, num_steps):
         rows = _num_rows(self.arrays, "Minibatches")
-        per_epoch = rows // self.batch_size
-        epochs = -(-num_steps // per_epoch)
-        count = min(num_steps, per_epoch) * self.batch_size
-        order = jax.vmap(lambda k: shuffled(k, rows, count))(jax.random.split(key, epochs))
-        return order.reshape(-1, self.batch_size)[:num_steps]
+        count = num_steps * self.batch_size
+        # Both lie within an epoch, also for a cursor that comes from more rows than these.
+        epoch = cursor.epoch + cursor.position // rows
+        begin = cursor.position % rows
+        places = begin + jnp.arange(count)
+        most = (rows + count - 2) // rows + 1  # epochs that `count` rows can be parts of
+        fold_in = lambda index: jax.random.fold_in(cursor.key, epoch + index)
+        keys = jax.vmap(fold_in)(jnp.arange(most))
+        draws = permuted(keys, places // rows, places % rows, rows)
+        end = begin + count
+        cursor = _Position(cursor.key, epoch + end // rows, end % rows)
+        return draws.reshape(num_steps, self.batch_size), cursor
 
     def batch(self, draw):
         return jax.tree.map(lambda a: _rows_of(jnp.asarray(a), draw), self.arrays)
@@ -172,8 +252,11 @@ class BatchSequence(AbstractData):
                 f"{num_steps} steps. Give at least one batch for each step."
             )
 
-    def plan(self, key, num_steps):
-        return jnp.arange(num_steps)
+    def init(self, key):
+        return None
+
+    def take(self, cursor, num_steps):
+        return jnp.arange(num_steps), None
 
     def batch(self, draw):
         return jax.tree.map(lambda a: _rows_of(a, draw), self.arrays)

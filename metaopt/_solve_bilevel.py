@@ -178,7 +178,7 @@ def _check_goes_on(state: Any, start: Any) -> None:
     if not same_structs(*arrays):
         raise ValueError(
             "`state` is of another run: its arrays have other names, shapes or dtypes than "
-            "those of this `hyper`, `params` and solver."
+            "those of this `hyper`, `params`, data and solver."
         )
 
 

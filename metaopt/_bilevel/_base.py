@@ -58,7 +58,8 @@ class AbstractBilevelSolver(eqx.Module):
     of derivatives and numbers.
 
     A state is a pytree with the attributes `key` and `num_steps`: the randomness of the
-    run, and the outer steps taken.
+    run, and the outer steps taken. It keeps the cursors of both sources of batches, too, so
+    that each step goes on where the last one stopped.
     """
 
     @abc.abstractmethod

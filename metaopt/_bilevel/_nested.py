@@ -12,12 +12,13 @@ from .._adjoint import AbstractAdjoint, AbstractSystemAdjoint, first_carry
 from .._core._tree import split_trainable, tree_strong
 from .._core._types import FloatScalar, Hyper, IntScalar, Key, ModelState, Params
 from .._core._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT_EXAMPLE
-from .._objective import Continued, Objective
+from .._objective import check_sources, Continued, Objective
 from .._problem import BilevelProblem, initialise
 from .._promises import all_finite, keep_where
 from .._report import InnerInfo
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
+from ._drawn import Cursors, draw, DrawnBatches, first_cursors
 from ._optimizer_step import optimizer_step
 from ._start import AbstractStart, ColdStart
 from ._tolerance import AbstractTolerance
@@ -35,6 +36,7 @@ class NestedState(eqx.Module):
     - `given`, `first_model_state`: the start that the user gave, or `None`.
     - `outer_state`: the state of the outer optimizer.
     - `carry`: what the adjoint carries over, such as the last linear solution.
+    - `cursors`: the cursors of `train` and `valid`: the batches that come next.
     - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
     """
 
@@ -46,6 +48,7 @@ class NestedState(eqx.Module):
     first_model_state: ModelState
     outer_state: Any
     carry: Any
+    cursors: Cursors
     key: Key
     num_steps: IntScalar
 
@@ -99,7 +102,7 @@ class NestedSolver(AbstractBilevelSolver):
             )
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
-        init_key, key = jax.random.split(key)
+        init_key, key, data_key = jax.random.split(key, 3)
         given, first_model_state = params, model_state
         if params is None:
             params, model_state = initialise(problem.inner, hyper, init_key, model_state)
@@ -115,13 +118,15 @@ class NestedSolver(AbstractBilevelSolver):
             first_model_state=first_model_state if given is not None else model_state,
             outer_state=outer.init(split_trainable(hyper)[0]),
             carry=first_carry(self.adjoint, params),
+            cursors=first_cursors(train, valid, data_key),
             key=key,
             num_steps=jnp.zeros((), int),
         )
 
     def step(self, problem, state, train, valid):
         tolerance = None if self.tolerance is None else self.tolerance.at(state.num_steps)
-        objective = self._objective(problem, state, train, valid, tolerance)
+        drawn_train, drawn_valid, cursors = self._drawn(problem, state, train, valid)
+        objective = self._objective(problem, state, drawn_train, drawn_valid, tolerance)
         output, gradient, report = objective.differentiate(
             self.adjoint, state.hyper, state.carry
         )
@@ -150,6 +155,7 @@ class NestedSolver(AbstractBilevelSolver):
             first_model_state=state.first_model_state,
             outer_state=keep(outer_state, state.outer_state),
             carry=keep(output.carry, state.carry),
+            cursors=cursors,
             key=state.key,
             num_steps=state.num_steps + 1,
         )
@@ -160,6 +166,8 @@ class NestedSolver(AbstractBilevelSolver):
         return new_state, BilevelStep(report, good, exact)
 
     def evaluate(self, problem, state, train, valid):
+        # The draws of the next step, which a run that goes on sees again.
+        train, valid, _ = self._drawn(problem, state, train, valid)
         objective = self._objective(problem, state, train, valid)
         value, outcome = objective.primal(state.hyper)
         return BilevelEvaluation(
@@ -175,6 +183,18 @@ class NestedSolver(AbstractBilevelSolver):
 
     def solution(self, state):
         return state.params
+
+    def _drawn(
+        self, problem, state, train, valid
+    ) -> tuple[DrawnBatches, DrawnBatches, Cursors]:
+        """The draws of one outer step, and the cursors past them."""
+        check_sources(problem, self.inner, train, valid)
+        inner = self.inner
+        # A solver as a whole takes all of the data.
+        num_steps = inner.num_steps if isinstance(inner, AbstractIterativeSolver) else 1
+        drawn_train, train_cursor = draw(train, state.cursors.train, num_steps)
+        drawn_valid, valid_cursor = draw(valid, state.cursors.valid, 1)
+        return drawn_train, drawn_valid, Cursors(train_cursor, valid_cursor)
 
     def _objective(
         self, problem, state, train, valid, tolerance: FloatScalar | None = None

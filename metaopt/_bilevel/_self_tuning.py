@@ -1,5 +1,6 @@
 """The self-tuning solver: one run trains a best-response network and tunes `hyper`."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import optax
 from .._best_response import best_responses, ordinary, self_tuning
 from .._core._results import mask_result, RESULTS
 from .._core._tree import split_trainable, tree_strong
-from .._core._types import BoolScalar, Key, Params, PyTree
+from .._core._types import BoolScalar, Params, PyTree
 from .._core._validate import check_count, check_kind, check_params, check_tolerance
 from .._data import AbstractData
 from .._problem import initialise
@@ -18,7 +19,7 @@ from .._promises import BothLosses, judged
 from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._best_response_method import AbstractBestResponseMethod, STN
-from ._drawn import check_drawn, draw, draw_one
+from ._drawn import check_drawn, Cursors, draw, draw_one, DrawnBatches, first_cursors
 from ._perturbed import Coordinates, cut
 from ._scale import check_scales, initial_log_scale
 from ._self_tuning_checks import check_losses
@@ -153,7 +154,7 @@ class SelfTuningSolver(AbstractBilevelSolver):
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         self.steps.method.check(problem)
         self._check_data(train, valid)
-        init_key, convert_key, check_key, key = jax.random.split(key, 4)
+        init_key, convert_key, check_key, key, data_key = jax.random.split(key, 5)
         drawn = params is None
         if drawn:
             params, model_state = initialise(problem.inner, hyper, init_key, model_state)
@@ -182,24 +183,28 @@ class SelfTuningSolver(AbstractBilevelSolver):
         )
         trainable = split_trainable(hyper)[0]
         log_scale = initial_log_scale(self.initial_scale, trainable, numbers)
-        return self.steps.init(hyper, params, model_state, log_scale, key, drawn)
+        cursors = first_cursors(train, valid, data_key)
+        return self.steps.init(hyper, params, model_state, log_scale, cursors, key, drawn)
 
     def step(self, problem, state, train, valid):
         self._check_data(train, valid)  # of an iterator, the first alone is known to `init`
+        counts = self._num_draws
+        train, train_cursor = draw(train, state.cursors.train, counts[0])
+        valid, valid_cursor = draw(valid, state.cursors.valid, counts[1])
         at = BothLosses(
             problem,
             state.params,
             state.hyper,
-            draw_one(train, state.key),
-            draw_one(valid, state.key),
+            train[0],
+            valid[0],
             state.key,
             state.model_state,
         )
         unreached, left_out, answered = unreached_leaves(at, state.drawn)
         key = jax.random.fold_in(state.key, state.num_steps)
-        train_key, valid_key, key = jax.random.split(key, 3)
-        train_draws = _planned(train, train_key, self.num_rounds, self.train_steps)
-        valid_draws = _planned(valid, valid_key, self.num_rounds, self.valid_steps)
+        key = jax.random.split(key, 3)[2]
+        train_draws = _by_round(train, self.num_rounds)
+        valid_draws = _by_round(valid, self.num_rounds)
         moves = state.num_steps >= self.warmup
         arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -230,7 +235,8 @@ class SelfTuningSolver(AbstractBilevelSolver):
             go_round, arrays, (train_draws, valid_draws, keys)
         )
         new = eqx.combine(arrays, static)
-        new = eqx.tree_at(lambda s: s.num_steps, new, state.num_steps + 1)
+        cursors = Cursors(train_cursor, valid_cursor)
+        new = dataclasses.replace(new, cursors=cursors, num_steps=state.num_steps + 1)
         report, good = self._report(trained, validated, unreached, left_out)
         return new, BilevelStep(report, moves & good)
 
@@ -252,8 +258,10 @@ class SelfTuningSolver(AbstractBilevelSolver):
     def evaluate(self, problem, state, train, valid):
         params = self.params_at(state)
         key = jax.random.fold_in(state.key, state.num_steps)
+        # A batch of the next step, which a run that goes on sees again.
+        drawn, _ = draw(valid, state.cursors.valid, 1)
         value, _ = problem.evaluate_outer(
-            params, state.hyper, draw_one(valid, key), key, state.model_state
+            params, state.hyper, drawn[0], key, state.model_state
         )
         return BilevelEvaluation(value, params, state.model_state)
 
@@ -296,9 +304,14 @@ class SelfTuningSolver(AbstractBilevelSolver):
         )
         return report, jnp.any(validated.good)
 
+    @property
+    def _num_draws(self) -> tuple[int, int]:
+        """The batches of both losses in one outer step."""
+        return self.num_rounds * self.train_steps, self.num_rounds * self.valid_steps
+
     def _check_data(self, train: AbstractData, valid: AbstractData) -> None:
-        used = self.num_rounds * self.train_steps, self.num_rounds * self.valid_steps
-        for data, name, count in zip((train, valid), ("train", "valid"), used):
+        counts = self._num_draws
+        for data, name, count in zip((train, valid), ("train", "valid"), counts):
             check_drawn(data, name, count)
 
 
@@ -322,8 +335,8 @@ class ResponseInfo(AbstractDerivativeInfo):
         return {}
 
 
-def _planned(data: AbstractData, key: Key, num_rounds: int, num_steps: int) -> PyTree:
-    plan = draw(data, key, num_rounds * num_steps).plan
+def _by_round(drawn: DrawnBatches, num_rounds: int) -> PyTree:
+    """The draws with a leading axis of rounds."""
     return jax.tree.map(
-        lambda leaf: leaf.reshape(num_rounds, num_steps, *leaf.shape[1:]), plan
+        lambda leaf: leaf.reshape(num_rounds, -1, *leaf.shape[1:]), drawn.draws
     )

@@ -25,6 +25,7 @@ from .._core._types import (
 from .._problem import BilevelProblem
 from .._promises import all_finite, keep_where
 from ._best_response_method import AbstractBestResponseMethod
+from ._drawn import Cursors
 from ._optimizer_step import optimizer_step
 from ._perturbed import Coordinates, cut, perturb, PerturbedBatch
 
@@ -41,6 +42,7 @@ class SelfTuningState(eqx.Module):
         `hyper`, of shape `(num_hyper,)`.
     - `general_state`, `response_state`, `hyper_state`, `scale_state`: the states of the
         optimizers.
+    - `cursors`: the cursors of `train` and `valid`: the batches that come next.
     - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
     - `drawn`: whether the problem's `init` drew the initial params.
     """
@@ -53,6 +55,7 @@ class SelfTuningState(eqx.Module):
     response_state: PyTree
     hyper_state: PyTree
     scale_state: PyTree
+    cursors: Cursors
     key: Key
     num_steps: IntScalar
     drawn: bool = eqx.field(static=True)
@@ -79,6 +82,7 @@ class SelfTuningSteps(eqx.Module):
         params: Params,
         model_state: ModelState,
         log_scale: Float[Array, " num_hyper"],
+        cursors: Cursors,
         key: Key,
         drawn: bool,
     ) -> SelfTuningState:
@@ -94,6 +98,7 @@ class SelfTuningSteps(eqx.Module):
             response_state=self.response.init(response),
             hyper_state=self.hyper.init(split_trainable(hyper)[0]),
             scale_state=None if self.scale is None else self.scale.init(log_scale),
+            cursors=cursors,
             key=key,
             num_steps=jnp.zeros((), int),
             drawn=drawn,

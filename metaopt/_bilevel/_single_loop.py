@@ -33,7 +33,7 @@ from .._promises import (
 )
 from .._report import InnerInfo, OuterInfo, Report
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
-from ._drawn import check_drawn, draw, draw_one, DrawnBatches
+from ._drawn import check_drawn, Cursors, draw, DrawnBatches, first_cursors
 from ._optimizer_step import optimizer_step
 from ._single_loop_parts import SingleLoopInfo, SingleLoopState, SingleLoopUpdate
 
@@ -113,7 +113,7 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
 
     def init(self, problem, hyper, train, valid, *, params, model_state, key):
         self._check_data(train, valid)
-        init_key, key = jax.random.split(key)
+        init_key, key, data_key = jax.random.split(key, 3)
         drawn = params is None
         if drawn:
             params, model_state = initialise(problem.inner, hyper, init_key, model_state)
@@ -127,6 +127,7 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
             model_state=model_state,
             outer_state=outer.init(split_trainable(hyper)[0]),
             extra=tree_strong(self.first(problem, hyper, params)),
+            cursors=first_cursors(train, valid, data_key),
             key=key,
             num_steps=jnp.zeros((), int),
             drawn=drawn,
@@ -135,11 +136,10 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
     def step(self, problem, state, train, valid):
         self._check_data(train, valid)  # of an iterator, the first alone is known to `init`
         key = jax.random.fold_in(state.key, state.num_steps)
-        train_key, valid_key, key = jax.random.split(key, 3)
-        batches = (
-            draw(train, train_key, self.num_train_batches),
-            draw(valid, valid_key, self.num_valid_batches),
-        )
+        key = jax.random.split(key, 3)[2]
+        train, train_cursor = draw(train, state.cursors.train, self.num_train_batches)
+        valid, valid_cursor = draw(valid, state.cursors.valid, self.num_valid_batches)
+        batches = train, valid
         idle, held, start_left_out = self._check_promises(problem, state, batches, key)
         update = self._checked(self.update(problem, state, *batches, key), state)
         trainable, static = split_trainable(state.hyper)
@@ -170,6 +170,7 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
             model_state=keep(update.model_state, state.model_state),
             outer_state=keep(outer_state, state.outer_state),
             extra=keep(update.extra, state.extra),
+            cursors=Cursors(train_cursor, valid_cursor),
             key=state.key,
             num_steps=state.num_steps + 1,
             drawn=state.drawn,
@@ -191,10 +192,11 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
 
     def evaluate(self, problem, state, train, valid):
         key = jax.random.fold_in(state.key, state.num_steps)
-        draw_key, loss_key = jax.random.split(key)
-        batch = draw_one(valid, draw_key)
+        loss_key = jax.random.split(key)[1]
+        # A batch of the next step, which a run that goes on sees again.
+        drawn, _ = draw(valid, state.cursors.valid, 1)
         value, _ = problem.evaluate_outer(
-            state.params, state.hyper, batch, loss_key, state.model_state
+            state.params, state.hyper, drawn[0], loss_key, state.model_state
         )
         return BilevelEvaluation(value, state.params, state.model_state)
 

@@ -17,6 +17,7 @@ from .._core._types import (
     Vector,
 )
 from .._report import AbstractDerivativeInfo, number
+from ._drawn import Cursors
 
 
 class SingleLoopState(eqx.Module):
@@ -30,6 +31,7 @@ class SingleLoopState(eqx.Module):
     - `outer_state`: the state of the outer optimizer.
     - `extra`: the variables that the method keeps beside these: what `first` returned, and
         then each `update`.
+    - `cursors`: the cursors of `train` and `valid`: the batches that come next.
     - `key`, `num_steps`: the randomness of the run, and the outer steps taken.
     - `drawn`: whether the problem's `init` drew the initial params.
     """
@@ -40,6 +42,7 @@ class SingleLoopState(eqx.Module):
     model_state: ModelState
     outer_state: PyTree
     extra: PyTree
+    cursors: Cursors
     key: Key
     num_steps: IntScalar
     drawn: bool = eqx.field(static=True)

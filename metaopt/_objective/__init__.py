@@ -1,4 +1,8 @@
 """The way of the data: hyper, the start, the inner solve, the outer loss."""
 
 from ._loop_error import loops_explained as loops_explained
-from ._objective import Continued as Continued, Objective as Objective
+from ._objective import (
+    check_sources as check_sources,
+    Continued as Continued,
+    Objective as Objective,
+)

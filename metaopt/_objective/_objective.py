@@ -28,7 +28,7 @@ from .._core._types import (
     Vector,
 )
 from .._core._validate import check_params
-from .._data import AbstractData
+from .._data import AbstractData, unwrapped
 from .._jaxpr._dependence import evaluate_tracing_scale, leaves_with_influence
 from .._problem import BilevelProblem, initialise
 from .._promises import (
@@ -43,6 +43,24 @@ from .._promises import (
 from .._report import InnerInfo, OuterInfo, Report
 from .._solver import AbstractSolver, Earlier, InnerSolve, Outcome
 from ._loop_error import loops_explained
+
+
+def check_sources(
+    problem: BilevelProblem,
+    inner: AbstractSolver,
+    train: AbstractData,
+    valid: AbstractData,
+) -> None:
+    """Raises a `ValueError` if the sources cannot serve one inner solve and the outer loss
+    at its solution."""
+    inner.check(problem.inner, train)
+    valid.check(1)
+    if valid.num_batches is not None:
+        raise ValueError(
+            f"`valid` is a `{type(unwrapped(valid)).__name__}`, which has a batch for each "
+            "inner step; the outer loss is evaluated once. Use plain arrays or "
+            "`Minibatches`, or give `solve_bilevel` an iterator."
+        )
 
 
 class Continued(eqx.Module):
@@ -90,14 +108,7 @@ class Objective(eqx.Module):
         continued: Continued | None = None,
     ):
         init_key, inner_key, outer_key = jax.random.split(key, 3)
-        inner.check(problem.inner, train)
-        valid.check(1)
-        if valid.num_batches is not None:
-            raise ValueError(
-                f"`valid` is a `{type(valid).__name__}`, which has a batch for each inner "
-                "step; the outer loss is evaluated once. Use plain arrays or "
-                "`Minibatches`, or give `solve_bilevel` an iterator."
-            )
+        check_sources(problem, inner, train, valid)
         self.problem = problem
         earlier = None
         if continued is not None and continued.solver_state is not None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core._tree import same_structs
+from .._core._types import IntScalar, Key
 from .._core._validate import canonical_arrays, is_loader
-from .._data import AbstractData, as_data, restarted
+from .._data import AbstractData, AbstractWrappedData, as_data, restarted
 
 
 class AbstractFeed(abc.ABC):
@@ -141,6 +142,39 @@ class Pulled(AbstractFeed):
             self.waiting = self.waiting[count:]
 
 
+class _Draw(eqx.Module):
+    """The cursor of a source that begins anew: the number of the next draw."""
+
+    key: Key
+    count: IntScalar
+
+
+class _Anew(AbstractWrappedData):
+    """The data of one outer step alone, whose draws begin anew.
+
+    Its cursor is the same whatever the source, which can be of other shapes in the next.
+    """
+
+    source: AbstractData
+
+    @property
+    def varies(self):
+        return self.source.varies
+
+    def init(self, key):
+        return _Draw(key, jnp.zeros((), int))
+
+    def take(self, cursor, num_steps):
+        key = jax.random.fold_in(cursor.key, cursor.count)
+        return self.source.plan(key, num_steps), _Draw(cursor.key, cursor.count + 1)
+
+    def batch(self, draw):
+        return self.source.batch(draw)
+
+    def full(self):
+        return self.source.full()
+
+
 def data_feed(data: Any, name: str) -> Fixed | Pulled:
     """The data of one of the two losses as a feed.
 
@@ -154,7 +188,8 @@ def data_feed(data: Any, name: str) -> Fixed | Pulled:
 
     if not isinstance(data, Iterator) and not is_loader(data):
         return Fixed(check(data))
-    feed = Pulled(lambda num_steps: restarted(data), check)
+    anew = lambda data: _Anew(check(data))
+    feed = Pulled(lambda num_steps: restarted(data), anew)
     if not feed.peek():
         if feed.interrupted:
             raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching, mlir
 from .._core._tree import split_trainable, tree_dot, tree_zeros_like
 from .._core._types import FloatScalar, Vector
 from .._core._validate import check_count
-from .._data import AbstractData
+from .._data import AbstractData, AbstractWrappedData
 from .._jaxpr._rewrite import inner_jaxprs
 from ._base import AbstractProblem, Evaluation
 from ._call import returned
@@ -135,30 +135,26 @@ class _Draw(eqx.Module):
     draw: Any
 
 
-class _Draws(AbstractData):
+class _Draws(AbstractWrappedData):
     """A source of draws, of which the problem makes batches."""
 
-    data: AbstractData
+    source: AbstractData
 
     @property
     def varies(self):
-        return self.data.varies
+        return self.source.varies
 
-    @property
-    def num_batches(self):
-        return self.data.num_batches
+    def init(self, key):
+        return self.source.init(key)
 
-    def check(self, num_steps):
-        self.data.check(num_steps)
-
-    def plan(self, key, num_steps):
-        return self.data.plan(key, num_steps)
+    def take(self, cursor, num_steps):
+        return self.source.take(cursor, num_steps)
 
     def batch(self, draw):
         return _Draw(draw)
 
     def full(self):
-        return self.data.full()
+        return self.source.full()
 
 
 class _MixedMode(AbstractWrappedProblem):

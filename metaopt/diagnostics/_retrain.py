@@ -13,7 +13,7 @@ from .._adjoint import UnrolledAdjoint
 from .._best_response import best_responses, ordinary
 from .._core._types import Hyper, Key, ModelState, Params
 from .._core._validate import canonical_arrays, check_kind, DESCENT_EXAMPLE
-from .._data import AbstractData, as_data
+from .._data import AbstractData, AbstractWrappedData, as_data
 from .._problem import (
     AbstractProblem,
     AbstractWrappedProblem,
@@ -114,30 +114,27 @@ def retrain(
     return dataclasses.replace(solution, value=ordinary(solution.value))
 
 
-class _InStages(AbstractData):
+class _InStages(AbstractWrappedData):
     """Batches with the number of the stage that each is for."""
 
-    data: AbstractData
+    source: AbstractData
     num_stages: int = eqx.field(static=True)
 
     @property
     def varies(self):
         return True
 
-    @property
-    def num_batches(self):
-        return self.data.num_batches
+    def init(self, key):
+        return self.source.init(key)
 
-    def check(self, num_steps):
-        self.data.check(num_steps)
-
-    def plan(self, key, num_steps):
+    def take(self, cursor, num_steps):
         stages = np.arange(num_steps) * self.num_stages // num_steps
-        return jnp.asarray(stages), self.data.plan(key, num_steps)
+        plan, cursor = self.source.take(cursor, num_steps)
+        return (jnp.asarray(stages), plan), cursor
 
     def batch(self, draw):
         stage, inner = draw
-        return stage, self.data.batch(inner)
+        return stage, self.source.batch(inner)
 
     def full(self):
         raise ValueError(
