@@ -108,6 +108,7 @@ def maml(transform: Any = TRANSFORMS["sgd"], num_steps: int = 1, **settings: Any
 _QUICK = {("sgd", 1), ("momentum", 3), ("adam", 5)}
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "name, num_steps",
     [
@@ -168,6 +169,7 @@ def test_a_part_of_the_model_adapts(first_order):
     assert not np.allclose(adapted.layers[-1].weight, MODEL.layers[-1].weight)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("first_order", [False, True])
 def test_each_step_can_count(first_order):
     weights = np.array([0.2, 0.3, 0.5])
@@ -318,6 +320,7 @@ def test_tasks_that_are_not_solved_are_counted():
 # Tasks that fail
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("part", ["support", "query"])
 def test_the_others_survive_a_task_that_diverges(part, chunk_size):
@@ -370,6 +373,7 @@ def normalised():
     return Normalised(first, norm, last), state
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "policy", [mo.nn.CarriedState(), mo.nn.FrozenState(), mo.nn.PerStepState()]
@@ -409,6 +413,7 @@ def test_model_state_is_a_choice(policy, chunk_size):
     assert_close(eqx.filter(stats.model_state, eqx.is_inexact_array), average, 1e-9)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_states_of_each_step_outlast_the_tasks(chunk_size):
     # The running statistics here do not reach the results, but for what is kept of them.
@@ -482,6 +487,7 @@ def by_hand_with_marks(num_steps, weights):
     return jnp.mean(jax.vmap(one)(TASKS.support, TASKS.query))
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("num_slots", [3, 5])
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
 def test_the_answer_is_judged_with_the_state_of_its_last_step(num_slots, weights):

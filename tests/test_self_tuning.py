@@ -312,6 +312,7 @@ def combinations():
         yield pytest.param(*combination, marks=marks)
 
 
+@pytest.mark.one_of(8)
 @each_method
 @pytest.mark.parametrize("size, drops, tied", list(combinations()))
 def test_methods_equal_their_slow_twins(method, size, drops, tied):
@@ -411,6 +412,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "solver",
     [
@@ -489,6 +491,7 @@ def responsive(shift: float) -> Any:
     return eqx.tree_at(lambda p: p.response["bias"].shift, model, jnp.full((1, 1), shift))
 
 
+@pytest.mark.one_of(2)
 @each_method
 def test_general_weights_follow_hyper(method):
     solver = made(method, params=optax.set_to_zero(), hyper=optax.sgd(1.0))
@@ -629,6 +632,7 @@ def test_diverging_training_is_reported(method, dtype, rate):
         solve(problem, data=data, **settings)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "outer, result",
     [

@@ -62,6 +62,7 @@ def run(
     )
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fewer_products_at_equal_outer_loss(name):
     exact = run(None)
@@ -108,6 +109,7 @@ def test_each_step_meets_its_own_tolerance():
     assert np.all(history.linear_residual > 1e-3 * asked)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "solver",
     [
