@@ -164,6 +164,15 @@ def test_spectral_radius(turned):
     assert mo.nn.spectral_radius(lambda z, x: x, z["a"], z["a"]) == 0
 
 
+def test_first_half_of_a_power_iteration_does_not_count():
+    # The first steps grow by 0.3 and not by 0.8: in the mean they would cost 2 per cent.
+    weights = jnp.full(SIZE, 0.1).at[0].set(0.8)
+    cell, z = lambda z, x: weights * z + x, jnp.zeros(SIZE)
+    found = mo.nn.spectral_radius(cell, z, z, num_steps=40)
+    # (0.1 / 0.8)^20 is left of the other eigenvectors.
+    np.testing.assert_allclose(found, 0.8, rtol=1e-12)
+
+
 def test_jacobian_penalty():
     weight, x, z = 0.5 * normal((SIZE, SIZE)), normal((SIZE,), 1), normal((SIZE,), 2)
     cell = lambda w: lambda z, x: jnp.tanh(w @ z + x)

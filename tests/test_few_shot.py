@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import metaopt as mo
+from metaopt.few_shot._learner import TaskGradient
 
 
 Checkpoint = mo.callbacks.Checkpoint
@@ -649,6 +650,60 @@ def test_tasks_have_keys_of_their_own():
     np.testing.assert_array_equal(losses, again)
     other = learner.value_and_grad(MODEL, same, key=jax.random.key(1))[2].losses
     assert not np.any(losses == other)
+
+
+def test_tasks_are_drawn_with_other_keys_than_they_are_scored_with():
+    # A task is drawn with the second half of the key that it is given, and so is a score.
+    half = lambda key: jax.random.uniform(jax.random.split(key)[1])
+
+    def draw(key):
+        one = jax.tree.map(lambda leaf: leaf[:1], TASKS)
+        return few_shot.Task(one.support, (jnp.full((1, NUM_SHOTS), half(key)),))
+
+    def metric(model, batch, *, key):
+        return jnp.abs(batch[0][0] - jax.random.uniform(key))
+
+    scores = few_shot.evaluate(
+        few_shot.MAML(squared_error, mo.Descent(optax.sgd(0.1), 1)),
+        *(MODEL, draw, metric),
+        num_tasks=6,
+    )
+    assert np.all(scores.values > 0)
+
+
+class _KeyDistance(few_shot.AbstractLearner):
+    """Its loss is the distance of the key of a task from what the task holds."""
+
+    model_loss: Any
+    inner: Any
+    chunk_size: int | None = None
+
+    def adaptation(self, model_state):
+        raise NotImplementedError
+
+    def task_gradient(self, meta, task, key, model_state):
+        drawn = jax.random.uniform(key)
+        return TaskGradient(
+            loss=jnp.abs(drawn - task.query[0][0]),
+            gradient=jax.tree.map(jnp.zeros_like, eqx.filter(meta, eqx.is_inexact_array)),
+            aux=None,
+            state=None,
+            result=mo.RESULTS.successful,
+            left_out=(),
+        )
+
+
+def test_tasks_are_drawn_with_other_keys_than_they_are_adapted_with():
+    def draw(key):
+        # As the learner and `Episodes` make keys of one.
+        held = jax.vmap(jax.random.uniform)(jax.random.split(key, NUM_TASKS))
+        query = jnp.broadcast_to(held[:, None], (NUM_TASKS, NUM_SHOTS))
+        return few_shot.Task(TASKS.support, (query,))
+
+    learner = few_shot.MAML(squared_error, mo.Descent(optax.sgd(0.1), 1))
+    distance = _KeyDistance(learner.model_loss, learner.inner)
+    solution = few_shot.train(distance, MODEL, draw, outer=optax.sgd(0.1), num_steps=3)
+    assert np.all(solution.history.outer_loss > 0)
 
 
 # Compilation, devices

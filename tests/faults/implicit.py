@@ -42,7 +42,7 @@ FAULTS = [
         "_implicit/_inner_error.py",
         "allowed = jnp.maximum(allowed, tolerance)",
         "allowed = tolerance",
-        "test_tolerance.py",
+        "test_tolerance.py::test_the_inner_solution_may_be_as_far_off",
     ),
     Fault(
         "inner-error-by-distance-alone",
@@ -143,7 +143,7 @@ FAULTS = [
         "_equilibrium/_jacobian.py",
         "growth[num_steps // 2 :]",
         "growth",
-        "test_cells.py::test_spectral_radius",
+        "test_cells.py::test_first_half_of_a_power_iteration_does_not_count",
     ),
     Fault(
         "jacobian-penalty-of-all-numbers",

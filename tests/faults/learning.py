@@ -227,14 +227,14 @@ FAULTS = [
         "few_shot/_train.py",
         "draw_key, task_key = jax.random.split(key)",
         "draw_key, task_key = key, key",
-        FEW_SHOT + "test_training_on_what_a_function_draws",
+        FEW_SHOT + "test_tasks_are_drawn_with_other_keys_than_they_are_adapted_with",
     ),
     Fault(
         "draws-and-adaptation-share-a-key-in-testing",
         "few_shot/_evaluate.py",
         "jax.random.split(jax.random.fold_in(key, 1), num_tasks)",
         "jax.random.split(key, num_tasks)",
-        FEW_SHOT + "test_tasks_that_a_function_draws_are_evaluated",
+        FEW_SHOT + "test_tasks_are_drawn_with_other_keys_than_they_are_scored_with",
     ),
     Fault(
         "tasks-share-a-key",
