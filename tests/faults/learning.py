@@ -198,7 +198,7 @@ FAULTS = [
         "_bilevel/_self_tuning_steps.py",
         "of_scale = out.log_scale - self.entropy_weight",
         "of_scale = out.log_scale",
-        SELF_TUNING + "test_methods_equal_their_slow_twins",
+        SELF_TUNING + "test_entropy_is_paid_for_by_the_scale",
     ),
     Fault(
         "params-stay-where-hyper-moves",
@@ -212,7 +212,7 @@ FAULTS = [
         "_bilevel/_perturbed.py",
         "return jnp.mean(leaf, axis=0)",
         "return leaf[0]",
-        SELF_TUNING + "test_methods_equal_their_slow_twins",
+        SELF_TUNING + "test_state_is_the_mean_over_the_groups",
     ),
     Fault(
         "squared-norm-without-cross-terms",
