@@ -289,7 +289,7 @@ def test_start_near_the_solution_saves_steps(name):
     assert warm.num_steps < 0.8 * cold.num_steps
 
 
-@pytest.mark.slow
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("start", [1e8, jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", TOLERANT)
 def test_useless_start_is_not_used(name, start):

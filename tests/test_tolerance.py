@@ -134,6 +134,18 @@ def test_every_linear_solver_with_a_tolerance_loosens_it(solver):
     assert tight.num_products == exact.num_products
 
 
+@pytest.mark.parametrize(
+    "tolerance, at_steps_0_to_3",
+    [
+        (mo.PolynomialTolerance(0.1, power=2.0), [0.1, 0.1 / 4, 0.1 / 9, 0.1 / 16]),
+        (mo.GeometricTolerance(0.1, factor=0.5), [0.1, 0.05, 0.025, 0.0125]),
+    ],
+)
+def test_tolerance_at_the_first_steps(tolerance, at_steps_0_to_3):
+    found = [tolerance.at(jnp.asarray(step)) for step in range(4)]
+    np.testing.assert_allclose(found, at_steps_0_to_3, rtol=1e-12)
+
+
 def test_the_inner_solution_may_be_as_far_off():
     # A few steps from zero: an inner error of some per cent, which raises by default.
     inner = mo.Descent(optax.sgd(1.0), num_steps=40)

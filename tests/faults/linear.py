@@ -89,8 +89,7 @@ FAULTS = [
         "_linear/_gmres.py",
         "useful = (remaining <= size) & (size > 0)",
         "useful = size > 0",
-        LINEAR + "test_true_residual_never_grows "
-        "test_linear.py::test_start_near_the_solution_saves_steps",
+        LINEAR + "test_useless_start_is_not_used",
     ),
     Fault(
         "bicgstab-direction",
@@ -170,8 +169,7 @@ FAULTS = [
         "_linear/_system.py",
         "useless = starts & ~(size <= self.size)",
         "useless = starts & ~(size <= jnp.inf)",
-        LINEAR + "test_true_residual_never_grows "
-        "test_linear.py::test_start_near_the_solution_saves_steps",
+        LINEAR + "test_useless_start_is_not_used",
     ),
     Fault(
         "diagonal-without-its-spread",
