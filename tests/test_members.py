@@ -16,20 +16,33 @@ from problems import CASES
 
 
 AXES = (
-    mo.AbstractAdjoint,
-    mo.AbstractBilevelSolver,
-    mo.AbstractCurvature,
-    mo.AbstractData,
-    mo.AbstractErrorEstimate,
-    mo.AbstractLinearSolver,
-    mo.AbstractMemoryPlan,
-    mo.AbstractPreconditioner,
-    mo.AbstractProblem,
-    mo.AbstractSolver,
-    mo.AbstractStart,
-    mo.AbstractStatePolicy,
-    mo.AbstractTolerance,
+    mo.extend.AbstractAdjoint,
+    mo.extend.AbstractBilevelSolver,
+    mo.extend.AbstractCurvature,
+    mo.extend.AbstractData,
+    mo.extend.AbstractErrorEstimate,
+    mo.extend.AbstractLinearSolver,
+    mo.extend.AbstractMemoryPlan,
+    mo.extend.AbstractPreconditioner,
+    mo.extend.AbstractProblem,
+    mo.extend.AbstractSolver,
+    mo.extend.AbstractStart,
+    mo.extend.AbstractStatePolicy,
+    mo.extend.AbstractTolerance,
     mo.callbacks.AbstractCallback,
+)
+
+
+NAMESPACES = (
+    mo,
+    mo.accuracy,
+    mo.callbacks,
+    mo.diagnostics,
+    mo.extend,
+    mo.few_shot,
+    mo.linear,
+    mo.memory,
+    mo.nn,
 )
 
 
@@ -58,7 +71,7 @@ def members() -> list[str]:
     """The names of the public classes of the axes that are not abstract."""
     classes = [
         cls
-        for namespace in (mo, mo.callbacks, mo.few_shot, mo.nn)
+        for namespace in NAMESPACES
         for cls in vars(namespace).values()
         if inspect.isclass(cls) and issubclass(cls, AXES)
     ]

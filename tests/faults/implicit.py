@@ -235,21 +235,21 @@ FAULTS = [
     # Smoothness
     Fault(
         "smoothness-of-overlapping-movements",
-        "_smoothness.py",
+        "diagnostics/_smoothness.py",
         "solutions[2] - solutions[1]",
         "solutions[2] - solutions[0]",
         "test_check.py",
     ),
     Fault(
         "smoothness-without-weights",
-        "_smoothness.py",
+        "diagnostics/_smoothness.py",
         "jnp.sum(weights * jnp.sign(first) * jnp.sign(second))",
         "jnp.mean(jnp.sign(first) * jnp.sign(second))",
         "test_check.py",
     ),
     Fault(
         "smoothness-of-a-direction-of-any-length",
-        "_smoothness.py",
+        "diagnostics/_smoothness.py",
         "return vector / length",
         "return vector",
         "test_check.py",

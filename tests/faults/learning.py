@@ -46,14 +46,14 @@ FAULTS = [
     ),
     Fault(
         "chunks-share-a-key",
-        "_mixed_mode.py",
+        "_problem/_mixed_mode.py",
         "chunk_key = jax.random.fold_in(key, index)",
         "chunk_key = key",
         "test_chunks.py::test_each_chunk_has_a_key_of_its_own",
     ),
     Fault(
         "stages-of-unequal-length",
-        "_retrain.py",
+        "diagnostics/_retrain.py",
         "np.arange(num_steps) * self.num_stages // num_steps",
         "np.minimum(np.arange(num_steps), self.num_stages - 1)",
         "test_response.py::test_each_stage_has_an_equal_share_of_the_steps",

@@ -9,28 +9,28 @@ FAULTS = [
     # Linear solvers
     Fault(
         "cg-forgets-directions",
-        "_linear/_cg.py",
+        "_linear/_cg_method.py",
         "beta = gamma / s.gamma",
         "beta = jnp.zeros_like(gamma)",
         LINEAR + "test_cg_needs_as_many_steps_as_there_are_eigenvalues",
     ),
     Fault(
         "cg-takes-any-curvature",
-        "_linear/_cg.py",
+        "_linear/_cg_method.py",
         "positive = curvature > self.system.eps * max_ratio * p_size",
         "positive = curvature != 0",
         LINEAR + "test_indefinite_operator_is_flagged",
     ),
     Fault(
         "cg-reports-the-damped-residual",
-        "_linear/_cg.py",
+        "_linear/_cg_method.py",
         "residual = tree_norm(tree_sub(self.system.b, product))",
         "residual = size",
         LINEAR + "test_damping_is_solved_for_and_the_residual_is_without_it",
     ),
     Fault(
         "cg-believes-its-updated-residual",
-        "_linear/_cg.py",
+        "_linear/_cg_method.py",
         "within = size <= self.system.tolerance",
         "within = jnp.sqrt(series.square) <= self.system.tolerance",
         LINEAR + "test_success_is_of_the_true_residual",
