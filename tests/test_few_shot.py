@@ -688,7 +688,7 @@ class _KeyDistance(few_shot.AbstractLearner):
             gradient=jax.tree.map(jnp.zeros_like, eqx.filter(meta, eqx.is_inexact_array)),
             aux=None,
             state=None,
-            result=mo.RESULTS.successful,
+            result=mo.RESULTS.successful,  # pyright: ignore[reportArgumentType]
             left_out=(),
         )
 
