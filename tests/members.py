@@ -176,3 +176,41 @@ def rows_and_cases(table: dict[str, Member]) -> list[Any]:
         for case in CASES
         if CASES[case](jnp.float64).kind in member.serves
     ]
+
+
+ELSEWHERE = {
+    # Adjoints: of a solver of their own, and one whose gradient is meant to be another.
+    "ReversibleAdjoint": "test_reversible.py",
+    "FirstOrderAdjoint": "test_first_order.py",
+    # Linear solvers and preconditioners that need the state of a solver of their own.
+    "SHINE": "test_fixed_points.py",
+    "SecondMoment": "test_preconditioners.py",
+    # Problems that are another kind, written otherwise.
+    "InChunks": "test_chunks.py",
+    "LeastSquaresProblem": "test_wrapped_solvers.py",
+    "PredictionProblem": "test_gauss_newton.py",
+    "GaussNewton": "test_gauss_newton.py",
+    # Bounds ask for constants of the problem.
+    "StrongConvexity": "test_error.py",
+    # Members of the outer loop are no part of one hypergradient.
+    "NestedSolver": "test_run.py",
+    "SelfTuningSolver": "test_self_tuning.py",
+    "ColdStart": "test_compiled_once.py",
+    "WarmStart": "test_run.py",
+    "Windows": "test_windows.py",
+    "GeometricTolerance": "test_tolerance.py",
+    "PolynomialTolerance": "test_tolerance.py",
+    "Checkpoint": "test_callbacks.py",
+    "KeepBest": "test_callbacks.py",
+    "Log": "test_callbacks.py",
+    "Progress": "test_callbacks.py",
+    "StopEarly": "test_callbacks.py",
+    # The cases hold their data whole, and no model state.
+    "BatchSequence": "test_agreement.py",
+    "FullBatch": "test_bad_input.py",
+    "Minibatches": "test_agreement.py",
+    "CarriedState": "test_agreement.py",
+    "FrozenState": "test_agreement.py",
+    "PerStepState": "test_few_shot.py",
+}
+"""Public members that stand in none of the tables, and the module that tests them."""

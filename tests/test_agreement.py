@@ -62,6 +62,7 @@ def _cells() -> Iterator[Any]:
                     )
 
 
+@pytest.mark.one_of(12)
 @pytest.mark.parametrize("adjoint, case, dtype, mode", list(_cells()))
 def test_hypergradient_is_the_closed_form(adjoint, case, dtype, mode):
     member, case = ADJOINTS[adjoint], CASES[case](dtype)
@@ -119,6 +120,7 @@ def value_by_solve_inner(adjoint: str, case: Case) -> Any:
     return value
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint, case",
     [
@@ -196,6 +198,7 @@ def _like(x: Any, tree: Any) -> bool:
 #
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint",
     [
@@ -303,6 +306,7 @@ class Net(eqx.Module):
     power: int = eqx.field(static=True, default=1)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint, forgotten, rtol",
     [
@@ -381,6 +385,7 @@ def test_half_precision_where_the_loss_insists_on_it():
     assert not report.derivative.error_is_bound
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_solved_with_in_float32(dtype):
     # The derivative at params and data of half precision, which are exact in float32.
@@ -520,6 +525,7 @@ def _loop_with_state(policy: str, hyper: float, rows: np.ndarray, num_steps: int
     return p, final
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "name, policy, adjoint",
     [
@@ -677,6 +683,7 @@ def _clipped(hyper):
     )
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "build, hyper",
     [

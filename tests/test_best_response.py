@@ -343,6 +343,7 @@ def outcomes(name: str, tied: bool) -> tuple[Any, Any]:
 ROUNDING = 1e-12
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize("name, tied", ROWS)
 def test_equals_weights_of_its_own_for_each_example(name, tied):
     ours, twin = outcomes(name, tied)
@@ -397,6 +398,7 @@ def test_a_second_forward_pass_at_zero_costs_nothing():
 
 
 # One of each class and of each way through it.
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -463,6 +465,7 @@ LARGE = {
 }
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", LARGE)
 def test_no_weights_for_each_example(name, tied):
@@ -547,6 +550,7 @@ def test_squared_norm_in_half_precision(tied):
 # Dtypes and transformations
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "name, dtype",
     [

@@ -218,6 +218,9 @@ def test_early_ends():
     assert len(solve(50, callbacks=stop(atol=1.0)).history) == len(
         solve(50, atol=1.0).history
     )
+    # The loss falls in every step, by less than is asked for.
+    little = stop(patience=4, min_decrease=1e6)
+    assert len(solve(50, callbacks=little).history) == 5
     assert len(solve(50, callbacks=stop(seconds=0.0)).history) == 1
     assert len(solve(50, callbacks=[lambda run: run.num_steps == 7]).history) == 7
     with pytest.raises(ValueError, match="has no limit"):

@@ -48,6 +48,7 @@ def hypergradient(problem, adjoint, num_steps=40):
     )[0]
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "adjoint, num_steps",
     [

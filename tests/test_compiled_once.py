@@ -164,6 +164,7 @@ def test_equal_solvers_made_anew_are_one_trace():
     assert counts == 3 * counts[:1]
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint",
     [

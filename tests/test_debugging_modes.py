@@ -20,6 +20,7 @@ STEPS = mo.Descent(optax.sgd(0.3), 3)
 STOPS = mo.Descent(optax.sgd(0.3), 30, atol=1e-4)  # after 9 steps
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "inner, adjoint",
     [

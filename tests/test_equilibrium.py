@@ -120,6 +120,7 @@ def assert_close(a, b, rtol=1e-8):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(np.max(np.abs(y))))
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize(
     "solver",

@@ -144,6 +144,7 @@ def errors(family, make_adjoint, num_steps, count=80):
 #
 
 
+@pytest.mark.one_of(5)
 @pytest.mark.parametrize(
     "family, num_steps, linear_steps",
     [
@@ -195,6 +196,7 @@ def constants(family, problem):
     )
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "family, num_steps, linear_steps",
     [
@@ -304,6 +306,7 @@ def residuals_and_errors(family, newton_steps):
     return np.log(residual), np.log(error)
 
 
+@pytest.mark.one_of(5)
 @pytest.mark.parametrize("family", ["logistic", "softmax"])
 @pytest.mark.parametrize("newton_steps", [0, 1])
 def test_error_is_quadratic_in_the_residual_after_a_newton_step(family, newton_steps):
@@ -357,6 +360,7 @@ def test_newton_step_in_a_plain_gradient():
 #
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "error, says",
     [

@@ -190,6 +190,7 @@ def test_digits_unrolled_against_implicit(digits, implicit, without_hessian):
     assert error_after_rescaling(without_hessian, unrolled) > 0.3
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("k", [1, 10, 50, 200])
 def test_digits_truncation_is_the_neumann_series(digits, k):
     truncated = digits.gradient(mo.TruncatedAdjoint(k), num_steps=k)
@@ -249,6 +250,7 @@ def test_twins_against_their_own_finite_differences(name):
         assert relative_error(np.stack(differences), case.twin(h).gradient()) < 1e-8
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ["ridge", "quadratic", "fixed point"])
 def test_forward_against_reverse(name):
     # Three steps, with nothing converged.
@@ -263,6 +265,7 @@ def test_forward_against_reverse(name):
     assert relative_error(reverse, case.reference().gradient()) > 1e-3
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ["ridge", "quadratic", "fixed point"])
 def test_unrolled_against_implicit(name):
     case = CASES[name](jnp.float64)
@@ -274,6 +277,7 @@ def test_unrolled_against_implicit(name):
     assert error_after_rescaling(identity, implicit) > 0.05
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ["ridge", "quadratic", "fixed point"])
 def test_truncation_is_the_neumann_series(name):
     case = CASES[name](jnp.float64)

@@ -269,6 +269,7 @@ def test_preconditioner_of_arrays_that_are_traced():
     np.testing.assert_allclose(gradients, 2.0, rtol=1e-6)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("scale", [1e-170, 1.0, 1e170])
 def test_scale_of_the_loss_does_not_matter(scale):
     # The square of the residual is zero, or infinite, at the ends.
@@ -525,6 +526,7 @@ def test_exploding_hypergradient():
         call(problem, 1.0, jnp.full(3, 0.3), inner=inner, adjoint=mo.UnrolledAdjoint())
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "linear_solver",
     [mo.Dense(), mo.GMRES(), mo.linear.BiCGStab(), mo.CG(), mo.Neumann(5)],
@@ -742,6 +744,7 @@ def test_plain_derivative_that_fails_is_nan_or_raises(inner, adjoint):
 # Settings of JAX
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "setting",
     [

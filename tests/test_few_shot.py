@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import metaopt as mo
+from metaopt.few_shot._learner import TaskGradient
 
 
 Checkpoint = mo.callbacks.Checkpoint
@@ -108,6 +109,7 @@ def maml(transform: Any = TRANSFORMS["sgd"], num_steps: int = 1, **settings: Any
 _QUICK = {("sgd", 1), ("momentum", 3), ("adam", 5)}
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "name, num_steps",
     [
@@ -168,6 +170,7 @@ def test_a_part_of_the_model_adapts(first_order):
     assert not np.allclose(adapted.layers[-1].weight, MODEL.layers[-1].weight)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("first_order", [False, True])
 def test_each_step_can_count(first_order):
     weights = np.array([0.2, 0.3, 0.5])
@@ -318,6 +321,7 @@ def test_tasks_that_are_not_solved_are_counted():
 # Tasks that fail
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("part", ["support", "query"])
 def test_the_others_survive_a_task_that_diverges(part, chunk_size):
@@ -370,6 +374,7 @@ def normalised():
     return Normalised(first, norm, last), state
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "policy", [mo.nn.CarriedState(), mo.nn.FrozenState(), mo.nn.PerStepState()]
@@ -409,6 +414,7 @@ def test_model_state_is_a_choice(policy, chunk_size):
     assert_close(eqx.filter(stats.model_state, eqx.is_inexact_array), average, 1e-9)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_states_of_each_step_outlast_the_tasks(chunk_size):
     # The running statistics here do not reach the results, but for what is kept of them.
@@ -482,6 +488,7 @@ def by_hand_with_marks(num_steps, weights):
     return jnp.mean(jax.vmap(one)(TASKS.support, TASKS.query))
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("num_slots", [3, 5])
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
 def test_the_answer_is_judged_with_the_state_of_its_last_step(num_slots, weights):
@@ -643,6 +650,60 @@ def test_tasks_have_keys_of_their_own():
     np.testing.assert_array_equal(losses, again)
     other = learner.value_and_grad(MODEL, same, key=jax.random.key(1))[2].losses
     assert not np.any(losses == other)
+
+
+def test_tasks_are_drawn_with_other_keys_than_they_are_scored_with():
+    # A task is drawn with the second half of the key that it is given, and so is a score.
+    half = lambda key: jax.random.uniform(jax.random.split(key)[1])
+
+    def draw(key):
+        one = jax.tree.map(lambda leaf: leaf[:1], TASKS)
+        return few_shot.Task(one.support, (jnp.full((1, NUM_SHOTS), half(key)),))
+
+    def metric(model, batch, *, key):
+        return jnp.abs(batch[0][0] - jax.random.uniform(key))
+
+    scores = few_shot.evaluate(
+        few_shot.MAML(squared_error, mo.Descent(optax.sgd(0.1), 1)),
+        *(MODEL, draw, metric),
+        num_tasks=6,
+    )
+    assert np.all(scores.values > 0)
+
+
+class _KeyDistance(few_shot.AbstractLearner):
+    """Its loss is the distance of the key of a task from what the task holds."""
+
+    model_loss: Any
+    inner: Any
+    chunk_size: int | None = None
+
+    def adaptation(self, model_state):
+        raise NotImplementedError
+
+    def task_gradient(self, meta, task, key, model_state):
+        drawn = jax.random.uniform(key)
+        return TaskGradient(
+            loss=jnp.abs(drawn - task.query[0][0]),
+            gradient=jax.tree.map(jnp.zeros_like, eqx.filter(meta, eqx.is_inexact_array)),
+            aux=None,
+            state=None,
+            result=mo.RESULTS.successful,  # pyright: ignore[reportArgumentType]
+            left_out=(),
+        )
+
+
+def test_tasks_are_drawn_with_other_keys_than_they_are_adapted_with():
+    def draw(key):
+        # As the learner and `Episodes` make keys of one.
+        held = jax.vmap(jax.random.uniform)(jax.random.split(key, NUM_TASKS))
+        query = jnp.broadcast_to(held[:, None], (NUM_TASKS, NUM_SHOTS))
+        return few_shot.Task(TASKS.support, (query,))
+
+    learner = few_shot.MAML(squared_error, mo.Descent(optax.sgd(0.1), 1))
+    distance = _KeyDistance(learner.model_loss, learner.inner)
+    solution = few_shot.train(distance, MODEL, draw, outer=optax.sgd(0.1), num_steps=3)
+    assert np.all(solution.history.outer_loss > 0)
 
 
 # Compilation, devices

@@ -69,6 +69,7 @@ def left(weight, z, map=jnp.tanh):
     return float(jnp.linalg.norm(map(z @ weight.T + x) - z) / jnp.linalg.norm(z))
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("map", [jnp.tanh, lambda a: a], ids=["tanh", "linear"])
 @pytest.mark.parametrize("name", CONTRACTING)
 def test_steps_on_contracting_cells(name, map):
@@ -88,6 +89,7 @@ def test_steps_on_contracting_cells(name, map):
             assert counts[row] < 0.6 * plain
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("row", SOLVERS)
 @pytest.mark.parametrize("scale", [1.6, 3.0, 100.0])
 def test_cells_that_do_not_contract_get_a_code_and_a_finite_answer(row, scale):
@@ -173,6 +175,7 @@ def test_newton_krylov_goes_back_where_a_full_step_is_too_long():
     assert np.any(np.diff(residuals) > 0)  # a step that was not kept
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("kind", [mo.Picard, mo.Anderson, mo.Broyden])
 def test_examples_of_a_batch_converge_each_for_itself(kind):
     weight = CONTRACTING["symmetric .95"]
@@ -187,6 +190,7 @@ def test_examples_of_a_batch_converge_each_for_itself(kind):
     np.testing.assert_allclose(together.value, expected, rtol=rtol, atol=1e-10)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("row", SOLVERS)
 def test_a_budget_changes_without_compiling_again(row):
     weight, traces = CONTRACTING["symmetric .95"], []
@@ -235,6 +239,7 @@ def solve_unrolled(x, solver):
     return jnp.sum(solution.value**2)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("row", SOLVERS)
 def test_steps_after_convergence_do_no_harm_to_the_derivative(row):
     # Differences that are nothing but rounding made it garbage for Anderson, and the
@@ -248,6 +253,7 @@ def test_steps_after_convergence_do_no_harm_to_the_derivative(row):
         np.testing.assert_allclose(found, exact, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("row", SOLVERS)
 def test_a_map_without_a_fixed_point_is_no_success(row):
     # It drives the params to where any residual is small beside them.
@@ -292,6 +298,7 @@ def test_a_shared_inverse_for_each_example_of_a_batch():
 # The linear system of the derivative
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("kind", [mo.Picard, mo.Anderson, mo.Broyden])
 @pytest.mark.parametrize("structure", ["vector", "pytree"])
 def test_linear_systems_as_fixed_points(kind, structure):

@@ -95,6 +95,7 @@ def assert_result(solution: LinearSolution, name: str):
 # Right answers
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", ACCURATE)
 def test_definite_system_agrees_with_a_dense_solve(name, jit):
@@ -109,6 +110,7 @@ def test_definite_system_agrees_with_a_dense_solve(name, jit):
     assert solution.residual <= 1e-12
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", ["GMRES", "BiCGStab", "NormalCG", "Dense", "Neumann"])
 def test_nonsymmetric_system_agrees_with_a_dense_solve(name):
     matrix, vector = nonsymmetric(60), vector_of(60)
@@ -136,6 +138,7 @@ def test_indefinite_system_agrees_with_a_dense_solve(name):
     )
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "name, scale",
     [
@@ -217,6 +220,7 @@ def test_curvature_is_the_smallest_met():
     assert smallest < solution.min_curvature < 3 * smallest
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("solver", [CG(), MINRES()])
 def test_a_million_unknowns_in_float32(solver):
     # `lineax.CG` returns NaN: its guard against breakdown grows with the number of
@@ -242,6 +246,7 @@ def test_checks_cost_two_percent():
 # Right-hand sides and starts
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("name", ACCURATE)
 def test_zero_right_hand_side(name, warm):
@@ -267,6 +272,7 @@ def test_start_at_the_solution_takes_no_step(name):
     np.testing.assert_array_equal(solution.value, start)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", TOLERANT)
 def test_start_near_the_solution_saves_steps(name):
     matrix, vector = symmetric(100, 300.0), vector_of(100)
@@ -283,7 +289,7 @@ def test_start_near_the_solution_saves_steps(name):
     assert warm.num_steps < 0.8 * cold.num_steps
 
 
-@pytest.mark.slow
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("start", [1e8, jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", TOLERANT)
 def test_useless_start_is_not_used(name, start):
@@ -311,6 +317,7 @@ def test_size_of_the_right_hand_side_does_not_matter(name, scale):
     np.testing.assert_allclose(solution.value / scale, expected / scale, atol=1e-3)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", ACCURATE)
 def test_right_hand_side_that_is_not_finite(name, bad):
@@ -476,6 +483,7 @@ def test_success_is_of_the_true_residual():
     assert num_successful > 0
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", TOLERANT)
 def test_absolute_tolerance(name):
     matrix, vector = symmetric(40, 100.0), vector_of(40)
@@ -491,6 +499,7 @@ def test_absolute_tolerance(name):
     assert solution.num_steps == 0 and solution.residual == 1
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", TOLERANT)
 def test_number_of_steps_asked_for_by_name_is_no_failure(name):
     matrix, vector = symmetric(60, 1e4), vector_of(60)
@@ -676,6 +685,7 @@ def mixed_system(half):
     return operator, matrix, unravel(vector_of(9)), ravel
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ACCURATE)
 def test_mixed_dtypes_in_a_pytree(name):
     operator, matrix, vector, ravel = mixed_system(jnp.float32)
@@ -693,6 +703,7 @@ def test_mixed_dtypes_in_a_pytree(name):
     assert solution.residual.dtype == jnp.float64
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ACCURATE)
 def test_half_precision(name):
     operator, matrix, vector, ravel = mixed_system(jnp.bfloat16)
@@ -724,6 +735,7 @@ def test_default_tolerance_warns_in_half_precision():
 # Batching
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.optimized
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -851,6 +863,7 @@ def least_residuals(matrix, krylov, first, vector, num_steps):
     return points
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 12])
 def test_minres_minimises_the_residual_in_each_step(num_steps):
     matrix, vector = indefinite(40, 30.0), vector_of(40)
@@ -884,6 +897,7 @@ def test_normal_cg_minimises_the_residual_in_each_step(num_steps):
     assert solution.min_curvature == jnp.inf
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "solver, matrix", [(MINRES, indefinite(60, 10.0)), (NormalCG, nonsymmetric(60, 0.9))]
 )
@@ -898,6 +912,7 @@ def test_true_residual_never_grows(solver, matrix):
     assert residuals[-1] < 0.1
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "dtype, rtol, error",
     # The error may be the residual times the condition number, 20. Half precision has a
@@ -918,6 +933,7 @@ def test_indefinite_system_in_every_precision(solver, dtype, rtol, error):
     assert distance <= error * np.linalg.norm(exact)
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
 @pytest.mark.parametrize("solver", [MINRES(), NormalCG()])
 def test_scale_of_the_operator_does_not_matter(solver, scale):
@@ -985,6 +1001,7 @@ def test_minres_sees_more_curvature_than_along_residuals():
     assert -3 <= solution.min_curvature < -1
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("solver", [MINRES(), NormalCG()])
 @pytest.mark.parametrize("rotated", [False, True])
@@ -1019,6 +1036,7 @@ def test_singular_system(solver, dtype, rotated):
     np.testing.assert_allclose(solution.value, shortest, atol=1e-4)
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("rtol", [1e-5, None])
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("solver", [MINRES, NormalCG])
@@ -1236,6 +1254,7 @@ def test_minres_gives_the_derivative_of_a_saddle_and_reports_it():
     np.testing.assert_allclose(jax.grad(value)(jnp.asarray(hyper)), expected, rtol=1e-10)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", [name for name in ACCURATE if name != "MINRES"])
 def test_others_are_refused_at_a_saddle(name):
     # GMRES and its like solve the system there as well as anywhere, and elsewhere pass

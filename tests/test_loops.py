@@ -308,6 +308,7 @@ def first_case(serves: frozenset[str]) -> Case:
     return next(case for case in cases if case.kind in serves)
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_adjoints(name):
     member = ADJOINTS[name]
@@ -324,6 +325,7 @@ def test_adjoints(name):
     assert_safe(jax.value_and_grad(solve(case, inner, adjoint)), trainable(case))
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=row.marks) for name, row in SOLVERS.items()]
 )
@@ -338,6 +340,7 @@ def test_solvers(name):
 TOL: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "case, solver",
     [
@@ -384,6 +387,7 @@ def test_iterative_linear_solvers_inside_those_of_optimistix(linear_solver):
     assert_safe(batched(fn), trainable(case), at_least=1)
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "name, options, arguments",
     [
@@ -410,6 +414,7 @@ def test_solvers_of_jaxopt(name, options, arguments):
     assert_safe(batched(fn), trainable(case), at_least=1)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "linear_solver",
     [member.make(CASES["ridge"](jnp.float64)) for member in LINEAR_SOLVERS.values()]

@@ -95,6 +95,7 @@ _QUICK_PAIRS = {
 }
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize(
     "plan, optimizer",
     [
@@ -115,6 +116,7 @@ def test_plans_agree(plan, optimizer):
 _QUICK = {("blocks", 1), ("blocks of blocks", 13)}
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "plan, num_steps",
     [
@@ -130,6 +132,7 @@ def test_any_number_of_steps(plan, num_steps):
     assert relative_error(got, jax.tree.leaves(want)) < 1e-12
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("plan", ["updates", "steps", "blocks"])
 def test_plans_in_forward_mode_and_batched(plan):
     # Elsewhere: a custom reverse rule refuses forward mode, `linear_call` refuses `vmap`.
@@ -146,6 +149,7 @@ def test_plans_in_forward_mode_and_batched(plan):
     assert relative_error(first, want) < 1e-12
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "plan, second",
     [
@@ -257,6 +261,7 @@ def test_each_plan_keeps_what_it_says():
     assert size["online"] < 20 * params + one_step
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("plan", ["updates", "steps", "blocks"])
 def test_batches_are_not_kept_for_each_step(plan):
     # As they are elsewhere, and in the derivative of a plain loop: each product with the

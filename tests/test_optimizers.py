@@ -91,6 +91,7 @@ def value(hyper, alive, **kwargs):
     return jnp.sum(jnp.sin(solution(hyper, alive, **kwargs) + START))
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMOOTH],
@@ -214,6 +215,7 @@ def branch(optimizer, **kwargs):
     )
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", STEEP)
 def test_useless_slope_at_zero_gradient_is_left_out_and_counted(name):
     # The derivative of `start` was once 1e4 to 1e6 times the change of the loss.

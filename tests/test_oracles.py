@@ -43,6 +43,7 @@ def import_jaxopt() -> Any:
 _QUICK = ("ridge", "fixed point", "root")  # the cheapest of each kind
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize(
     "name, case",
     [
@@ -363,6 +364,7 @@ def test_quadratic_program_needs_its_duals():
 
 
 # Batched, two of these solvers once never returned: see `test_loops.py`.
+@pytest.mark.one_of(2)
 @needs_jaxopt
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", [slow("lasso"), "box", "OSQP", slow("GradientDescent")])

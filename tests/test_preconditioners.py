@@ -119,6 +119,7 @@ def test_low_rank_of_a_matrix_with_less_rank_than_asked_for():
     assert np.min(np.linalg.eigvalsh(inverse)) > 0.4
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
 def test_params_of_low_precision(make, dtype):
@@ -208,6 +209,7 @@ def plain():
     return logistic().differentiate(None)
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize(
     "preconditioner, share",
     [
@@ -330,12 +332,14 @@ def plain_gradients(preconditioner):
     return jax.jit(jax.vmap(jax.grad(outer)))(hypers)
 
 
+@pytest.mark.one_of(8)
 @pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
 def test_plain_gradients_agree(preconditioner):
     expected = plain_gradients(None)
     np.testing.assert_allclose(plain_gradients(preconditioner), expected, rtol=1e-8)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
 def test_outer_steps_trace_once(preconditioner):
     counts = []

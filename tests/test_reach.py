@@ -192,6 +192,7 @@ def beside(hyper, part, adjoint, throw):
     return solution.aux if part == "aux" else solution.stats["losses"][-1]
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("part", ["aux", "losses", "model_state"])
 def test_what_comes_with_a_solution_has_no_implicit_derivative(part):
     adjoint = SOLUTION_ONLY["implicit"]

@@ -117,6 +117,7 @@ JACOBIAN = jax.jacfwd(best_response)(HYPER)
 # What a response is checked against
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("method", [STN, DELTA], ids=["STN", "DeltaSTN"])
 def test_the_exact_response_agrees(method):
     found = check(with_response(JACOBIAN, method))

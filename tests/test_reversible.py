@@ -29,6 +29,7 @@ pytestmark = pytest.mark.optimized
 #
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("least", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.int64])
 def test_products_are_undone_and_rounded_to_one_unit(least, dtype):
@@ -176,6 +177,7 @@ def constant_hyper() -> dict[str, jax.Array]:
 #
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "num_steps, kind",
     [
@@ -332,6 +334,7 @@ def value_of(
     )
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "dtype, rtol",
     [(jnp.float32, 1e-5), pytest.param(jnp.float64, 1e-13, marks=pytest.mark.slow)],
@@ -365,6 +368,7 @@ def float_sgd(num_steps: int) -> mo.Descent:
     )
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     # What is left is rounding to 2**-22 (2**-48), if the momentum is a multiple of 2**-16;
     # if not, it goes up and down by so much. This path multiplies changes of its momentum
@@ -412,6 +416,7 @@ def test_hypergradient_is_that_of_finite_differences():
         assert abs(jnp.sum(got[name] * direction[name]) / slope - 1) < 1e-6
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("dtype, rtol", [(jnp.float64, 1e-10), (jnp.float32, 2e-4)])
 @pytest.mark.parametrize(
     "case", [name for name in CASES if CASES[name](jnp.float64).kind == LOSS]
@@ -441,6 +446,7 @@ def test_gradients_that_are_no_gradients():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint",
     [
@@ -745,6 +751,7 @@ def gradient_off(self, exact, words, gradient, *rest):
 VELOCITY_BEFORE = mo.ReversibleSGD.velocity_before
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     # Each with a number of steps of its own, so that nothing compiled is used again.
     "num_steps, mutation",

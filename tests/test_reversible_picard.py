@@ -105,6 +105,7 @@ def gradient_and_steps(arguments, solver, adjoint):
 #
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize(
     "solver, num_steps",
@@ -206,6 +207,7 @@ SHARED: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", SHARED)
 def test_derivatives_in_what_examples_share(name):
     # They are summed on the way back, and not kept for each example.

@@ -134,6 +134,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("fn", PLACES)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
 def test_loops_everywhere_carry_their_condition(fn, transform):
@@ -143,6 +144,7 @@ def test_loops_everywhere_carry_their_condition(fn, transform):
     assert_same_bits(transform(carried)(X), transform(fn)(X))
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("fn", PLACES)
 def test_loops_carry_their_condition_under_vmap(fn):
     rows = jnp.stack([X, 0.1 * X, 100 * X, -X])
@@ -333,6 +335,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_derivatives_are_finite_and_right(name):
     fn, derivative = OPERATIONS[name]
@@ -363,6 +366,7 @@ def test_derivatives_are_finite_and_right(name):
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_second_derivatives_are_finite(name):
     fn, _ = OPERATIONS[name]
@@ -486,6 +490,7 @@ def final_loss(update, init, slopes, num_steps=6):
     return loss
 
 
+@pytest.mark.one_of(6)
 @pytest.mark.parametrize("zeros", SLOPES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_have_finite_hypergradients_at_zero_gradients(name, zeros):
@@ -518,6 +523,7 @@ def test_optimizers_have_finite_hypergradients_at_zero_gradients(name, zeros):
         assert jnp.isfinite(value)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_take_the_same_steps(name, dtype):

@@ -20,7 +20,12 @@ from sklearn.datasets import load_digits
 
 import metaopt as mo
 from metaopt._best_response import ordinary
-from metaopt._bilevel._perturbed import Coordinates, cut, PerturbedBatch
+from metaopt._bilevel._perturbed import (
+    Coordinates,
+    cut,
+    mean_state,
+    PerturbedBatch,
+)
 
 
 STN: Any = mo.STN()
@@ -312,6 +317,7 @@ def combinations():
         yield pytest.param(*combination, marks=marks)
 
 
+@pytest.mark.one_of(7)  # an odd number, so that both methods are among the quick ones
 @each_method
 @pytest.mark.parametrize("size, drops, tied", list(combinations()))
 def test_methods_equal_their_slow_twins(method, size, drops, tied):
@@ -411,6 +417,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "solver",
     [
@@ -489,6 +496,7 @@ def responsive(shift: float) -> Any:
     return eqx.tree_at(lambda p: p.response["bias"].shift, model, jnp.full((1, 1), shift))
 
 
+@pytest.mark.one_of(2)
 @each_method
 def test_general_weights_follow_hyper(method):
     solver = made(method, params=optax.set_to_zero(), hyper=optax.sgd(1.0))
@@ -604,6 +612,23 @@ def test_scales_stay_within_bounds():
     np.testing.assert_allclose(scales, [2, 0.1, 0.1, 2, 2], rtol=1e-12)
 
 
+def test_entropy_is_paid_for_by_the_scale():
+    def log_scale(weight):
+        return solve(
+            solver=made(scale=optax.sgd(1.0), entropy_weight=weight)
+        ).state.log_scale
+
+    # The derivative of the entropy in `log_scale` is one.
+    np.testing.assert_allclose(log_scale(0.25) - log_scale(0.0), 0.25, rtol=1e-9)
+
+
+def test_state_is_the_mean_over_the_groups():
+    states = {"mean": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "count": jnp.array([4, 4])}
+    state = mean_state(states)
+    np.testing.assert_array_equal(state["mean"], [2.0, 4.0])
+    assert state["count"] == 4
+
+
 # Never silently wrong
 
 
@@ -629,6 +654,7 @@ def test_diverging_training_is_reported(method, dtype, rate):
         solve(problem, data=data, **settings)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "outer, result",
     [

@@ -38,6 +38,7 @@ def trust():
 
 # The bias takes up the mean of the targets; the penalties have one hyperparameter for each
 # feature; the network is not convex; the fixed point has no symmetric Jacobian.
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -63,6 +64,7 @@ def test_accepted_hypergradients_are_right(trust, name, dtype):
     assert row["products"] <= (1.5 if trust.FAMILIES[name].minimise else 4) * row["plain"]
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ["ridge", "logistic, per feature", "softmax"])
 def test_bounds_from_data_hold_and_are_close(trust, name):
     ratio, products = trust.bounds(name, jnp.float64, 24, 5)
@@ -118,6 +120,7 @@ def biased_ridge(mean, scale=1.0):
     return inner, lambda p: fit(p, valid), solution, start
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("mean, num_steps", [(1e3, 120), (1e5, 120), (1e5, 140)])
 def test_a_large_bias_excuses_nothing(mean, num_steps):
     # Was "successful" at 54 % to a factor of 7,000 off: the error of the weights was
@@ -247,6 +250,7 @@ def at_a_saddle(linear_solver, curvatures=SADDLE) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "linear_solver",
     [mo.CG(), mo.GMRES(), mo.linear.BiCGStab(), mo.linear.NormalCG(), mo.Dense()],
@@ -328,6 +332,7 @@ def solved(adjoint):
     )
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "linear_solver",
     [mo.CG(damping=0.1), mo.CG(rtol=None, max_steps=1), mo.Neumann(3), mo.GMRES(rtol=None)],
@@ -363,6 +368,7 @@ def line_fit(p, h, _):
     return jnp.mean((x * p["w"] + p["b"] - y) ** 2) + h * p["w"] ** 2
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "linear_solver", [mo.CG(rtol=1e-12), mo.GMRES(rtol=1e-12), mo.Dense()]
 )
