@@ -14,7 +14,6 @@ _FLAGS = {
     "0.10": [
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_opt_preset=fast_compile",
     ]
 }
 

@@ -485,7 +485,7 @@ def history_of(hyper: Any) -> mo.History:
 def test_pictures_of_something_else_are_refused():
     with pytest.raises(ValueError, match="`history` must be something like `solution.hist"):
         mo.plot.hyper_path(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="`check` must be something like `metaopt.check_r"):
+    with pytest.raises(ValueError, match="`check` must be something like `metaopt.diag"):
         mo.plot.response(jnp.zeros(3))  # pyright: ignore[reportArgumentType]
 
 

@@ -108,9 +108,9 @@ def check_response(
     names, directions = _directions(state, num_directions, key)
     if curvature is None:
         curvature = cheapest_curvature(problem.inner)
+    check_kind(curvature, AbstractCurvature, "curvature", "metaopt.linear.GaussNewton()")
     if linear_solver is None:
         linear_solver = curvature.stationary_solver(1e-2)
-    check_kind(curvature, AbstractCurvature, "curvature", "metaopt.linear.GaussNewton()")
     check_kind(linear_solver, AbstractLinearSolver, "linear_solver", "metaopt.CG()")
     measured = _measure(
         problem,
