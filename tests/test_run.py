@@ -293,7 +293,7 @@ def test_outer_steps_leave_nothing_behind():
     # Elsewhere the state of an optimizer keeps all that it was computed from.
     size, counts = 1237, []  # a shape that no other test has
 
-    def callback(*_):
+    def callback(run):
         gc.collect()
         counts.append(sum(array.shape == (size,) for array in jax.live_arrays()))
 
@@ -303,7 +303,7 @@ def test_outer_steps_leave_nothing_behind():
         optax.adam(0.1),
         mo.WarmStart(),
     )
-    zeros, options = jnp.zeros(size), {"num_steps": 6, "callback": callback}
+    zeros, options = jnp.zeros(size), {"num_steps": 6, "callbacks": [callback]}
     solve(hyper=zeros, params=zeros, solver=solver, **options)
     assert counts[1] > 0 and counts[1:] == 5 * counts[1:2]
 
@@ -353,7 +353,7 @@ def test_interrupt_returns_what_was_reached():
         solver = mo.NestedSolver(
             mo.Descent(optax.sgd(0.2), 60), mo.ImplicitAdjoint(), optax.sgd(0.01)
         )
-        tell = lambda run: run.num_steps == 5 and print("step 5", flush=True)
+        tell = lambda run: run.num_steps == 6 and print("step 5", flush=True)
         solution = mo.solve_bilevel(
             problem, jnp.zeros(2), params=jnp.zeros(2), solver=solver,
             num_steps=10**9, callbacks=[tell, mo.callbacks.Progress()],

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 
 from ._static import Static
 
@@ -57,7 +58,14 @@ def call_once(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if kind not in programs:
         programs[kind] = _traced(rest, arrays)
     program, out = programs[kind]
-    return out.joined(jax.extend.core.jaxpr_as_fun(program)(*arrays))
+    values = jax.extend.core.jaxpr_as_fun(program)(*arrays)
+    # A constant result is a literal, which is no array.
+    avals = program.out_avals
+    return out.joined([_as_array(x, aval) for x, aval in zip(values, avals, strict=True)])
+
+
+def _as_array(x: Any, aval: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
 
 
 def _traced(rest: Static, arrays: list[Any]) -> tuple[Any, Static]:
