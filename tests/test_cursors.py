@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import metaopt as mo
+from metaopt._bilevel._drawn import draw
 from test_callbacks import NOISY, noisy, ROWS, solve, STOCHASTIC
 
 
@@ -120,3 +121,18 @@ def test_cursor_that_changes_its_kind_is_named():
         solve(2, NOISY, STOCHASTIC, (Restless(), ROWS))
     with pytest.raises(ValueError, match="`Restless.take` must return a cursor"):
         solve(2, NOISY, STOCHASTIC, (ROWS, Restless()))
+
+
+def test_drawn_batches_are_a_source_of_the_same_draws():
+    data = mo.Minibatches(jnp.arange(10.0), 3)
+    batches, cursor = draw(data, data.init(jax.random.key(0)), 4)
+    assert isinstance(batches, mo.extend.DrawnBatches) and len(batches) == 4
+    plan = batches.plan(jax.random.key(9), 4)  # of no influence
+    found = np.stack([batches[index] for index in range(4)])
+    np.testing.assert_array_equal(found, [batches.batch(row) for row in plan])
+    # The first ten are one epoch, and the other two begin the next.
+    assert sorted(found.ravel()[:10]) == list(range(10))
+    np.testing.assert_array_equal(batches.full(), np.arange(10.0))
+    following, _ = draw(data, cursor, 1)
+    both = {*found.ravel()[10:].tolist(), *following[0].tolist()}
+    assert len(both) == 5
