@@ -85,7 +85,7 @@ def _integers(text: str) -> list[int]:
 
 
 def check_counter() -> None:
-    """Raises an error unless the products of known programs are counted right."""
+    """Raise an error unless the products of known programs are counted right."""
     x, weight = jnp.ones((5, 30)), jnp.ones((30, 30))
     one = 5 * 30 * 30
 

@@ -113,7 +113,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(family: Family, key, dtype) -> Prepared:
-    """Draws a problem, whose inner solver starts anywhere near its solution."""
+    """Draw a problem, whose inner solver starts anywhere near its solution."""
     instance = family.draw(key)
     nearest, step_size = instance.start, jnp.ones(())
     if family.minimise:
@@ -205,7 +205,7 @@ def measure(name, dtype, count, seed, adjoint) -> Judged:
 
 
 def judged_against_truth(family, problems, outputs) -> Judged:
-    """Brings outputs of `judge` and the exact hypergradients together."""
+    """Bring outputs of `judge` and the exact hypergradients together."""
     gradient, report, plain_products, params = outputs
     truth, known, slope = truths(family, problems, params)
     got = jax.vmap(lambda g: ravel_pytree(g)[0].astype(jnp.float64))(gradient)

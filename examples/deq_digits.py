@@ -152,7 +152,7 @@ def evaluate(model, batch):
 
 
 def train(way, data, num_steps, key, watched) -> tuple[Classifier, dict]:
-    """Trains a classifier, and says how it went."""
+    """Train a classifier, and say how it went."""
     model_key, batch_key = jax.random.split(key)
     model = classifier(way, data, model_key)
     optimizer = optax.apply_if_finite(optax.adam(RATE), max_consecutive_errors=10**6)

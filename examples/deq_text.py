@@ -146,7 +146,7 @@ def draw(text, key):
 
 
 def train(body, text, num_characters, num_steps, key) -> tuple[Model, dict]:
-    """Trains a model, and says how it went."""
+    """Train a model, and say how it went."""
     model_key, batch_key = jax.random.split(key)
     model = Model(body, num_characters, model_key)
     schedule = optax.cosine_decay_schedule(RATE, num_steps, alpha=0.05)

@@ -113,7 +113,7 @@ def as_schedule(hyper: Hyper) -> Hyper:
 
 
 def tune(problem, hyper, train, valid, rate: float, steps: int, key):
-    """Tunes by unrolled hypergradient, from new params and minibatches at each step."""
+    """Tune by unrolled hypergradient, from new params and minibatches at each step."""
     solver = mo.NestedSolver(
         inner=mo.Descent(sgd, num_steps=NUM_STEPS),
         adjoint=mo.UnrolledAdjoint(),
@@ -140,7 +140,7 @@ def tune(problem, hyper, train, valid, rate: float, steps: int, key):
 
 @eqx.filter_jit
 def train_once(problem, hyper, train, key):
-    """Trains from scratch with given settings; the loss curve comes along."""
+    """Train from scratch with given settings; the loss curve comes along."""
     return mo.solve_inner(
         problem.inner,
         hyper,
@@ -233,7 +233,7 @@ def picture(out, schedule: Hyper, curves: dict[str, np.ndarray], valid_losses):
 
 
 def compare(problem, contenders, data_name, train, parts, keys):
-    """Trains anew with each contender's settings and prints the table."""
+    """Train anew with each contender's settings and print the table."""
     rows, curves, metrics = [], {}, {}
     for name, (hyper, num_runs) in contenders.items():
         result, curves[name] = evaluate(problem, hyper, train, parts, keys)

@@ -103,7 +103,7 @@ def grid_search(problem, train, valid):
 
 
 def tune(inner, hyper, train, valid, test, steps, key):
-    """Tunes `hyper` and follows the test loss, which nothing is chosen by."""
+    """Tune `hyper` and follow the test loss, which nothing is chosen by."""
     test_losses = []
     measure = eqx.filter_jit(cross_entropy)
 

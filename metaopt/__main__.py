@@ -71,7 +71,7 @@ def _write(text: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command.
+    """Run one command.
 
     **Arguments:**
 

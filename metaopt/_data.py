@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ._core._shuffle import permuted
 from ._core._tree import leaf_names
 from ._core._types import Batch, IntScalar, Key
 from ._core._validate import check_count
-from ._shuffle import permuted
 
 
 class AbstractData(eqx.Module):
@@ -41,7 +41,7 @@ class AbstractData(eqx.Module):
 
     @abc.abstractmethod
     def check(self, num_steps: int) -> None:
-        """Raises a `ValueError` if the source cannot serve `num_steps` steps."""
+        """Raise a `ValueError` if the source cannot serve `num_steps` steps."""
 
     @abc.abstractmethod
     def init(self, key: Key) -> PyTree[Any]:
@@ -303,7 +303,7 @@ class InnerBatches:
 
 
 def _check_alike(batches: Sequence[PyTree[Any]]) -> None:
-    """Raises a `ValueError` where batches differ in structure or shapes."""
+    """Raise a `ValueError` where batches differ in structure or shapes."""
     kinds = [jax.tree.map(np.shape, batch) for batch in batches]
     for index, kind in enumerate(kinds):
         if kind != kinds[0]:
@@ -354,7 +354,7 @@ def as_data(data: Any, name: str = "data") -> AbstractData:
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
-    """Raises a `ValueError` where every array is empty. Beside others one may be."""
+    """Raise a `ValueError` where every array is empty. Beside others one may be."""
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if eqx.is_array(leaf)]
     if leaves and all(leaf.size == 0 for leaf in leaves):
         shape = leaves[0].shape

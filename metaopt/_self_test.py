@@ -25,7 +25,7 @@ def _batched_square_norm(rows: jax.Array) -> jax.Array:
 
 
 def known_answer() -> bool:
-    """Runs a small compiled computation whose answer is known, and compares.
+    """Run a small compiled computation whose answer is known, and compare.
 
     The computation, `sum((eye(3) @ row)**2)` mapped over 40,000 rows `(i, 0, 0)`, must
     give `i**2`. The CPU backend of jaxlib 0.10.2 gives the square of another row's `i`

@@ -46,7 +46,7 @@ def solve_bilevel(
     callbacks: Sequence[AbstractCallback | Callable[[Run], Any]] = (),
     throw: bool = True,
 ) -> BilevelSolution:
-    """Solves a bilevel problem: tunes `hyper` for the outer loss.
+    """Solve a bilevel problem: tune `hyper` for the outer loss.
 
     Outer steps are one compiled function, compiled once. Ctrl-C stops the run after the
     call it is in and returns what was reached.
@@ -168,7 +168,7 @@ class _Body(AbstractBody):
 
 
 def _check_goes_on(state: Any, start: Any) -> None:
-    """Raises a `ValueError` unless a `state` could have come from the run that begins."""
+    """Raise a `ValueError` unless a `state` could have come from the run that begins."""
     if type(state) is not type(start):
         raise ValueError(
             "`state` must be the `state` of a `metaopt.BilevelSolution` of the same "

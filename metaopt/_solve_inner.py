@@ -40,7 +40,7 @@ def solve_inner(
     solver_state: Any = None,
     throw: bool = True,
 ) -> Solution:
-    """Solves an inner problem: the differentiable building block under everything else.
+    """Solve an inner problem: the differentiable building block under everything else.
 
     Use it inside your own `jax.grad`, `jax.vmap` and `jax.jit`. For one hypergradient
     with a report of how far it can be trusted, use [`metaopt.hypergradient`][].

@@ -15,7 +15,7 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serves the files of a folder; the address of the folder."""
+    """Serve the files of a folder; the address of the folder."""
     handler = functools.partial(_QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         # It looks every 10 ms whether to stop; by default, half a second goes by.

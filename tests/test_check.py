@@ -13,7 +13,7 @@ import metaopt as mo
 
 
 def relu_network(cast=lambda x: x) -> dict[str, Any]:
-    """Tunes the rate and the decay of a relu network, all of it in float32."""
+    """Tune the rate and the decay of a relu network, all of it in float32."""
     rng = np.random.default_rng(0)
     single = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, params = single(32, 4), [single(4, 16) / 2, single(16, 1) / 4]

@@ -70,7 +70,7 @@ _PRINTS = re.compile(r"^print\(.*\)  # (?P<says>[-\[\]\d., ]*\d[-\[\]\d., ]*)$",
 
 
 def run(blocks: list[Block], filename: str) -> tuple[list[str], str]:
-    """Runs blocks in one namespace; a traceback shows the lines of the page.
+    """Run blocks in one namespace; a traceback shows the lines of the page.
 
     Returns what comments beside `print` say is printed, and all that was printed.
     """

@@ -171,7 +171,7 @@ def test_against_jaxopt(name):
 
 
 def dense_solve(product, vector):
-    """Solves with a matrix that is made from the product, for `jaxopt`."""
+    """Solve with a matrix that is made from the product, for `jaxopt`."""
     columns = jax.vmap(lambda e: product(e.reshape(vector.shape)).ravel())
     matrix = columns(jnp.eye(vector.size)).T
     return jnp.linalg.solve(matrix, vector.ravel()).reshape(vector.shape)

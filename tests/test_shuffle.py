@@ -12,7 +12,7 @@ import pytest
 
 import metaopt as mo
 from jaxprs import names
-from metaopt._shuffle import permuted
+from metaopt._core._shuffle import permuted
 
 
 def shuffled(key, size, count):

@@ -85,7 +85,7 @@ class AbstractAdjoint(eqx.Module):
 
     @abc.abstractmethod
     def check(self, solver: AbstractSolver, data: AbstractData) -> None:
-        """Checks that this adjoint can serve the solver.
+        """Check that this adjoint can serve the solver.
 
         **Arguments:**
 

@@ -129,7 +129,7 @@ def counted_anew(state: LoopState, loop: Loop) -> LoopState:
 
 
 def check_iterative(adjoint: AbstractAdjoint, solver: AbstractSolver) -> None:
-    """Raises a `ValueError` unless the solver proceeds by steps."""
+    """Raise a `ValueError` unless the solver proceeds by steps."""
     if not isinstance(solver, AbstractIterativeSolver):
         raise ValueError(
             f"`{type(adjoint).__name__}` follows the steps of the inner solver, and "

@@ -23,7 +23,7 @@ class AbstractArrayResponse(eqx.Module):
 
     @abc.abstractmethod
     def check(self, general: Any, whose: str) -> None:
-        """Raises a `ValueError` unless the response fits an array."""
+        """Raise a `ValueError` unless the response fits an array."""
 
     @abc.abstractmethod
     def effective(self, general: Array, perturbation: Perturbation) -> Array:

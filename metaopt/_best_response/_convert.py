@@ -79,7 +79,7 @@ _OPAQUE = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm, eqx.nn.Shared)
 
 
 def self_tuning(model: _T, num_hyper: int, *, tied: bool = True, key: Key) -> _T:
-    """Makes the layers of a model respond to outer variables (best-response layers).
+    """Make the layers of a model respond to outer variables (best-response layers).
 
     Works by surgery on any pytree: `Linear`, `Conv`, `ConvTranspose`, `Embedding`,
     `LSTMCell`, `GRUCell` and the normalisations of `equinox.nn` are replaced wherever

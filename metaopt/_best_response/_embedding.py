@@ -27,7 +27,7 @@ class BestResponseEmbedding(AbstractBestResponse):
     perturbation: Perturbation | None = None
 
     def __call__(self, x: Array, *, key: Key | None = None) -> Array:
-        """Looks an index up.
+        """Look an index up.
 
         **Arguments:**
 

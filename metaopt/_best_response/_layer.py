@@ -130,7 +130,7 @@ def _map_layers(fn, model: _T) -> _T:
 
 
 def bind(model: _T, vector: Float[Array, " num_hyper"]) -> _T:
-    """Binds the best-response layers of a model to outer variables.
+    """Bind the best-response layers of a model to outer variables.
 
     **Arguments:**
 
@@ -162,7 +162,7 @@ def bind(model: _T, vector: Float[Array, " num_hyper"]) -> _T:
 
 
 def bind_at_centre(model: _T, zero: Float[Array, " num_hyper"]) -> _T:
-    """Binds the best-response layers of a model for a first derivative at zero.
+    """Bind the best-response layers of a model for a first derivative at zero.
 
     Only the tangent of the vector counts, as in `jax.jvp`, and it is taken once: a second
     derivative would be wrong without notice.

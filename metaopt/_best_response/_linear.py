@@ -33,7 +33,7 @@ class BestResponseLinear(AbstractBestResponse):
     perturbation: Perturbation | None = None
 
     def __call__(self, x: Array, *, key: Key | None = None) -> Array:
-        """Calls the layer.
+        """Call the layer.
 
         **Arguments:**
 

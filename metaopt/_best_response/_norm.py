@@ -29,7 +29,7 @@ class BestResponseNorm(AbstractBestResponse, eqx.nn.StatefulLayer):
         return isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Any:
-        """Calls the layer.
+        """Call the layer.
 
         **Arguments:**
 

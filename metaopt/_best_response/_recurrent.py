@@ -28,7 +28,7 @@ class BestResponseLSTMCell(AbstractBestResponse):
     def __call__(
         self, input: Array, hidden: tuple[Array, Array], *, key: Key | None = None
     ) -> tuple[Array, Array]:
-        """Takes one step.
+        """Take one step.
 
         **Arguments:**
 
@@ -66,7 +66,7 @@ class BestResponseGRUCell(AbstractBestResponse):
     perturbation: Perturbation | None = None
 
     def __call__(self, input: Array, hidden: Array, *, key: Key | None = None) -> Array:
-        """Takes one step.
+        """Take one step.
 
         **Arguments:**
 

@@ -52,7 +52,7 @@ class AbstractBestResponseMethod(eqx.Module):
 
     @abc.abstractmethod
     def check(self, problem: BilevelProblem) -> None:
-        """Raises a `ValueError` for a problem that does not fit."""
+        """Raise a `ValueError` for a problem that does not fit."""
 
     @abc.abstractmethod
     def train(

@@ -92,7 +92,7 @@ def draw_one(data: AbstractData, key: Key) -> Batch:
 
 
 def check_drawn(data: AbstractData, name: str, num_batches: int) -> None:
-    """Raises a `ValueError` where a source does not have as many batches as each outer
+    """Raise a `ValueError` where a source does not have as many batches as each outer
     step draws, or has more."""
     data.check(num_batches)
     if data.num_batches is not None and data.num_batches > num_batches:

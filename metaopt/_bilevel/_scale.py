@@ -14,7 +14,7 @@ from ._perturbed import Coordinates
 
 
 def check_scales(initial_scale: Any, bounds: Any) -> None:
-    """Raises a `ValueError` unless these are scales, the first within the second."""
+    """Raise a `ValueError` unless these are scales, the first within the second."""
     pair = isinstance(bounds, tuple | list) and len(bounds) == 2
     for bound in bounds if pair else ():
         check_tolerance(bound, "scale_bounds", optional=False)

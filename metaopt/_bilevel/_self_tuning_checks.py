@@ -1,5 +1,8 @@
 """Conditions on two losses for a best-response network to be trained on them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.core
@@ -35,7 +38,7 @@ def check_losses(
     key: Key,
     state: ModelState,
 ) -> None:
-    """Raises a `ValueError` where a loss does not see the response of the params, or is
+    """Raise a `ValueError` where a loss does not see the response of the params, or is
     no mean over the rows of a batch.
 
     Both would train a response that is wrong without a word, and both can be seen from a
@@ -101,15 +104,34 @@ def _probe(
     key: Key,
     state: ModelState,
 ):
-    inner = problem.inner
+    """The numbers that `_judge` compares, and whether the loss uses half precision."""
 
     def loss(params, batch, key):
         if outer:
             return problem.evaluate_outer(params, hyper, batch, key, state)[0]
-        return inner.evaluate(params, hyper, batch, key, state).value
+        return problem.inner.evaluate(params, hyper, batch, key, state).value
 
     batch = groups.whole()
     in_half = _computes_in_half(jax.make_jaxpr(lambda: loss(params, batch, key))())
+    bounds, plains = _bound_and_plain(lambda model: loss(model, batch, key), params, key)
+    if groups.num_groups == 1:
+        none = jnp.zeros(0)
+        return (bounds, plains, none, none, jnp.zeros((0, 2))), in_half
+
+    def whole_and_mean(key):
+        keys = jax.random.split(key, groups.num_groups)
+        single = groups.map(lambda rows, key: loss(params, rows, key), keys)
+        return loss(params, batch, key), jnp.mean(single)
+
+    draws = jax.random.split(key, _NUM_DRAWS)
+    wholes, means = jax.lax.map(whole_and_mean, draws)
+    coupled = _coupled_pairs(lambda rows: loss(params, rows, key), groups)
+    return (bounds, plains, wholes, means, coupled), in_half
+
+
+def _bound_and_plain(loss: Callable[[Params], Any], params: Params, key: Key):
+    """The loss of best-response layers and of ordinary ones of the same weights, for a
+    response as large as the weights and for none."""
     response, general = eqx.partition(params, response_filter(params))
     leaves, structure = jax.tree.flatten(response)
     keys = jax.random.split(key, len(leaves))
@@ -121,29 +143,24 @@ def _probe(
     num_hyper = best_responses(params)[0].num_hyper
     vector = jax.random.rademacher(key, (num_hyper,), float) / num_hyper**0.5
 
-    def bound_and_plain(noise, vector):
+    def both(noise, vector):
         moved = [a if b is None else a + b for a, b in zip(leaves, noise)]
         model = eqx.combine(jax.tree.unflatten(structure, moved), general)
-        bound, plain = bind(model, vector), ordinary(model, vector)
-        return loss(bound, batch, key), loss(plain, batch, key)
+        return loss(bind(model, vector)), loss(ordinary(model, vector))
 
     # At zero any response is none: where it is large, even a small penalty that reads
     # it shows.
     vectors = jnp.stack([vector, jnp.zeros_like(vector)])
     noises = jax.tree.map(lambda a: jnp.stack([a, 100 * a]), noise)
-    bounds, plains = jax.vmap(bound_and_plain)(noises, vectors)
+    return jax.vmap(both)(noises, vectors)
 
-    if groups.num_groups == 1:
-        none = jnp.zeros(0)
-        return (bounds, plains, none, none, jnp.zeros((0, 2))), in_half
 
-    def whole_and_mean(key):
-        keys = jax.random.split(key, groups.num_groups)
-        single = groups.map(lambda rows, key: loss(params, rows, key), keys)
-        return loss(params, batch, key), jnp.mean(single)
+def _coupled_pairs(loss: Callable[[Any], Any], groups: Groups):
+    """The loss of two groups of rows together, and the mean of that of each of them twice.
 
-    # In a mean, whatever its draws, what a row contributes does not depend on the others:
-    # the loss at (a, b) and (b, a) is as large as at (a, a) and (b, b).
+    In a mean, whatever its draws, what a row contributes does not depend on the others:
+    the loss at (a, b) and (b, a) is as large as at (a, a) and (b, b).
+    """
     half = min(groups.num_groups // 2, _NUM_PAIRS)
     orders = np.array([[0, 1], [1, 0], [0, 0], [1, 1]])
 
@@ -152,14 +169,9 @@ def _probe(
         leaf = leaf[: 2 * half].reshape(half, 2, -1, *rest)[:, orders]
         return leaf.reshape(half, 4, -1, *rest)
 
-    def pair(arrays):
-        return loss(params, eqx.combine(arrays, groups.rest), key)
-
+    pair = lambda arrays: loss(eqx.combine(arrays, groups.rest))
     four = jax.vmap(jax.vmap(pair))(jax.tree.map(pairs, groups.arrays))
-    coupled = four.reshape(half, 2, 2).mean(axis=2)
-    draws = jax.random.split(key, _NUM_DRAWS)
-    wholes, means = jax.lax.map(whole_and_mean, draws)
-    return (bounds, plains, wholes, means, coupled), in_half
+    return four.reshape(half, 2, 2).mean(axis=2)
 
 
 def _computes_in_half(jaxpr) -> bool:

@@ -298,7 +298,7 @@ def _outer_info(
 def _check_alike(
     new: PyTree, old: PyTree, part: str, solver: str, any_dtype: bool = False
 ) -> None:
-    """Raises a `ValueError` unless a part of an update is like what it stands for."""
+    """Raise a `ValueError` unless a part of an update is like what it stands for."""
     given, expected = eqx.filter((new, old), eqx.is_array)
     if any_dtype and jax.tree.structure(given) == jax.tree.structure(expected):
         given = tree_cast_like(given, expected)

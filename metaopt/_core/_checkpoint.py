@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
-    """Writes the arrays of a pytree to a file, complete or not at all.
+    """Write the arrays of a pytree to a file, complete or not at all.
 
     **Arguments:**
 
@@ -53,7 +53,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 
 
 def load(path: str | os.PathLike, like: T) -> T:
-    """Reads a pytree that [`metaopt.save`][] wrote.
+    """Read a pytree that [`metaopt.save`][] wrote.
 
     Nothing in the file is executed.
 

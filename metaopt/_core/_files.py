@@ -78,7 +78,7 @@ def _is_web_page(content: bytes) -> bool:
 
 
 def check_checksum(content: bytes, checksum: str, source: str) -> None:
-    """Refuses content that is not what was published.
+    """Refuse content that is not what was published.
 
     **Arguments:**
 
@@ -102,7 +102,7 @@ def check_checksum(content: bytes, checksum: str, source: str) -> None:
 
 
 def fetch(url: str, checksum: str, max_bytes: int, timeout: float = 30.0) -> bytes:
-    """Downloads one small file into memory and checks it.
+    """Download one small file into memory and check it.
 
     **Arguments:**
 
@@ -130,7 +130,7 @@ def fetch(url: str, checksum: str, max_bytes: int, timeout: float = 30.0) -> byt
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there complete or not at all.
+    """Write a file so that it is there complete or not at all.
 
     **Arguments:**
 
@@ -153,7 +153,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def parse_idx(content: bytes, num_axes: int, max_bytes: int, source: str) -> np.ndarray:
-    """Reads a gzipped IDX file of unsigned bytes (the format of MNIST).
+    """Read a gzipped IDX file of unsigned bytes (the format of MNIST).
 
     **Arguments:**
 
@@ -219,7 +219,7 @@ def _check_npz_member(archive: zipfile.ZipFile, key: str, max_bytes: int) -> Non
 
 
 def read_npz(path: Path, keys: Sequence[str], max_bytes: int) -> dict[str, np.ndarray]:
-    """Reads named arrays from an `.npz` file, never unpickling anything.
+    """Read named arrays from an `.npz` file, never unpickling anything.
 
     **Arguments:**
 

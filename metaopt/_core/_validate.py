@@ -20,7 +20,7 @@ ADJOINT_EXAMPLE = "metaopt.UnrolledAdjoint()"
 
 
 def check_count(value: Any, name: str, minimum: int = 1) -> None:
-    """Raises a `ValueError` unless `value` is an int of at least `minimum`."""
+    """Raise a `ValueError` unless `value` is an int of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"`{name}` must be an int; got {value!r}.")
     if value < minimum:
@@ -28,7 +28,7 @@ def check_count(value: Any, name: str, minimum: int = 1) -> None:
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Raises a `ValueError` unless `value` is `True` or `False`."""
+    """Raise a `ValueError` unless `value` is `True` or `False`."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"`{name}` must be `True` or `False`; got {value!r}.")
 
@@ -36,7 +36,7 @@ def check_flag(value: Any, name: str) -> None:
 def check_tolerance(
     value: Any, name: str, *, infinite: bool = False, optional: bool = True
 ) -> None:
-    """Raises a `ValueError` unless `value` is a non-negative number, or `None` where
+    """Raise a `ValueError` unless `value` is a non-negative number, or `None` where
     that is `optional`."""
     if value is None and optional:
         return
@@ -85,7 +85,7 @@ def _canonical_leaf(name: str, leaf: Any) -> Any:
 
 
 def check_real(leaf: Any, name: str) -> None:
-    """Raises a `ValueError` for a complex array."""
+    """Raise a `ValueError` for a complex array."""
     if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise ValueError(
             f"`{name}` is complex. Split it into its real and imaginary parts."
@@ -93,7 +93,7 @@ def check_real(leaf: Any, name: str) -> None:
 
 
 def _check_not_empty(leaves: list[Any], names: list[str]) -> None:
-    """Raises a `ValueError` where every array is empty. Beside others one may be."""
+    """Raise a `ValueError` where every array is empty. Beside others one may be."""
     arrays = [(n, leaf) for n, leaf in zip(names, leaves) if eqx.is_array(leaf)]
     if arrays and all(leaf.size == 0 for _, leaf in arrays):
         name, leaf = arrays[0]
@@ -201,7 +201,7 @@ def _check_no_loader(leaf: Any, name: str) -> None:
 
 
 def _check_lists(tree: Any, name: str) -> None:
-    """Raises a `TypeError` for an empty list, and for lists of numbers: to JAX each number
+    """Raise a `TypeError` for an empty list, and for lists of numbers: to JAX each number
     is an array."""
 
     def numbers(node: Any) -> bool:
@@ -223,7 +223,7 @@ def _check_lists(tree: Any, name: str) -> None:
 
 
 def check_kind(value: Any, kind: type, name: str, example: str) -> None:
-    """Raises a `ValueError` unless `value` is an object of this kind."""
+    """Raise a `ValueError` unless `value` is an object of this kind."""
     if isinstance(value, type) and issubclass(value, kind):
         raise ValueError(
             f"`{name}` is the class `{value.__name__}` itself. Call it: write "
@@ -234,7 +234,7 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
 
 
 def check_not_compiled(hyper: Any, params: Any) -> None:
-    """Raises a `ValueError` inside `jax.jit` and the like, where nothing has a value."""
+    """Raise a `ValueError` inside `jax.jit` and the like, where nothing has a value."""
     leaves = jax.tree.leaves((hyper, params))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError(
@@ -258,7 +258,7 @@ def canonical_key(key: Any) -> Key:
 
 
 def check_key(key: Any) -> None:
-    """Raises a `ValueError` unless `key` is a key of JAX."""
+    """Raise a `ValueError` unless `key` is a key of JAX."""
     is_key = eqx.is_array(key) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
     )
@@ -284,7 +284,7 @@ def canonical_params(params: Any) -> Params:
 
 
 def check_params(params: Any) -> None:
-    """Raises a `ValueError` unless `params` holds something to train."""
+    """Raise a `ValueError` unless `params` holds something to train."""
     names = leaf_names(params, "params")
     leaves = jax.tree.leaves(params)
     if not any(eqx.is_inexact_array(leaf) for leaf in leaves):
@@ -297,7 +297,7 @@ def check_params(params: Any) -> None:
 
 
 def check_finite(leaves: list[Any], names: list[str]) -> None:
-    """Raises a `ValueError` naming the first concrete leaf with an infinite or NaN."""
+    """Raise a `ValueError` naming the first concrete leaf with an infinite or NaN."""
     known = [
         (name, leaf)
         for name, leaf in zip(names, leaves)

@@ -10,7 +10,7 @@ _LIBRARIES = ("equinox", "jax", "jaxtyping", "beartype", "contextlib")
 
 
 def warn(message: str) -> None:
-    """Warns at the innermost frame outside of metaopt and the libraries that call it."""
+    """Warn at the innermost frame outside of metaopt and the libraries that call it."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and _is_ours(frame):
         frame, level = frame.f_back, level + 1

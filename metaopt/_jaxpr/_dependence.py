@@ -115,7 +115,7 @@ def without_derivative(fn: Callable[[PyTree], PyTree], x: PyTree) -> list[bool]:
 def evaluate_tracing_scale(
     fn: Callable[[jax.Array], tuple[PyTree, PyTree]], dtype
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Evaluates `linear, rest = fn(scale)` at `scale = 1`, tracing `fn` just once.
+    """Evaluate `linear, rest = fn(scale)` at `scale = 1`, tracing `fn` just once.
 
     **Returns:**
 

@@ -117,7 +117,7 @@ class AbstractLinearSolver(eqx.Module):
 
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
-        """Raises a `ValueError` unless the operator promises what the solver needs.
+        """Raise a `ValueError` unless the operator promises what the solver needs.
 
         **Arguments:**
 
@@ -132,7 +132,7 @@ class AbstractLinearSolver(eqx.Module):
         start: Vector | None = None,
         tolerance: FloatScalar | None = None,
     ) -> LinearSolution:
-        """Solves `operator @ x = vector`.
+        """Solve `operator @ x = vector`.
 
         It never raises because of the numbers: `result` says how it went.
 
@@ -237,7 +237,7 @@ class AbstractPreparedSolver(AbstractLinearSolver):
 
 
 def check_tolerances(rtol: float | None, atol: float) -> None:
-    """Raises a `ValueError` unless these can be met: `rtol` positive or `None`."""
+    """Raise a `ValueError` unless these can be met: `rtol` positive or `None`."""
     check_tolerance(rtol, "rtol")
     if rtol == 0:
         raise ValueError(
@@ -254,7 +254,7 @@ def steps_left_out(rtol: float | None, max_steps: int) -> tuple[str, ...]:
 
 
 def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
-    """Raises a `ValueError` unless the operator is square, as a map of pytrees."""
+    """Raise a `ValueError` unless the operator is square, as a map of pytrees."""
     given, returned = operator.in_structure(), operator.out_structure()
     if not same_structs(given, returned):
         raise ValueError(
@@ -266,7 +266,7 @@ def check_square(solver: str, operator: lx.AbstractLinearOperator) -> None:
 def check_structures(
     operator: lx.AbstractLinearOperator, vector: Vector, start: Vector | None
 ) -> None:
-    """Raises a `ValueError` unless the operator applies to `vector` and `start`."""
+    """Raise a `ValueError` unless the operator applies to `vector` and `start`."""
     expected = operator.in_structure()
     for name, given in (("vector", vector), ("start", start)):
         if given is not None and not same_structs(given, expected):

@@ -51,7 +51,7 @@ def check_sources(
     train: AbstractData,
     valid: AbstractData,
 ) -> None:
-    """Raises a `ValueError` if the sources cannot serve one inner solve and the outer loss
+    """Raise a `ValueError` if the sources cannot serve one inner solve and the outer loss
     at its solution."""
     inner.check(problem.inner, train)
     valid.check(1)

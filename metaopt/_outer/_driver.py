@@ -121,7 +121,7 @@ class Run:
         return History(_joined(self._chunks), path)
 
     def restore(self, state: Any, columns: dict[str, np.ndarray], path: list) -> None:
-        """Goes on from the state and the history of an earlier part of the same run.
+        """Go on from the state and the history of an earlier part of the same run.
 
         **Arguments:**
 
@@ -134,7 +134,7 @@ class Run:
         self._path = [path] if path else []
 
     def advance(self, count: int, size: int, atol: float | None, throw: bool) -> bool:
-        """Takes up to `count` outer steps in one call of a program for up to `size`.
+        """Take up to `count` outer steps in one call of a program for up to `size`.
 
         **Returns:**
 
@@ -211,7 +211,7 @@ def drive(
     callbacks: Sequence[AbstractCallback],
     throw: bool,
 ) -> None:
-    """Takes outer steps until done, stopped, failed (under `throw`) or converged."""
+    """Take outer steps until done, stopped, failed (under `throw`) or converged."""
     ended = False
     # Each that was opened is closed, even where another fails.
     with contextlib.ExitStack() as opened:

@@ -34,7 +34,7 @@ class AbstractFeed(abc.ABC):
 
     @abc.abstractmethod
     def pull(self, count: int) -> int:
-        """Pulls data for as many outer steps as one call can take, up to `count`."""
+        """Pull data for as many outer steps as one call can take, up to `count`."""
 
     @abc.abstractmethod
     def take(self, count: int, size: int) -> Any:
@@ -48,7 +48,7 @@ class AbstractFeed(abc.ABC):
 
     @abc.abstractmethod
     def use(self, count: int) -> None:
-        """Goes on to the data after that of `count` outer steps."""
+        """Go on to the data after that of `count` outer steps."""
 
 
 class Fixed(AbstractFeed):
@@ -105,7 +105,7 @@ class Pulled(AbstractFeed):
             self.source = self.start(num_steps)
 
     def peek(self) -> bool:
-        """Pulls the data of the first outer step before the run, into `now`.
+        """Pull the data of the first outer step before the run, into `now`.
 
         **Returns:**
 

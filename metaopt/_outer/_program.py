@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core._results import RESULTS
-from .._core._static import Static
+from .._core._static import jitted, Static
 from .._core._tree import tree_size
 from .._core._types import Hyper
 from ._row import Cell, Row, Shown
@@ -106,7 +106,7 @@ def advance(
     count: jax.Array,
     limit: jax.Array,
 ) -> tuple[list[Any], Callable[[], tuple[Any, Hyper]], Steps]:
-    """Takes up to `count` outer steps in one call of a program for up to `program.size`;
+    """Take up to `count` outer steps in one call of a program for up to `program.size`;
     fewer where one converges, or fails under `throw`.
 
     **Arguments:**
@@ -121,15 +121,9 @@ def advance(
     The arrays of the new state; a function that returns the report on the last step and
     the outer variables before it; and the steps.
     """
-    arguments = program, body, state, data, count, limit
-    try:
-        out = _advance(*arguments)
-    except jax.errors.JaxRuntimeError:
-        # Takes longer to call, and raises in its own words what `equinox.error_if` found.
-        out = _advance_in_words(*arguments)
+    out = _take_steps(program, body, state, data, count, limit)
     moved, rows, path, others, static = out
     known: _Known = static.tree
-    # Waits for the device here, so that an interrupt finds finished steps.
     rows = np.asarray(rows)
     rows = rows[: np.count_nonzero(known.taken.read(rows))]
     steps = Steps(
@@ -142,6 +136,7 @@ def advance(
     return _merged(known.moves, moved, state), show, steps
 
 
+@jitted
 def _take_steps(
     program: Program,
     body: list[Any],
@@ -176,10 +171,6 @@ def _take_steps(
     start = first, jnp.zeros((), bool), moved, rows, others
     _, _, moved, rows, others = jax.lax.while_loop(go_on, take, start)
     return moved, *rows, others, Static(known[0])
-
-
-_advance = jax.jit(_take_steps, static_argnums=0)
-_advance_in_words = eqx.filter_jit(_take_steps)
 
 
 def _merged(moves: tuple[bool, ...], moved: list[Any], state: list[Any]) -> list[Any]:

@@ -35,7 +35,7 @@ class Row:
         self._numbers: list[Any] = []
 
     def put(self, x: Any) -> Cell:
-        """Puts a scalar into the row, once if it is the same object."""
+        """Put a scalar into the row, once if it is the same object."""
         found = [index for index, y in enumerate(self._numbers) if y is x]
         if not found:
             self._numbers.append(x)
@@ -61,7 +61,7 @@ class Shown(NamedTuple):
 
     @classmethod
     def split(cls, tree: Any, row: Row) -> tuple[list[Any], "Shown"]:
-        """Puts the scalars of a pytree into a row; its other arrays, and the way back."""
+        """Put the scalars of a pytree into a row; its other arrays, and the way back."""
         leaves, rest = Static.split(tree)
         cells = tuple(row.put(leaf) if _is_number(leaf) else None for leaf in leaves)
         others = [leaf for leaf, cell in zip(leaves, cells) if cell is None]

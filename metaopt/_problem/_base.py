@@ -51,7 +51,7 @@ class AbstractProblem(eqx.Module):
 
     @abc.abstractmethod
     def init(self, hyper: Any, key: Any) -> Any:
-        """Returns the initial params (a pytree), drawn with `key`.
+        """Return the initial params (a pytree), drawn with `key`.
 
         With `has_state = True`, a pair of initial params and initial model state.
         """
@@ -60,7 +60,7 @@ class AbstractProblem(eqx.Module):
     def evaluate(
         self, params: Params, hyper: Hyper, batch: Batch, key: Key, state: ModelState
     ) -> Evaluation:
-        """Calls the user's function and checks what it returned.
+        """Call the user's function and check what it returned.
 
         **Arguments:**
 

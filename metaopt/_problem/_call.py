@@ -62,7 +62,7 @@ def call(
     key: Key,
     state: ModelState,
 ) -> Evaluation:
-    """Calls a user's function with what it declares and takes apart what it returns."""
+    """Call a user's function with what it declares and take apart what it returns."""
     optional = declared(fn, {"key": key})
     if problem.has_state:
         # Outside of the solver's steps, which pick their own.
@@ -92,7 +92,7 @@ def returned(problem: AbstractProblem, out: Evaluation) -> Any:
 
 
 def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> Any:
-    """Calls a user's function, whose exceptions stay its own.
+    """Call a user's function, whose exceptions stay its own.
 
     **Raises:**
 
@@ -135,7 +135,7 @@ def _is_list_of_batches(batch: Batch) -> bool:
 def check_signature(
     fn: LossFn, name: str, positional: tuple[str, ...], optional: dict[str, Any]
 ) -> None:
-    """Raises a `ValueError` unless a user's function takes the arguments it is given."""
+    """Raise a `ValueError` unless a user's function takes the arguments it is given."""
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some callables have no signature
@@ -164,7 +164,7 @@ def _works(fn: LossFn, *args: Any, **optional: Any) -> bool:
 
 
 def check_scalar(value: Any, whose: str) -> None:
-    """Raises a `ValueError` unless `value` is a floating-point scalar array."""
+    """Raise a `ValueError` unless `value` is a floating-point scalar array."""
     if isinstance(value, (tuple, list)):
         raise ValueError(
             f"{whose} returned {describe(value)}. It must return one floating-point "
@@ -186,7 +186,7 @@ def check_scalar(value: Any, whose: str) -> None:
 
 
 def check_like(value: Any, params: Params, whose: str) -> None:
-    """Raises a `ValueError` unless `value` has structure, shapes, dtypes of `params`."""
+    """Raise a `ValueError` unless `value` has structure, shapes, dtypes of `params`."""
     got, want = split_trainable(value)[0], split_trainable(params)[0]
     if jax.tree.structure(got) != jax.tree.structure(want):
         raise ValueError(

@@ -91,7 +91,7 @@ class AbstractPredictionProblem(AbstractInnerProblem):
         key: Key | None,
         state: ModelState,
     ) -> tuple[PyTree, ModelState]:
-        """Calls `predict` and checks what it returned.
+        """Call `predict` and check what it returned.
 
         **Arguments:**
 
@@ -125,7 +125,7 @@ class AbstractPredictionProblem(AbstractInnerProblem):
         batch: Batch,
         key: Key | None,
     ) -> tuple[FloatScalar, Aux]:
-        """Calls `criterion` and checks what it returned.
+        """Call `criterion` and check what it returned.
 
         **Arguments:**
 

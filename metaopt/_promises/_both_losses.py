@@ -65,7 +65,7 @@ class BothLosses(eqx.Module):
         return eqx.filter(start, eqx.is_inexact_array)
 
     def check_losses(self) -> None:
-        """Raises a `ValueError` where a loss does not depend on the params."""
+        """Raise a `ValueError` where a loss does not depend on the params."""
         moving, fixed = split_trainable(self.params)
         inner = self.problem.inner
 
@@ -93,7 +93,7 @@ def trainable_names(hyper: Hyper, root: str = "hyper") -> list[str]:
 
 
 def check_inner_loss(loss: Callable[[PyTree], PyTree], params: PyTree) -> None:
-    """Raises a `ValueError` unless the inner loss depends on the params."""
+    """Raise a `ValueError` unless the inner loss depends on the params."""
     if not depends(loss, params):
         raise ValueError(
             "The inner loss does not depend on `params`, so there is nothing to "
@@ -102,7 +102,7 @@ def check_inner_loss(loss: Callable[[PyTree], PyTree], params: PyTree) -> None:
 
 
 def check_outer_loss(loss: Callable[[PyTree], PyTree], params: PyTree) -> None:
-    """Raises a `ValueError` unless the outer loss depends on the params."""
+    """Raise a `ValueError` unless the outer loss depends on the params."""
     if not depends(loss, params):
         raise ValueError(
             "The outer loss does not depend on `params`, so the inner problem has no "
@@ -118,7 +118,7 @@ def check_tunable(
     also: str = "",
     remark: str = "",
 ) -> None:
-    """Raises a `ValueError` where no leaf of `hyper` has a derivative.
+    """Raise a `ValueError` where no leaf of `hyper` has a derivative.
 
     **Arguments:**
 

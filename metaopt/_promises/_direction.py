@@ -25,7 +25,7 @@ def check_direction(
     exempt: Sequence[str],
     solver: str,
 ) -> None:
-    """Raises a `ValueError` where an entry of an estimate of the hypergradient is a
+    """Raise a `ValueError` where an entry of an estimate of the hypergradient is a
     constant, although the losses depend on that leaf.
 
     A scale of the outer loss is an input as well, so that its derivative in a leaf on which

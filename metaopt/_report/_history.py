@@ -64,7 +64,7 @@ class History(eqx.Module):
         return {name: column.tolist() for name, column in columns.items()}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one row for each outer step, with a header.
+        """Write one row for each outer step, with a header.
 
         **Arguments:**
 

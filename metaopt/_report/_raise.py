@@ -34,7 +34,7 @@ def raise_on_failure(value: T, result: Any, throw: bool, show: object = None) ->
 
 
 def attach_solution(error: Exception, solution: Callable[[], Any]) -> None:
-    """Adds to an error of the user's own code (a callback, a source of data) what a run had
+    """Add to an error of the user's own code (a callback, a source of data) what a run had
     reached: as the attribute `solution`, which a note names."""
     try:
         reached = solution()
@@ -49,7 +49,7 @@ def attach_solution(error: Exception, solution: Callable[[], Any]) -> None:
 
 
 def ends_run(callback: Callable[..., Any] | None, *args: Any) -> bool:
-    """Calls a callback, if there is one; whether it returned `True`, or raised
+    """Call a callback, if there is one; whether it returned `True`, or raised
     `StopIteration`. Any other return value is ignored."""
     if callback is None:
         return False

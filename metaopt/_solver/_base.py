@@ -147,7 +147,7 @@ class AbstractSolver(eqx.Module):
 
     @abc.abstractmethod
     def check(self, problem: AbstractProblem, data: AbstractData) -> None:
-        """Raises a `ValueError` if this solver cannot serve the problem or the data."""
+        """Raise a `ValueError` if this solver cannot serve the problem or the data."""
 
     @abc.abstractmethod
     def optimality(
@@ -279,7 +279,7 @@ class AbstractDirectSolver(AbstractSolver):
         key: Key,
         model_state: ModelState,
     ) -> Outcome:
-        """Solves the problem.
+        """Solve the problem.
 
         **Arguments:**
 

@@ -97,7 +97,7 @@ def direct_outcome(problem, params, evaluation, result, num_steps) -> Outcome:
 
 
 def refuse_state(solver: AbstractDirectSolver, problem: AbstractProblem) -> None:
-    """Raises a `ValueError` for a problem with model state."""
+    """Raise a `ValueError` for a problem with model state."""
     if problem.has_state:
         raise ValueError(
             f"`{type(solver).__name__}` cannot carry model state. Use `metaopt.Descent` "

@@ -208,7 +208,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
 
     @_promoting
     def position_before(self, exact: Exact, rate: FloatScalar) -> Exact:
-        """Undoes the second half of a step, the change of the position.
+        """Undo the second half of a step, the change of the position.
 
         **Arguments:**
 
@@ -230,7 +230,7 @@ class AbstractExactMomentum(AbstractIterativeSolver):
         numerator: IntScalar,
         bound: IntScalar,
     ) -> Exact:
-        """Undoes the first half of a step, the change of the velocity.
+        """Undo the first half of a step, the change of the velocity.
 
         **Arguments:**
 

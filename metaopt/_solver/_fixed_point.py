@@ -284,7 +284,7 @@ def as_budget(budget: Any) -> IntScalar | None:
 
 
 def check_relaxation(relaxation: float) -> None:
-    """Raises a `ValueError` unless it lies in (0, 1]."""
+    """Raise a `ValueError` unless it lies in (0, 1]."""
     check_tolerance(relaxation, "relaxation", optional=False)
     if not 0 < relaxation <= 1:
         raise ValueError(f"`relaxation` must lie in (0, 1]; got {relaxation!r}.")

@@ -303,7 +303,7 @@ def _by_budget_alone(solver: AbstractIterativeSolver) -> bool:
 
 
 def _cast_like(new: Any, old: Any) -> Any:
-    """Keeps the dtypes of the loop, so that float64 `hyper` can drive float32 params."""
+    """Keep the dtypes of the loop, so that float64 `hyper` can drive float32 params."""
     return jax.tree.map(
         lambda a, b: (
             a.astype(b.dtype)

@@ -137,7 +137,7 @@ def _best_or(run: Any) -> Best:
 
 
 def check_writable(path: Path) -> None:
-    """Raises a `ValueError` for a file that cannot be written, which would be seen after
+    """Raise a `ValueError` for a file that cannot be written, which would be seen after
     hours otherwise."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

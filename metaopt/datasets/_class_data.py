@@ -63,7 +63,7 @@ class ClassData(eqx.Module):
 
     @classmethod
     def from_labels(cls, x: Any, y: Any, name: str = "examples") -> "ClassData":
-        """Sorts labelled examples into classes.
+        """Sort labelled examples into classes.
 
         **Arguments:**
 

@@ -77,7 +77,7 @@ def _check_count(value: object, argument: str, lowest: int) -> int:
 
 
 def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, ...]:
-    """Divides data at random into parts that have no image in common.
+    """Divide data at random into parts that have no image in common.
 
     The images are shuffled, whatever their class, and dealt out in turn; images beyond
     the sum of `sizes` are left out. The same seed gives the same parts on every

@@ -103,7 +103,7 @@ def check_hypergradient(
     widen: bool = True,
     throw: bool = True,
 ) -> HypergradientCheck:
-    """Compares a hypergradient with central differences that solve the inner problem
+    """Compare a hypergradient with central differences that solve the inner problem
     anew, along random directions.
 
     Run it once on a small version of your problem. In float32 differences are mostly

@@ -56,7 +56,7 @@ def check_response(
     num_directions: int | None = None,
     key: Key | None = None,
 ) -> ResponseCheck:
-    r"""Compares a learned best response with that of the implicit function theorem,
+    r"""Compare a learned best response with that of the implicit function theorem,
 
     $$\frac{d\,params^*}{d\,hyper} = - H^{-1} \, \partial_{hyper} \nabla_{params} loss ,$$
 
@@ -208,7 +208,7 @@ class _TrainingGradient(eqx.Module):
         return jax.tree.map(lambda a, b: (a - b) / width, ahead, behind)
 
     def check_derivative(self, dual: Vector) -> None:
-        """Raises where a leaf of `hyper` acts on it and has no derivative."""
+        """Raise where a leaf of `hyper` acts on it and has no derivative."""
         hyper = split_trainable(self.hyper)[0]
         # Leaf by leaf: in one vector, any leaf with a derivative would hide the others.
         of_hyper = lambda hyper: self(hyper, dual)[0]

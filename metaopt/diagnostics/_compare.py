@@ -119,7 +119,7 @@ def compare_hypergradients(
     model_state: ModelState = None,
     repeats: int = 3,
 ) -> Comparison:
-    """Runs several adjoints on one problem and compares their hypergradients, their work,
+    """Run several adjoints on one problem and compare their hypergradients, their work,
     their time and their memory.
 
     ```python

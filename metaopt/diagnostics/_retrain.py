@@ -36,7 +36,7 @@ def retrain(
     key: Key | None = None,
     throw: bool = True,
 ) -> Solution:
-    """Trains anew on a schedule of `hyper`, such as a self-tuning run has found.
+    """Train anew on a schedule of `hyper`, such as a self-tuning run has found.
 
     Tells what a schedule is worth by itself: params that were trained while `hyper` was
     tuned owe something to the tuning. For one constant `hyper` use

@@ -67,7 +67,7 @@ def check_smoothness(
     model_state: ModelState = None,
     throw: bool = True,
 ) -> SmoothnessCheck:
-    r"""Scores how smooth the solution of an inner problem is along a direction of `hyper`.
+    r"""Score how smooth the solution of an inner problem is along a direction of `hyper`.
 
     Use it before a long training is differentiated, and to compare settings: a derivative
     of a training that is not smooth is exact and useless. It takes three trainings and no

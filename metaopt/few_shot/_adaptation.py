@@ -155,7 +155,7 @@ class Judged(eqx.Module):
 def judge(
     model_loss: ModelLoss, model: Params, batch: Batch, key: Key, state: ModelState
 ) -> Judged:
-    """Evaluates an adapted model, which has the model state of its last step."""
+    """Evaluate an adapted model, which has the model state of its last step."""
     out = model_loss.evaluate(model, None, batch, key, state)
     kept = isinstance(state, StepStates)
     return Judged(out.value, out.aux, state.with_last(out.state) if kept else out.state)

@@ -128,7 +128,7 @@ def distinct(key: Key, size: int, count: int, limit: Any = None) -> Array:
 def check_sizes(
     data: ClassData, num_ways: int, num_shots: int, num_queries: int, num_tasks: int
 ) -> None:
-    """Raises a `ValueError` unless tasks of these sizes can be drawn."""
+    """Raise a `ValueError` unless tasks of these sizes can be drawn."""
     if not isinstance(data, ClassData):
         raise ValueError(
             "`data` must be a `metaopt.datasets.ClassData`; got "

@@ -74,7 +74,7 @@ def evaluate(
     model_state: ModelState = None,
     chunk_size: int = 16,
 ) -> Scores:
-    """Adapts to each task and measures the adapted model on the query examples.
+    """Adapt to each task and measure the adapted model on the query examples.
 
     With [`metaopt.few_shot.Episodes`][] the same key always draws the same tasks, so that
     learners can be compared on them.

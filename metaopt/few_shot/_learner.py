@@ -264,7 +264,7 @@ def adapt(
     model_state: ModelState,
     num_steps: int | None,
 ) -> Adapted:
-    """Adapts to the support examples of one task."""
+    """Adapt to the support examples of one task."""
     problem, solver = learner.adaptation(model_state), learner.inner
     if num_steps is not None:
         check_count(num_steps, "num_steps", 0)
@@ -301,7 +301,7 @@ def canonical_meta(meta: Any) -> Any:
 
 
 def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None:
-    """Raises a `ValueError` where a loss has model state and none is there, or the other
+    """Raise a `ValueError` where a loss has model state and none is there, or the other
     way round."""
     has_state = learner.model_loss.has_state
     if has_state and model_state is None:

@@ -51,7 +51,7 @@ def train(
     callbacks: Sequence[AbstractCallback | Callable[[Run], Any]] = (),
     throw: bool = True,
 ) -> TrainSolution:
-    """Learns over tasks: a gradient over a batch of tasks, a step of the optimizer, again.
+    """Learn over tasks: a gradient over a batch of tasks, a step of the optimizer, again.
 
     A step whose tasks all failed is not taken. Ctrl-C stops the run after the call it is in
     and returns what was reached.
@@ -226,7 +226,7 @@ def _feed(tasks: Any) -> Pulled:
 
 
 def _check_goes_on(state: Any, meta: Any, key: Key | None, model_state: ModelState) -> None:
-    """Raises where a `state` to go on from is none, or is beside something that contradicts
+    """Raise where a `state` to go on from is none, or is beside something that contradicts
     it."""
     if not isinstance(state, TrainState):
         raise ValueError(

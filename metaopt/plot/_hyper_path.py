@@ -20,7 +20,7 @@ _MAX_LINES = 12
 
 
 def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
-    """Draws the outer variables over the outer steps, one panel for each leaf of `hyper`.
+    """Draw the outer variables over the outer steps, one panel for each leaf of `hyper`.
 
     Hyperparameters of [`metaopt.hyper`][] are drawn by their values. An axis is
     logarithmic where values are positive and span a factor of more than 20.

@@ -20,5 +20,5 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def tidy(axes: Any) -> None:
-    """Takes away the frame on two sides."""
+    """Take away the frame on two sides."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,14 +25,14 @@ FAULTS = [
     ),
     Fault(
         "shuffle-of-few-rounds",
-        "_shuffle.py",
+        "_core/_shuffle.py",
         "_NUM_ROUNDS = 24",
         "_NUM_ROUNDS = 2",
         "test_shuffle.py",
     ),
     Fault(
         "shuffle-without-salt",
-        "_shuffle.py",
+        "_core/_shuffle.py",
         "_hash(right ^ salt[:, 0])",
         "_hash(right)",
         "test_shuffle.py",

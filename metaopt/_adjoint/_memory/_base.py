@@ -38,7 +38,7 @@ class AbstractMemoryPlan(eqx.Module):
     def scan(
         self, body: Body, state: LoopState, draws: Any, length: int
     ) -> tuple[LoopState, jax.Array]:
-        """Repeats `body` as `jax.lax.scan` does, on a loop that was prepared.
+        """Repeat `body` as `jax.lax.scan` does, on a loop that was prepared.
 
         **Arguments:**
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from ._core._types import Key
+from ._types import Key
 
 
 _NUM_ROUNDS = 24  # fewer favour some orders of less than ten numbers
