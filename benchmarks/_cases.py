@@ -34,9 +34,9 @@ def ours(
         return mo.hypergradient(
             problem,
             hyper,
-            params,
             train,
             valid,
+            params=params,
             inner=inner,
             adjoint=adjoint,
             throw=False,
@@ -167,7 +167,12 @@ def implicit(num_steps: int) -> Case:
         # The derivative alone: from the solution, and one step that leads nowhere.
         descent = mo.Descent(transform, 2000)
         start = mo.solve_inner(
-            problem.inner, hyper, start, train, solver=descent, adjoint=mo.ImplicitAdjoint()
+            problem.inner,
+            hyper,
+            train,
+            params=start,
+            solver=descent,
+            adjoint=mo.ImplicitAdjoint(),
         ).value
     adjoint = mo.ImplicitAdjoint(
         mo.CG(rtol=None, max_steps=NUM_LINEAR_STEPS), inner_rtol=jnp.inf, error=None

@@ -56,7 +56,7 @@ def logistic(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
 
     def ours(hyper):
         return mo.hypergradient(
-            problem, hyper, start, TRAIN, VALID,
+            problem, hyper, TRAIN, VALID, params=start,
             inner=solver, adjoint=mo.ImplicitAdjoint(mo.CG()), throw=False,
         )  # fmt: skip
 
@@ -87,7 +87,7 @@ def adam(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
 
     def ours(hyper):
         return mo.hypergradient(
-            problem, hyper, model, TRAIN, VALID,
+            problem, hyper, TRAIN, VALID, params=model,
             inner=solver, adjoint=mo.UnrolledAdjoint(), throw=False,
         )  # fmt: skip
 

@@ -73,9 +73,9 @@ def main():
             return mo.hypergradient(
                 problem,
                 hyper,
-                params,
                 batch,
                 batch,
+                params=params,
                 inner=inner,
                 adjoint=adjoint,
                 throw=False,

@@ -154,17 +154,24 @@ def judge(family: Family, prepared: Prepared, adjoint, num_steps=NUM_STEPS):
         inner = mo.Picard(num_steps, rtol=None)
     bilevel = mo.BilevelProblem(problem, family.outer)
     gradient, report = mo.hypergradient(
-        bilevel, hyper, start, train, valid, inner=inner, adjoint=adjoint, throw=False
+        bilevel,
+        hyper,
+        train,
+        valid,
+        params=start,
+        inner=inner,
+        adjoint=adjoint,
+        throw=False,
     )
     plain = mo.ImplicitAdjoint(adjoint.linear_solver, inner_rtol=jnp.inf, error=None)
     _, plain_report = mo.hypergradient(
-        bilevel, hyper, start, train, valid, inner=inner, adjoint=plain, throw=False
+        bilevel, hyper, train, valid, params=start, inner=inner, adjoint=plain, throw=False
     )
     solution = mo.solve_inner(
         problem,
         hyper,
-        start,
         train,
+        params=start,
         solver=inner,
         adjoint=mo.UnrolledAdjoint(),
         throw=False,

@@ -193,7 +193,7 @@ def train_from_scratch(setting_parts, hyper, key):
     return mo.solve_inner(
         inner,
         hyper,
-        data=batches,
+        batches,
         solver=descent,
         adjoint=mo.UnrolledAdjoint(),
         key=key,

@@ -144,7 +144,7 @@ def train_once(problem, hyper, train, key):
     return mo.solve_inner(
         problem.inner,
         hyper,
-        data=mo.Minibatches(train, BATCH_SIZE),
+        mo.Minibatches(train, BATCH_SIZE),
         solver=mo.Descent(sgd, num_steps=NUM_STEPS),
         adjoint=mo.UnrolledAdjoint(),
         key=key,

@@ -83,7 +83,7 @@ def fit(problem, hyper, train):
     solution = mo.solve_inner(
         problem,
         hyper,
-        data=train,
+        train,
         solver=inner_solver(),
         adjoint=mo.ImplicitAdjoint(),
         throw=False,

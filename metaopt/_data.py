@@ -327,7 +327,7 @@ def restarted(batches: Iterable[Any]) -> Iterator[Any]:
             return
 
 
-def as_data(data: Any, name: str = "data") -> AbstractData:
+def as_data(data: Any, name: str) -> AbstractData:
     """`data` as a source of batches: plain arrays become a [`metaopt.FullBatch`][].
 
     **Raises:**

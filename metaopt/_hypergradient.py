@@ -31,12 +31,12 @@ from ._solver import AbstractSolver
 def hypergradient(
     problem: BilevelProblem,
     hyper: Hyper,
-    params: Params | None = None,
     train: Any = None,
     valid: Any = None,
     *,
     inner: AbstractSolver,
     adjoint: AbstractAdjoint,
+    params: Params | None = None,
     key: Key | None = None,
     model_state: ModelState = None,
     throw: bool = True,
@@ -53,7 +53,7 @@ def hypergradient(
         lambda params, hyper, batch: params**2,
     )
     gradient, report = mo.hypergradient(
-        problem, 3.0, jnp.array(0.0),
+        problem, 3.0, params=jnp.array(0.0),
         inner=mo.Descent(optax.sgd(0.1), num_steps=100),
         adjoint=mo.ImplicitAdjoint(),
     )
@@ -65,12 +65,12 @@ def hypergradient(
 
     - `problem`: the bilevel problem.
     - `hyper`: the outer variables, any pytree with a floating-point array in it.
-    - `params`: where the inner solve starts; by default the inner problem's `init`,
-        whose dependence on `hyper` is differentiated.
-    - `train`, `valid`: what the inner and the outer loss are evaluated on: arrays, or a
-        source of batches such as [`metaopt.Minibatches`][].
+    - `train`, `valid`: the data of the inner and of the outer loss: arrays, or a source of
+        batches such as [`metaopt.Minibatches`][].
     - `inner`: how the inner problem is solved.
     - `adjoint`: how the derivative passes through the inner solve.
+    - `params`: where the inner solve starts; by default the inner problem's `init`,
+        whose dependence on `hyper` is differentiated.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: where the model state starts; with `params` only.
     - `throw`: whether a failure raises. If not, it is marked in the report.
@@ -110,7 +110,7 @@ def prepare(
     if isinstance(params, AbstractData):
         raise ValueError(
             f"`params` is {params!r}, a source of data. Write `hypergradient(problem, "
-            "hyper, params, train, valid, ...)`, with `None` for the problem's own init."
+            "hyper, train, valid, params=...)`; without `params` for the problem's init."
         )
     if params is not None:
         params = canonical_params(params)

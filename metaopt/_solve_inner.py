@@ -30,11 +30,11 @@ from ._solver import AbstractSolver, can_go_on, Earlier, InnerSolve
 def solve_inner(
     problem: AbstractProblem,
     hyper: Hyper,
-    params: Params | None = None,
-    data: Any = None,
+    train: Any = None,
     *,
     solver: AbstractSolver,
     adjoint: AbstractAdjoint,
+    params: Params | None = None,
     key: Key | None = None,
     model_state: ModelState = None,
     solver_state: Any = None,
@@ -55,7 +55,7 @@ def solve_inner(
 
     def outer(hyper):
         solution = mo.solve_inner(
-            problem, hyper, jnp.array(0.0),
+            problem, hyper, params=jnp.array(0.0),
             solver=mo.Descent(optax.sgd(0.1), num_steps=100),
             adjoint=mo.ImplicitAdjoint(),
         )
@@ -68,11 +68,12 @@ def solve_inner(
 
     - `problem`: the inner problem.
     - `hyper`: the outer variables, any pytree with a floating-point array in it.
-    - `params`: where to start, any pytree with a floating-point array in it; by default
-        the problem's own `init`.
-    - `data`: arrays, or a source of batches such as [`metaopt.Minibatches`][].
+    - `train`: the data of the problem: arrays, or a source of batches such as
+        [`metaopt.Minibatches`][].
     - `solver`: how the problem is solved.
     - `adjoint`: how the derivative passes through the solve.
+    - `params`: where to start, any pytree with a floating-point array in it; by default
+        the problem's own `init`.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: where the model state starts; with `params` only.
     - `solver_state`: the `solver_state` of an earlier [`metaopt.Solution`][], to go on
@@ -84,7 +85,7 @@ def solve_inner(
 
     **Returns:**
 
-    A [`metaopt.Solution`][]. Its `value` is differentiable in `hyper`, `params`, `data`
+    A [`metaopt.Solution`][]. Its `value` is differentiable in `hyper`, `params`, `train`
     and every array that the problem closes over. The rest of it (model state, auxiliary
     output, losses) is differentiable too under an adjoint that follows the path.
 
@@ -100,7 +101,7 @@ def solve_inner(
     check_kind(solver, AbstractSolver, "solver", DESCENT_EXAMPLE)
     check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)
     hyper = canonical_hyper(hyper)
-    data = canonical_arrays(data, "data")
+    train = canonical_arrays(train, "train")
     if params is not None:
         params = canonical_params(params)
     key = canonical_key(key)
@@ -109,7 +110,7 @@ def solve_inner(
         problem,
         hyper,
         params,
-        as_data(data),
+        as_data(train, "train"),
         solver,
         adjoint,
         key,

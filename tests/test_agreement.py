@@ -72,8 +72,8 @@ def test_hypergradient_is_the_closed_form(adjoint, case, dtype, mode):
         out, report = mo.hypergradient(
             case.problem,
             eqx.combine(trainable, static),
-            case.params,
             *case.data,
+            params=case.params,
             inner=inner_solver(case),
             adjoint=member.make(case),
         )
@@ -109,8 +109,8 @@ def value_by_solve_inner(adjoint: str, case: Case) -> Any:
         solution = mo.solve_inner(
             case.problem.inner,
             hyper,
-            case.params,
             case.train,
+            params=case.params,
             solver=inner_solver(case),
             adjoint=ADJOINTS[adjoint].make(case),
         )
@@ -223,7 +223,7 @@ def test_closed_over_arrays_are_differentiated(adjoint):
         solution = mo.solve_inner(
             problem.inner,
             hyper,
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             solver=inner_solver(case),
             adjoint=member.make(case),
         )
@@ -255,7 +255,7 @@ def test_hypergradient_of_a_loss_that_closes_over_tracers():
         )
         inner = mo.Descent(optax.sgd(0.5), num_steps=1)
         return mo.hypergradient(
-            problem, hyper, jnp.zeros(2), inner=inner, adjoint=mo.UnrolledAdjoint()
+            problem, hyper, params=jnp.zeros(2), inner=inner, adjoint=mo.UnrolledAdjoint()
         )[0]
 
     target = jnp.array([1.0, 2.0])
@@ -345,7 +345,7 @@ def test_mixed_leaves(adjoint, forgotten, rtol):
     gradient, report = mo.hypergradient(
         mo.BilevelProblem(inner_loss, outer_loss),
         hyper,
-        net,
+        params=net,
         inner=mo.Descent(optax.sgd(0.2), num_steps=40),
         adjoint=adjoint,
     )
@@ -377,7 +377,7 @@ def test_half_precision_where_the_loss_insists_on_it():
         gradient, report = mo.hypergradient(
             problem,
             jnp.asarray(0.5, jnp.float32),
-            jnp.zeros(3, jnp.bfloat16),
+            params=jnp.zeros(3, jnp.bfloat16),
             inner=mo.Descent(optax.sgd(0.25), 40),
             adjoint=mo.ImplicitAdjoint(inner_rtol=0.02, error=mo.accuracy.DualWeighted()),
         )
@@ -405,24 +405,40 @@ def test_half_precision_is_solved_with_in_float32(dtype):
     adjoint = mo.ImplicitAdjoint(inner_rtol=0.05)
     with pytest.raises(mo.SolveError, match="not solved accurately enough"):
         mo.hypergradient(
-            problem, hyper, jnp.zeros(4, dtype), data, data, inner=descent,
+            problem, hyper, data, data, params=jnp.zeros(4, dtype), inner=descent,
             adjoint=mo.ImplicitAdjoint(inner_rtol=1e-6),
         )  # fmt: skip
     half, report = mo.hypergradient(
-        problem, hyper, jnp.zeros(4, dtype), data, data, inner=descent, adjoint=adjoint
+        problem,
+        hyper,
+        data,
+        data,
+        params=jnp.zeros(4, dtype),
+        inner=descent,
+        adjoint=adjoint,
     )
     assert report.derivative.linear_residual is not None
     assert (
         report.derivative.linear_residual < 1e-5
     )  # which half precision could not tell from 0.01
     solution = mo.solve_inner(
-        problem.inner, hyper, jnp.zeros(4, dtype), data, solver=descent, adjoint=adjoint
+        problem.inner,
+        hyper,
+        data,
+        params=jnp.zeros(4, dtype),
+        solver=descent,
+        adjoint=adjoint,
     )
     assert solution.value.dtype == dtype
 
     def plain(hyper):
         found = mo.solve_inner(
-            problem.inner, hyper, jnp.zeros(4, dtype), data, solver=descent, adjoint=adjoint
+            problem.inner,
+            hyper,
+            data,
+            params=jnp.zeros(4, dtype),
+            solver=descent,
+            adjoint=adjoint,
         )
         return mse(found.value, hyper, data)
 
@@ -435,8 +451,8 @@ def test_half_precision_is_solved_with_in_float32(dtype):
         return mo.solve_inner(
             problem.inner,
             hyper,
-            wide(solution.value),
             jax.tree.map(wide, data),
+            params=wide(solution.value),
             solver=mo.Descent(optax.sgd(0.0), num_steps=1),
             adjoint=mo.ImplicitAdjoint(inner_rtol=0.05),
         ).value
@@ -498,12 +514,12 @@ def test_auxiliary_output(optimistix):
         adjoint = mo.ImplicitAdjoint()
     hyper, params = jnp.array(3.0), jnp.array(0.0)
     gradient, report = mo.hypergradient(
-        problem, hyper, params, inner=solver, adjoint=adjoint
+        problem, hyper, params=params, inner=solver, adjoint=adjoint
     )
     np.testing.assert_allclose(gradient, 6.0, rtol=1e-12)
     assert report.outer.aux[0] == "seen"
     np.testing.assert_allclose(report.outer.aux[1], 4.0, rtol=1e-12)
-    solution = mo.solve_inner(inner, hyper, params, solver=solver, adjoint=adjoint)
+    solution = mo.solve_inner(inner, hyper, params=params, solver=solver, adjoint=adjoint)
     # The last evaluation of `Descent` is at the start of its last step, the solution.
     np.testing.assert_allclose(solution.aux["twice"], 6.0, rtol=1e-12)
     assert solution.aux["count"] == 7
@@ -561,8 +577,8 @@ def test_model_state(name, policy, adjoint):
     gradient, report = mo.hypergradient(
         problem,
         hyper,
-        params,
         train,
+        params=params,
         inner=solver,
         adjoint=adjoint,
         model_state=state,
@@ -573,8 +589,8 @@ def test_model_state(name, policy, adjoint):
     solution = mo.solve_inner(
         problem.inner,
         hyper,
-        params,
         train,
+        params=params,
         solver=solver,
         adjoint=adjoint,
         model_state=state,
@@ -605,9 +621,9 @@ def test_batches_made_beforehand():
         gradient, report = mo.hypergradient(
             problem,
             -1.0,
-            jnp.zeros(4),
             mo.BatchSequence((x, y)),
             case.valid,
+            params=jnp.zeros(4),
             inner=mo.Descent(optax.sgd(0.2), num_steps=6),
             adjoint=adjoint,
         )
@@ -740,9 +756,9 @@ def test_forward_mode_through_an_optimizer_built_from_hyper():
         mo.hypergradient(
             mo.BilevelProblem(_network, _network),
             {"log_rate": {"first": -1.0, "last": -2.0}},
-            params,
             (ROWS, jnp.cos(jnp.arange(12.0))),
             (ROWS, jnp.sin(jnp.arange(12.0))),
+            params=params,
             inner=mo.Descent(_rate_of_each_layer, num_steps=12),
             adjoint=adjoint,
         )[0]

@@ -48,7 +48,7 @@ def call(
 ):
     params = jnp.zeros(3) if params is None else params
     settings: dict[str, Any] = {"inner": DESCENT, "adjoint": mo.UnrolledAdjoint()} | options
-    return mo.hypergradient(problem, hyper, params, train, valid, **settings)
+    return mo.hypergradient(problem, hyper, train, valid, params=params, **settings)
 
 
 def data_call(train, valid=(X, Y), **options):
@@ -90,7 +90,7 @@ VALUE_ERRORS = {
     "key": (lambda: call(key=0), r"`key` must come from `jax.random.key\(0\)`; got 0"),
     "data as params": (
         lambda: call(params=mo.Minibatches((X, Y), 4)),
-        r"`params` is .* a source of data. Write `hypergradient\(problem, hyper, params",
+        r"`params` is .* a source of data. Write .*hyper, train, valid, params=",
     ),
     "iterator": (lambda: data_call(iter([(X, Y)])), "`train` is an iterator, from which"),
     "sequence for the outer loss": (
@@ -101,8 +101,8 @@ VALUE_ERRORS = {
         lambda: mo.hypergradient(
             CONTRACTION,
             1.0,
-            jnp.zeros(3),
             mo.Minibatches((X, Y), 4),
+            params=jnp.zeros(3),
             inner=mo.Picard(20),
             adjoint=mo.UnrolledAdjoint(),
         ),
@@ -381,7 +381,7 @@ VALUE_ERRORS = {
     ),
     "inner problem": (
         lambda: mo.solve_inner(
-            PROBLEM, 1.0, jnp.zeros(3), solver=DESCENT, adjoint=mo.UnrolledAdjoint()
+            PROBLEM, 1.0, params=jnp.zeros(3), solver=DESCENT, adjoint=mo.UnrolledAdjoint()
         ),
         "`problem` must be something like `metaopt.InnerProblem",
     ),
@@ -442,7 +442,7 @@ def test_float_is_params_and_a_setting_inside_of_a_model():
         return mo.solve_inner(
             mo.InnerProblem(loss),
             1.0,
-            params,
+            params=params,
             solver=mo.Descent(optax.sgd(0.1), num_steps=100),
             adjoint=mo.UnrolledAdjoint(),
         ).value
@@ -506,16 +506,16 @@ def _fits(params, hyper, batch, weight=1.0):
 def test_functions_of_the_wrong_signature(inner, outer, match):
     # Once a `TypeError` of Python about a lambda.
     with pytest.raises(ValueError, match=match):
-        mo.hypergradient(mo.BilevelProblem(inner, outer), _HYPER, _PARAMS, **_STEPS)
+        mo.hypergradient(mo.BilevelProblem(inner, outer), _HYPER, params=_PARAMS, **_STEPS)
 
 
 def test_params_and_hyper_in_each_others_place():
     problem = mo.BilevelProblem(_fits, _fits)
     with pytest.raises(ValueError, match="`hyper` in each other's place"):
-        mo.hypergradient(problem, _PARAMS, _HYPER, **_STEPS)
+        mo.hypergradient(problem, _PARAMS, params=_HYPER, **_STEPS)
     mistaken = mo.BilevelProblem(lambda p, h, b: p["typo"], _fits)
     with pytest.raises(KeyError, match="typo"):
-        mo.hypergradient(mistaken, _HYPER, _PARAMS, **_STEPS)
+        mo.hypergradient(mistaken, _HYPER, params=_PARAMS, **_STEPS)
 
 
 def test_model_state_without_params_is_named():

@@ -78,7 +78,7 @@ def compiled(
 
     def gradient(hyper, params, train, valid):
         settings: Any = {"inner": inner, "adjoint": adjoint, "throw": False}
-        return mo.hypergradient(PROBLEM, hyper, params, train, valid, **settings)
+        return mo.hypergradient(PROBLEM, hyper, train, valid, params=params, **settings)
 
     lowered = jax.jit(gradient).lower(*arguments)
     out = lowered.compile()

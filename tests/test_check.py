@@ -1,6 +1,7 @@
 """Checks of a hypergradient in the precision that people use, and of the smoothness of a
 training."""
 
+import functools as ft
 from typing import Any
 
 import jax
@@ -106,31 +107,36 @@ def test_smooth_float32_is_checked_in_float32():
 def test_smooth_training_scores_one():
     problem = mo.InnerProblem(lambda params, hyper, data: jnp.sum((params - hyper) ** 2))
     solver = mo.Descent(optax.sgd(0.1), num_steps=20)
-    arguments = problem, jnp.ones(3), jnp.zeros(3)
-    check = mo.diagnostics.check_smoothness(*arguments, solver=solver)
+    score = ft.partial(
+        mo.diagnostics.check_smoothness, problem, jnp.ones(3), params=jnp.zeros(3)
+    )
+    check = score(solver=solver)
     np.testing.assert_allclose(check.score, 1, rtol=1e-12)
     # The solution moves by 1 - 0.8^20 times as much as `hyper`.
     np.testing.assert_allclose(check.movements, 1e-2 * (1 - 0.8**20), rtol=1e-9)
     assert "1.0000" in str(check) and "Successful" in str(check)
 
     along = jnp.array([0.0, 3.0, 0.0])
-    check = mo.diagnostics.check_smoothness(
-        *arguments, solver=solver, direction=along, step=1.0
-    )
+    check = score(solver=solver, direction=along, step=1.0)
     np.testing.assert_allclose(check.movements, 1 - 0.8**20, rtol=1e-9)
     with pytest.raises(ValueError, match="`direction` must have the structure"):
-        mo.diagnostics.check_smoothness(*arguments, solver=solver, direction=jnp.ones(2))
+        score(solver=solver, direction=jnp.ones(2))
     with pytest.raises(ValueError, match="`direction` must be finite and not zero"):
-        mo.diagnostics.check_smoothness(*arguments, solver=solver, direction=jnp.zeros(3))
+        score(solver=solver, direction=jnp.zeros(3))
     with pytest.raises(ValueError, match="`step` must be positive"):
-        mo.diagnostics.check_smoothness(*arguments, solver=solver, step=0.0)
+        score(solver=solver, step=0.0)
 
 
 def test_chaotic_training_scores_about_zero():
     problem = mo.FixedPointProblem(lambda z, hyper, data: hyper * z * (1 - z))
     starts = jnp.linspace(0.1, 0.9, 400)
     check = mo.diagnostics.check_smoothness(
-        problem, 3.98, starts, solver=mo.Picard(60, rtol=None), direction=1.0, step=1e-3
+        problem,
+        3.98,
+        params=starts,
+        solver=mo.Picard(60, rtol=None),
+        direction=1.0,
+        step=1e-3,
     )
     # Two movements between three independent points: mostly there and back.
     assert -0.8 < check.score < 0.0
@@ -140,5 +146,8 @@ def test_failed_training_is_said():
     problem = mo.InnerProblem(lambda params, hyper, data: jnp.sum((params - hyper) ** 4))
     with pytest.raises(mo.SolveError, match="diverged"):
         mo.diagnostics.check_smoothness(
-            problem, 1.0, jnp.zeros(2), solver=mo.Descent(optax.sgd(9.0), num_steps=20)
+            problem,
+            1.0,
+            params=jnp.zeros(2),
+            solver=mo.Descent(optax.sgd(9.0), num_steps=20),
         )

@@ -39,7 +39,6 @@ def hypergradient(problem, adjoint, num_steps=40):
     return mo.hypergradient(
         mo.BilevelProblem(problem, loss),
         HYPER,
-        None,
         DATA,
         DATA,
         inner=mo.Descent(optax.sgd(0.05, momentum=0.9), num_steps),
@@ -79,8 +78,8 @@ def test_derivatives_of_data_and_closed_over_arrays():
         solution = mo.solve_inner(
             problem,
             HYPER,
-            PARAMS,
             (x, DATA[1]),
+            params=PARAMS,
             solver=mo.Descent(optax.sgd(0.05), 6),
             adjoint=mo.UnrolledAdjoint(),
         )
@@ -109,9 +108,9 @@ def test_memory_is_that_of_a_chunk():
             return mo.hypergradient(
                 mo.BilevelProblem(problem, deep),
                 hyper,
-                params,
                 train,
                 valid,
+                params=params,
                 inner=mo.Descent(optax.sgd(0.1), 10),
                 adjoint=mo.ImplicitAdjoint(),
                 throw=False,

@@ -77,7 +77,7 @@ def test_a_loss_is_traced_few_times(adjoint):
     case = CASES["ridge"](jnp.float64)
     problem, inner_loss, outer_loss = counted_problem()
     mo.hypergradient(
-        problem, case.hyper, case.params, *case.data, inner=DESCENT, adjoint=adjoint,
+        problem, case.hyper, *case.data, params=case.params, inner=DESCENT, adjoint=adjoint,
         throw=False,
     )  # fmt: skip
     assert inner_loss.count == outer_loss.count == 1
@@ -108,9 +108,13 @@ def test_minibatches_from_an_iterator_trace_once():
 
 def one_hypergradient(hyper: Any, problem: mo.BilevelProblem) -> tuple[Any, Any]:
     case = CASES["ridge"](jnp.float64)
-    arguments = hyper, case.params, *case.data
     gradient, report = mo.hypergradient(
-        problem, *arguments, inner=DESCENT, adjoint=mo.UnrolledAdjoint()
+        problem,
+        hyper,
+        *case.data,
+        params=case.params,
+        inner=DESCENT,
+        adjoint=mo.UnrolledAdjoint(),
     )
     return gradient, report.outer.loss
 
@@ -155,8 +159,8 @@ def test_equal_solvers_made_anew_are_one_trace():
         mo.hypergradient(
             problem,
             case.hyper,
-            case.params,
             *case.data,
+            params=case.params,
             inner=mo.Descent(transform, num_steps=30),
             adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3)),
         )
@@ -185,8 +189,8 @@ def test_more_steps_are_not_more_to_compile(adjoint):
             return mo.hypergradient(
                 case.problem,
                 hyper,
-                case.params,
                 *case.data,
+                params=case.params,
                 inner=mo.Descent(optax.sgd(0.5), num_steps),
                 adjoint=adjoint,
                 throw=False,
@@ -211,8 +215,8 @@ def test_solve_inner_traces_once(adjoint):
         solution = mo.solve_inner(
             problem.inner,
             value,
-            case.params,
             case.train,
+            params=case.params,
             solver=DESCENT,
             adjoint=adjoint,
         )

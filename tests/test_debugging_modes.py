@@ -43,7 +43,7 @@ def test_hypergradients_that_are_finite(inner, adjoint, compiled):
 
 def test_losses_after_an_early_stop():
     solve = lambda: mo.solve_inner(
-        PROBLEM.inner, 2.0, 0.0, solver=STOPS, adjoint=mo.ImplicitAdjoint()
+        PROBLEM.inner, 2.0, params=0.0, solver=STOPS, adjoint=mo.ImplicitAdjoint()
     )
     losses = np.asarray(solve().stats["losses"])
     jax.clear_caches()

@@ -173,13 +173,13 @@ def test_examples_of_one_state_converge_each_for_itself():
     problem = mo.FixedPointProblem(lambda z, hyper, _: jnp.tanh(z @ hyper.T + x))
     solver = mo.Anderson(100, rtol=1e-10, per_example=True)
     found = mo.solve_inner(
-        problem, weight, jnp.zeros((BATCH, WIDTH)), solver=solver, adjoint=EXACT
+        problem, weight, params=jnp.zeros((BATCH, WIDTH)), solver=solver, adjoint=EXACT
     )
     expected = jax.vmap(
         lambda x: mo.solve_inner(
             mo.FixedPointProblem(lambda z, hyper, _: jnp.tanh(hyper @ z + x)),
             weight,
-            jnp.zeros(WIDTH),
+            params=jnp.zeros(WIDTH),
             solver=mo.Anderson(100, rtol=1e-10),
             adjoint=EXACT,
         ).stats["num_steps"]
@@ -480,7 +480,7 @@ def test_the_hyperparameter_of_a_network_with_an_equilibrium():
         gradient, report = mo.hypergradient(
             problem,
             hyper,
-            params,
+            params=params,
             inner=mo.Descent(optax.sgd(0.02), 3),
             adjoint=mo.UnrolledAdjoint(),
         )

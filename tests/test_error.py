@@ -93,9 +93,9 @@ def differentiate(family, problem, inner, adjoint):
     return mo.hypergradient(
         mo.BilevelProblem(inner_loss, outer_loss),
         hyper,
-        start,
         train,
         valid,
+        params=start,
         inner=inner,
         adjoint=adjoint,
         throw=False,
@@ -113,8 +113,8 @@ def errors(family, make_adjoint, num_steps, count=80):
             minimum = mo.solve_inner(
                 mo.InnerProblem(inner_loss),
                 hyper,
-                start,
                 train,
+                params=start,
                 solver=QUASI_NEWTON,
                 adjoint=mo.ImplicitAdjoint(),
                 throw=False,
@@ -281,8 +281,8 @@ def residuals_and_errors(family, newton_steps):
     exact = mo.solve_inner(
         mo.InnerProblem(FAMILIES[family][0]),
         hyper,
-        jnp.zeros_like(hyper),
         train,
+        params=jnp.zeros_like(hyper),
         solver=EXACT,
         adjoint=DIRECT,
     ).value
@@ -332,7 +332,7 @@ def test_newton_step_that_leads_away_is_not_taken():
     )
     adjoint = mo.ImplicitAdjoint(inner_rtol=jnp.inf, newton_steps=2)
     inner = mo.Descent(optax.sgd(1e-6), 1)
-    solution = mo.solve_inner(problem.inner, 1.0, 3.0, solver=inner, adjoint=adjoint)
+    solution = mo.solve_inner(problem.inner, 1.0, params=3.0, solver=inner, adjoint=adjoint)
     np.testing.assert_allclose(solution.value, 3.0, rtol=1e-5)
 
 
@@ -346,7 +346,12 @@ def test_newton_step_in_a_plain_gradient():
 
     def outer(hyper):
         solution = mo.solve_inner(
-            mo.InnerProblem(inner_loss), hyper, start, train, solver=inner, adjoint=adjoint
+            mo.InnerProblem(inner_loss),
+            hyper,
+            train,
+            params=start,
+            solver=inner,
+            adjoint=adjoint,
         )
         return outer_loss(solution.value, hyper, valid)
 
@@ -401,7 +406,7 @@ def test_estimate_for_a_fixed_point():
         return mo.hypergradient(
             problem,
             jnp.array([0.5, -0.2]),
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             inner=mo.Picard(num_steps=num_steps, rtol=None),
             adjoint=adjoint,
         )
@@ -461,7 +466,7 @@ def test_bound_needs_a_loss_and_few_outer_variables():
     )
     adjoint = mo.ImplicitAdjoint(mo.GMRES(), error=bound)
     with pytest.raises(ValueError, match="for an inner loss that is minimised"):
-        mo.hypergradient(fixed_point, 1.0, 0.0, inner=mo.Picard(), adjoint=adjoint)
+        mo.hypergradient(fixed_point, 1.0, params=0.0, inner=mo.Picard(), adjoint=adjoint)
     many = mo.BilevelProblem(
         lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
         lambda params, hyper, batch: jnp.sum(params**2),
@@ -470,7 +475,7 @@ def test_bound_needs_a_loss_and_few_outer_variables():
         mo.hypergradient(
             many,
             jnp.ones(600),
-            jnp.zeros(600),
+            params=jnp.zeros(600),
             inner=mo.Descent(optax.sgd(0.5), 1),
             adjoint=mo.ImplicitAdjoint(error=bound),
         )

@@ -97,9 +97,9 @@ class Digits:
         gradient, _ = mo.hypergradient(
             self.problem,
             self.hyper,
-            self.params,
             self.train,
             self.valid,
+            params=self.params,
             inner=mo.Descent(optax.sgd(self.rate), num_steps=num_steps),
             adjoint=adjoint,
         )
@@ -158,8 +158,8 @@ def test_digits_forward_against_reverse(digits):
         solution = mo.solve_inner(
             digits.problem.inner,
             hyper,
-            jnp.zeros((65, 10)),
             digits.train,
+            params=jnp.zeros((65, 10)),
             solver=mo.Descent(optax.sgd(digits.rate), num_steps=60),
             adjoint=adjoint,
         )
@@ -230,8 +230,8 @@ def gradient_of(case: Case, adjoint: mo.extend.AbstractAdjoint, inner: Any = Non
     gradient, _ = mo.hypergradient(
         case.problem,
         case.hyper,
-        case.params,
         *case.data,
+        params=case.params,
         inner=inner_solver(case) if inner is None else inner,
         adjoint=adjoint,
     )

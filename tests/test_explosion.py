@@ -23,7 +23,7 @@ def logistic(hyper, num_steps, dtype, adjoint=mo.UnrolledAdjoint(), throw=False)
     return mo.hypergradient(
         LOGISTIC,
         jnp.asarray(hyper, dtype),
-        jnp.asarray(0.3, dtype),
+        params=jnp.asarray(0.3, dtype),
         inner=mo.Picard(num_steps, rtol=None),
         adjoint=adjoint,
         throw=throw,
@@ -102,7 +102,7 @@ def test_every_plan_measures_the_same(adjoint):
         inner = mo.Descent(optax.sgd(1.0), num_steps=40)
         start = jnp.array([0.3, 0.2])
         return mo.hypergradient(
-            problem, CHAOTIC, start, inner=inner, adjoint=adjoint, throw=False
+            problem, CHAOTIC, params=start, inner=inner, adjoint=adjoint, throw=False
         )[1]
 
     expected, report = measured(mo.UnrolledAdjoint()), measured(adjoint)
@@ -134,9 +134,9 @@ def test_momentum_through_relu_for_a_thousand_steps():
         return mo.hypergradient(
             mo.BilevelProblem(loss, loss),
             hyper,
-            params,
             x[:16],
             x[16:],
+            params=params,
             inner=inner,
             adjoint=mo.UnrolledAdjoint(),
             throw=False,
@@ -156,7 +156,7 @@ def test_offset_of_the_outer_loss_hides_nothing():
     report: Any = mo.hypergradient(
         problem,
         jnp.asarray(CHAOTIC),
-        jnp.asarray(0.3),
+        params=jnp.asarray(0.3),
         inner=mo.Picard(60, rtol=None),
         adjoint=mo.UnrolledAdjoint(),
         throw=False,
@@ -177,7 +177,7 @@ def test_start_at_the_solution_is_no_explosion():
     report: Any = mo.hypergradient(
         problem,
         hyper,
-        jnp.linalg.solve(jnp.eye(2) - matrix, hyper),
+        params=jnp.linalg.solve(jnp.eye(2) - matrix, hyper),
         inner=mo.Picard(60, rtol=None),
         adjoint=mo.UnrolledAdjoint(),
     )[1]
@@ -191,7 +191,7 @@ def test_undone_steps_are_measured_as_unrolled_ones(rate, explodes):
         return mo.hypergradient(
             mo.BilevelProblem(cubic, lambda params, *_: jnp.sum(jnp.sin(params))),
             3.8,  # momentum makes 4 diverge
-            jnp.array([0.3, 0.35]),
+            params=jnp.array([0.3, 0.35]),
             inner=mo.ReversibleSGD(rate, 0.1, num_steps=200),
             adjoint=adjoint,
             throw=False,

@@ -48,7 +48,7 @@ def call(
     **options: Any,
 ):
     settings: dict[str, Any] = {"inner": DESCENT, "adjoint": mo.ImplicitAdjoint()} | options
-    return mo.hypergradient(problem, hyper, params, throw=throw, **settings)
+    return mo.hypergradient(problem, hyper, params=params, throw=throw, **settings)
 
 
 def code(report):
@@ -103,7 +103,7 @@ def test_nan_loss_of_a_finite_gradient(name):
         mo.solve_inner(
             problem.inner,
             HYPER,
-            START,
+            params=START,
             solver=mo.Descent(optax.sgd(0.1), 5),
             adjoint=PATHS[name],
         )
@@ -112,7 +112,7 @@ def test_nan_loss_of_a_finite_gradient(name):
         mo.solve_inner(
             problem.inner,
             h,
-            START,
+            params=START,
             solver=mo.Descent(optax.sgd(0.1), 5),
             adjoint=mo.ImplicitAdjoint(inner_rtol=jnp.inf),
             throw=False,
@@ -139,7 +139,7 @@ def test_losses_keep_their_precision():
     solution = mo.solve_inner(
         mo.InnerProblem(lambda p, h, b: jnp.sum((p - 1) ** 2) + h),
         hyper,
-        jnp.zeros(2, jnp.float32),
+        params=jnp.zeros(2, jnp.float32),
         solver=mo.Descent(optax.sgd(0.1), 3),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -189,7 +189,7 @@ def test_slow_direction_is_not_taken_for_solved():
         solution = mo.solve_inner(
             problem.inner,
             hyper,
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             solver=inner,
             adjoint=mo.ImplicitAdjoint(),
             throw=False,
@@ -251,7 +251,7 @@ def test_preconditioner_of_arrays_that_are_traced():
             solution = mo.solve_inner(
                 problem,
                 hyper,
-                jnp.zeros(3),
+                params=jnp.zeros(3),
                 solver=mo.Descent(optax.sgd(0.02), num_steps=2000),
                 adjoint=mo.ImplicitAdjoint(
                     mo.CG(preconditioner=preconditioner), error=None
@@ -340,7 +340,7 @@ def test_last_state_after_an_early_stop():
         solution = mo.solve_inner(
             mo.InnerProblem(inner, has_state=True),
             HYPER,
-            START,
+            params=START,
             solver=solver,
             adjoint=adjoint,
             model_state=jnp.array(-7.0),
@@ -476,7 +476,7 @@ def test_one_lane_of_many_fails_alone():
             mo.solve_inner(
                 problem,
                 h,
-                jnp.ones(2),  # which is the solution: only the linear system matters
+                params=jnp.ones(2),  # which is the solution: only the linear system matters
                 solver=mo.Descent(optax.sgd(0.0), 1),
                 adjoint=mo.ImplicitAdjoint(mo.CG(max_steps=1, rtol=1e-6)),
                 throw=False,
@@ -601,7 +601,7 @@ def test_initial_params_under_an_adjoint_that_does_not_see_them():
     # Elsewhere: exactly 0, silently, so that meta-learning never learns.
     def outer(start, adjoint):
         solution = mo.solve_inner(
-            PROBLEM.inner, HYPER, start, solver=DESCENT, adjoint=adjoint
+            PROBLEM.inner, HYPER, params=start, solver=DESCENT, adjoint=adjoint
         )
         return jnp.sum(solution.value)
 
@@ -634,7 +634,9 @@ def test_learning_rate_under_implicit_differentiation():
 
     def outer(rate, adjoint):
         solver = mo.Descent(lambda rate: optax.sgd(rate), num_steps=20)
-        solution = mo.solve_inner(problem, rate, START, solver=solver, adjoint=adjoint)
+        solution = mo.solve_inner(
+            problem, rate, params=START, solver=solver, adjoint=adjoint
+        )
         return jnp.sum(solution.value)
 
     with pytest.raises(ValueError, match="the inner solver's settings"):
@@ -715,7 +717,7 @@ def test_two_leaves_that_share_an_array():
 def through(inner, adjoint, throw):
     def outer(hyper):
         solution = mo.solve_inner(
-            PROBLEM.inner, hyper, START, solver=inner, adjoint=adjoint, throw=throw
+            PROBLEM.inner, hyper, params=START, solver=inner, adjoint=adjoint, throw=throw
         )
         return jnp.sum(solution.value**2)
 

@@ -88,7 +88,7 @@ def solve(problem, transform, num_steps, params, **kwargs):
     return mo.solve_inner(
         problem,
         jnp.array(1.0),
-        params,
+        params=params,
         solver=mo.Descent(transform, num_steps, **kwargs),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -108,8 +108,8 @@ def test_descent_of_a_fixed_point_is_relaxed_picard():
                         mo.solve_inner(
                             case.problem.inner,
                             hyper,
-                            case.params,
                             case.train,
+                            params=case.params,
                             solver=solver,
                             adjoint=mo.UnrolledAdjoint(),
                         ).value
@@ -136,8 +136,8 @@ def test_implicit_derivatives_at_what_descent_reaches(name, transform):
     gradient, report = mo.hypergradient(
         case.problem,
         case.hyper,
-        case.params,
         *case.data,
+        params=case.params,
         inner=mo.Descent(transform, 6000, atol=1e-9),
         adjoint=mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12)),
     )
@@ -235,7 +235,7 @@ def test_jaxopt_minimisers_need_a_loss():
         mo.solve_inner(
             root,
             jnp.array(1.0),
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             solver=mo.JaxoptSolver("LBFGS"),
             adjoint=mo.ImplicitAdjoint(mo.GMRES()),
         )
@@ -272,7 +272,7 @@ def test_a_stated_gradient_is_descended_like_one_that_is_computed(adjoint):
         mo.hypergradient(
             mo.BilevelProblem(inner, outer_loss),
             jnp.array([1.0, -2.0]),
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             inner=mo.Descent(optax.sgd(0.3), 100),
             adjoint=adjoint,
         )[0]

@@ -109,7 +109,7 @@ def test_a_problem_without_a_loss_is_refused():
         mo.solve_inner(
             problem,
             jnp.array(1.0),
-            jnp.array(0.0),
+            params=jnp.array(0.0),
             solver=mo.Picard(num_steps=3),
             adjoint=mo.FirstOrderAdjoint(),
         )

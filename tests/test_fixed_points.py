@@ -60,7 +60,7 @@ def solve(weight, solver, x=None, hyper=0.0, start=None, map=jnp.tanh, throw=Fal
     problem = mo.FixedPointProblem(lambda z, hyper, _: map(z @ weight.T + x) + hyper)
     start = jnp.zeros_like(x) if start is None else start
     return mo.solve_inner(
-        problem, jnp.asarray(hyper), start, solver=solver, adjoint=EXACT, throw=throw
+        problem, jnp.asarray(hyper), params=start, solver=solver, adjoint=EXACT, throw=throw
     )
 
 
@@ -166,7 +166,7 @@ def test_newton_krylov_goes_back_where_a_full_step_is_too_long():
     found = mo.solve_inner(
         problem,
         jnp.asarray(0.0),
-        jnp.full(2, 20.0),
+        params=jnp.full(2, 20.0),
         solver=mo.NewtonKrylov(60, rtol=1e-9, atol=1e-9),
         adjoint=EXACT,
     )
@@ -204,7 +204,9 @@ def test_a_budget_changes_without_compiling_again(row):
     counts, compiled = [], 0
     for budget in (1, 2, 4, 10_000):
         solver = SOLVERS[row](100, rtol=1e-10, budget=budget)
-        found = mo.solve_inner(problem, x, start, solver=solver, adjoint=EXACT, throw=False)
+        found = mo.solve_inner(
+            problem, x, params=start, solver=solver, adjoint=EXACT, throw=False
+        )
         counts.append(int(found.stats["num_steps"]))
         if budget == 1:
             compiled = len(traces)
@@ -213,7 +215,9 @@ def test_a_budget_changes_without_compiling_again(row):
     assert len(traces) == compiled > 0
     assert counts[:3] == [1, 2, 4]
     unlimited = SOLVERS[row](100, rtol=1e-10)
-    found = mo.solve_inner(problem, x, start, solver=unlimited, adjoint=EXACT, throw=False)
+    found = mo.solve_inner(
+        problem, x, params=start, solver=unlimited, adjoint=EXACT, throw=False
+    )
     assert counts[3] == int(found.stats["num_steps"])
 
 
@@ -234,7 +238,7 @@ def solve_unrolled(x, solver):
     start = jnp.zeros_like(x)
     # A number of steps that was asked for is no failure.
     solution = mo.solve_inner(
-        problem, x, start, solver=solver, adjoint=mo.UnrolledAdjoint()
+        problem, x, params=start, solver=solver, adjoint=mo.UnrolledAdjoint()
     )
     return jnp.sum(solution.value**2)
 
@@ -264,7 +268,7 @@ def test_a_map_without_a_fixed_point_is_no_success(row):
         found = mo.solve_inner(
             problem,
             jnp.asarray(0.0),
-            jnp.zeros(WIDTH),
+            params=jnp.zeros(WIDTH),
             solver=solver,
             adjoint=EXACT,
             throw=False,
@@ -412,7 +416,7 @@ def test_a_shared_inverse_is_never_worse_than_one_step():
         _, report = mo.hypergradient(
             problem,
             jnp.zeros_like(x),
-            jnp.zeros_like(x),
+            params=jnp.zeros_like(x),
             inner=mo.Broyden(rtol=1e-9),
             adjoint=mo.ImplicitAdjoint(linear),
         )

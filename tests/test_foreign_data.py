@@ -80,7 +80,7 @@ def tuned(train: Any, **kwargs):
 def slope(train: Any, problem=PROBLEM, params: Any = 0.0):
     start = jnp.asarray(params)
     return mo.hypergradient(
-        problem, -2.0, start, train, BATCH, inner=INNER, adjoint=mo.UnrolledAdjoint()
+        problem, -2.0, train, BATCH, params=start, inner=INNER, adjoint=mo.UnrolledAdjoint()
     )[0]
 
 
@@ -136,7 +136,7 @@ def test_entry_points_name_a_loader():
     problem, start = PROBLEM.inner, jnp.array(0.0)
     how: Any = {"adjoint": mo.UnrolledAdjoint()}
     calls = [
-        lambda: mo.solve_inner(problem, -2.0, start, Loader(), solver=INNER, **how),
+        lambda: mo.solve_inner(problem, -2.0, Loader(), params=start, solver=INNER, **how),
         lambda: mo.check_hypergradient(PROBLEM, -2.0, start, Loader(), inner=INNER, **how),
         lambda: (
             mo.few_shot.Task(Loader(), Loader())
@@ -171,9 +171,9 @@ def test_empty_arrays_beside_others():
         gradient, _ = mo.hypergradient(
             problem,
             {"a": -2.0, "none": none},
-            (jnp.array(0.0), none),
             {"y": BATCH, "none": jnp.zeros((2, 0))},
             BATCH,
+            params=(jnp.array(0.0), none),
             inner=INNER,
             adjoint=adjoint,
         )
@@ -187,7 +187,9 @@ def test_static_parts_of_params_pass():
     inner = lambda p, h, b: jnp.mean((p[0] - b) ** 2) + jnp.exp(h) * p[0] ** 2
     problem = mo.InnerProblem(inner)
     adjoint = mo.UnrolledAdjoint()
-    found = mo.solve_inner(problem, -2.0, params, BATCH, solver=INNER, adjoint=adjoint)
+    found = mo.solve_inner(
+        problem, -2.0, BATCH, params=params, solver=INNER, adjoint=adjoint
+    )
     assert found.value[1] == range(3) and eqx.is_array(found.value[0])
     assert jax.tree.structure(found.value) == jax.tree.structure(params)
 
@@ -224,9 +226,9 @@ def test_list_of_batches_is_named(kind):
         mo.hypergradient(
             problem,
             jnp.ones(2),
-            jnp.ones(2),
             batches,
             data,
+            params=jnp.ones(2),
             inner=mo.Descent(optax.sgd(0.1), 2),
             adjoint=mo.UnrolledAdjoint(),
         )
@@ -241,6 +243,6 @@ def test_batches_of_differing_rows_and_none_are_named():
     options = {"solver": mo.Descent(optax.sgd(0.1), 2), "adjoint": mo.UnrolledAdjoint()}
     batches = [(np.ones((n, 2)), np.ones(n)) for n in (3, 2)]
     with pytest.raises(ValueError, match="3 rows.*2 rows.*list of batches.*iter"):
-        mo.solve_inner(problem, 1.0, jnp.ones(2), batches, **options)
+        mo.solve_inner(problem, 1.0, batches, params=jnp.ones(2), **options)
     with pytest.raises(TypeError, match="`data` is an empty list"):
-        mo.solve_inner(problem, 1.0, jnp.ones(2), [], **options)
+        mo.solve_inner(problem, 1.0, [], params=jnp.ones(2), **options)

@@ -71,7 +71,7 @@ def by_hand(hyper):
 )
 def test_three_players_have_the_closed_form(adjoint):
     gradient, report = mo.hypergradient(
-        THREE, HYPER, START, inner=mo.Descent(optax.sgd(0.3), 150), adjoint=adjoint
+        THREE, HYPER, params=START, inner=mo.Descent(optax.sgd(0.3), 150), adjoint=adjoint
     )
     assert relative_error(gradient, by_hand(HYPER)[1]) < 1e-10
     # No one loss is that of the game.
@@ -82,7 +82,7 @@ def test_three_players_reach_the_solution():
     solution = mo.solve_inner(
         THREE.inner,
         HYPER,
-        START,
+        params=START,
         solver=mo.Descent(optax.sgd(0.3), 500, atol=1e-12),
         adjoint=GMRES,
     )
@@ -123,8 +123,8 @@ def test_all_players_move_at_the_same_time():
     solution = mo.solve_inner(
         case.problem.inner,
         case.hyper,
-        case.params,
         case.train,
+        params=case.params,
         solver=mo.Descent(optax.sgd(rate), 3),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -139,7 +139,7 @@ def test_bilinear_steps_spiral_outwards():
         mo.solve_inner(
             problem,
             jnp.array(10.0),
-            (jnp.ones(()), jnp.ones(())),
+            params=(jnp.ones(()), jnp.ones(())),
             solver=mo.Descent(optax.sgd(1.0), 1000),
             adjoint=mo.UnrolledAdjoint(),
         )
@@ -174,7 +174,7 @@ def test_named_tuples_and_leaves_that_are_not_trained():
     solution = mo.solve_inner(
         problem,
         jnp.array(3.0),
-        params,
+        params=params,
         solver=mo.Descent(optax.sgd(0.2), 200),
         adjoint=mo.ImplicitAdjoint(mo.GMRES()),
     )
@@ -280,7 +280,9 @@ def test_vmap_and_jit_trace_once():
     def gradient(hyper):
         params = jnp.zeros(()), jnp.zeros(())
         inner = mo.Descent(optax.sgd(0.3), 100)
-        return mo.hypergradient(problem, hyper, params, inner=inner, adjoint=GMRES)[0]
+        return mo.hypergradient(problem, hyper, params=params, inner=inner, adjoint=GMRES)[
+            0
+        ]
 
     got = gradient(jnp.array([0.5, 3.0]))
     count = len(calls)
@@ -299,7 +301,7 @@ def solve(losses, params=(jnp.ones(()), jnp.ones(())), adjoint: Any = GMRES):
     return mo.hypergradient(
         mo.BilevelProblem(mo.GameProblem(losses), lambda p, h, b: p[0] ** 2),
         jnp.array(1.0),
-        params,
+        params=params,
         inner=mo.Descent(optax.sgd(0.1), 10),
         adjoint=adjoint,
     )

@@ -221,7 +221,9 @@ def data(noise):
 def solved(noise):
     """The solution at `HYPER`, from where the data came from, and the data."""
     params, train, valid = data(noise)
-    solution = mo.solve_inner(PREDICTION, HYPER, params, train, solver=BFGS, adjoint=EXACT)
+    solution = mo.solve_inner(
+        PREDICTION, HYPER, train, params=params, solver=BFGS, adjoint=EXACT
+    )
     return solution.value, train, valid
 
 
@@ -229,7 +231,14 @@ def solved(noise):
 def differentiate(hyper, problem, adjoint) -> Any:
     params, train, valid = problem
     return mo.hypergradient(
-        PROBLEM, hyper, params, train, valid, inner=STAYS, adjoint=adjoint, throw=False
+        PROBLEM,
+        hyper,
+        train,
+        valid,
+        params=params,
+        inner=STAYS,
+        adjoint=adjoint,
+        throw=False,
     )
 
 
@@ -260,7 +269,7 @@ def test_plain_gradients_agree():
 
     def outer(hyper):
         solution = mo.solve_inner(
-            PREDICTION, hyper, params, train, solver=STAYS, adjoint=GAUSS_NEWTON
+            PREDICTION, hyper, train, params=params, solver=STAYS, adjoint=GAUSS_NEWTON
         )
         return outer_loss(solution.value, hyper, valid)
 
@@ -310,14 +319,16 @@ def test_bound_holds_for_what_was_left_out():
         return mo.hypergradient(
             problem,
             0.0,
-            1.0,
+            params=1.0,
             inner=NEWTON,
             adjoint=implicit(curvature, error=error),
             throw=False,
         )
 
     exact, _ = run(mo.linear.ExactCurvature(), None)
-    params = mo.solve_inner(problem.inner, 0.0, 1.0, solver=NEWTON, adjoint=EXACT).value
+    params = mo.solve_inner(
+        problem.inner, 0.0, params=1.0, solver=NEWTON, adjoint=EXACT
+    ).value
     residual = params + 0.2 * params**2 - 2
     curvature = (1 + 0.4 * params) ** 2 + 0.4 * residual + 1
     bound = lambda curvature: mo.accuracy.StrongConvexity(
@@ -342,9 +353,9 @@ def test_definite_where_the_hessian_is_not():
         return mo.hypergradient(
             PROBLEM,
             HYPER,
-            params,
             train,
             valid,
+            params=params,
             inner=inner,
             adjoint=adjoint,
             throw=False,
@@ -360,7 +371,9 @@ def test_gauss_newton_steps_approach_the_solution():
     start = jax.tree.map(lambda leaf: leaf + 0.005, exact)
     adjoint = implicit(mo.linear.GaussNewton(), newton_steps=1)
     inner = mo.Descent(optax.sgd(1e-9), 1)
-    near = mo.solve_inner(PREDICTION, HYPER, start, train, solver=inner, adjoint=adjoint)
+    near = mo.solve_inner(
+        PREDICTION, HYPER, train, params=start, solver=inner, adjoint=adjoint
+    )
     assert relative_error(near.value, exact) < 0.5 * relative_error(start, exact)
 
 
@@ -370,9 +383,9 @@ def test_float32():
     gradient, report = mo.hypergradient(
         PROBLEM,
         HYPER.astype(jnp.float32),
-        params,
         train,
         valid,
+        params=params,
         inner=STAYS,
         adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-5), curvature=mo.linear.GaussNewton()),
     )
@@ -450,7 +463,6 @@ def test_subclass_and_a_module_for_params():
         return mo.hypergradient(
             mo.BilevelProblem(SubclassedFit(), outer),
             -1.0,
-            None,
             train,
             valid,
             inner=NEWTON,
@@ -498,9 +510,9 @@ def test_what_is_no_criterion_of_predictions_is_refused(inner_problem, solver):
         mo.hypergradient(
             mo.BilevelProblem(inner_problem, outer_loss),
             HYPER,
-            params,
             train,
             valid,
+            params=params,
             inner=solver,
             adjoint=adjoint,
         )

@@ -279,7 +279,7 @@ def test_hypergradient(adjoint):
     problem = mo.BilevelProblem(ridge, lambda params, hyper, batch: jnp.sum(params))
     hyper = {"l2": Positive(0.5), "target": Interval(1.0, 0.0, 4.0)}
     hypergradient, _ = mo.hypergradient(
-        problem, hyper, jnp.zeros(2), inner=INNER, adjoint=ADJOINTS[adjoint]
+        problem, hyper, params=jnp.zeros(2), inner=INNER, adjoint=ADJOINTS[adjoint]
     )
     # params = target / (1 + l2), and two entries of it are added.
     found = hypergradient["l2"].raw, hypergradient["target"].raw
@@ -289,7 +289,7 @@ def test_hypergradient(adjoint):
     hyper["target"] = Integer(1, 0, 3)
     with pytest.raises(ValueError, match=INTEGER_REFUSES):
         mo.hypergradient(
-            problem, hyper, jnp.zeros(2), inner=INNER, adjoint=ADJOINTS[adjoint]
+            problem, hyper, params=jnp.zeros(2), inner=INNER, adjoint=ADJOINTS[adjoint]
         )
 
 
@@ -301,7 +301,7 @@ def test_integer_in_a_solve_that_is_not_differentiated_in_it(adjoint):
         solution = mo.solve_inner(
             mo.InnerProblem(ridge),
             {"l2": l2, "target": target},
-            jnp.zeros(()),
+            params=jnp.zeros(()),
             solver=INNER,
             adjoint=ADJOINTS[adjoint],
         )

@@ -1179,7 +1179,7 @@ def test_normal_cg_on_a_fixed_point_that_hardly_contracts():
     gradient, report = mo.hypergradient(
         problem,
         hyper,
-        jnp.zeros(40),
+        params=jnp.zeros(40),
         inner=mo.OptimistixSolver(optx.Newton(rtol=1e-12, atol=1e-12)),
         adjoint=mo.ImplicitAdjoint(NormalCG(rtol=1e-12)),
     )
@@ -1223,7 +1223,7 @@ def at_saddle(problem, hyper, linear_solver):
     return mo.hypergradient(
         problem,
         hyper,
-        jnp.zeros(3),
+        params=jnp.zeros(3),
         inner=NEWTON,
         adjoint=mo.ImplicitAdjoint(linear_solver),
         throw=False,
@@ -1243,7 +1243,7 @@ def test_minres_gives_the_derivative_of_a_saddle_and_reports_it():
         solution = mo.solve_inner(
             problem.inner,
             hyper,
-            jnp.zeros(3),
+            params=jnp.zeros(3),
             solver=NEWTON,
             adjoint=mo.ImplicitAdjoint(MINRES(rtol=1e-12)),
         )
@@ -1477,7 +1477,7 @@ def test_no_matrix_is_formed_unless_asked_for(adjoint, forms_it):
     def gradient(hyper):
         inner, params = mo.Descent(optax.sgd(0.1), 3), jnp.zeros(size)
         settings = {"inner": inner, "adjoint": adjoint, "throw": False}
-        return mo.hypergradient(problem, hyper, params, **settings)[0]
+        return mo.hypergradient(problem, hyper, params=params, **settings)[0]
 
     eqns = operations(gradient, jnp.ones(size))
     avals: list[Any] = [out.aval for eqn in eqns for out in eqn.outvars]

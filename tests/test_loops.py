@@ -293,8 +293,8 @@ def solve(
         solution = mo.solve_inner(
             case.problem.inner,
             as_hyper(case, trainable),
-            case.params,
             case.train,
+            params=case.params,
             solver=solver,
             adjoint=adjoint,
         )
@@ -318,7 +318,12 @@ def test_adjoints(name):
     def hypergradient(trainable):
         hyper = as_hyper(case, trainable)
         return mo.hypergradient(
-            case.problem, hyper, case.params, *case.data, inner=inner, adjoint=adjoint
+            case.problem,
+            hyper,
+            *case.data,
+            params=case.params,
+            inner=inner,
+            adjoint=adjoint,
         )[0]
 
     assert_safe(batched(hypergradient), trainable(case))

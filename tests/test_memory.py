@@ -63,7 +63,6 @@ def value(hyper, shift, rows, *, plan, optimizer="momentum", num_steps=11):
     solution = mo.solve_inner(
         Net(shift),
         hyper,
-        None,
         mo.Minibatches(rows, batch_size=5),
         solver=mo.Descent(OPTIMIZERS[optimizer], num_steps),
         adjoint=mo.UnrolledAdjoint(plan),
@@ -192,7 +191,7 @@ def test_loss_with_a_custom_reverse_rule():
         solution = mo.solve_inner(
             mo.InnerProblem(loss),
             hyper,
-            (jnp.array(0.5), jnp.array(-1.0)),
+            params=(jnp.array(0.5), jnp.array(-1.0)),
             solver=mo.Descent(optax.sgd(0.1), 5),
             adjoint=mo.UnrolledAdjoint(plan),
         )
@@ -227,9 +226,9 @@ def temporary_bytes(adjoint, batch_size=128) -> tuple[int, str]:
         return mo.hypergradient(
             deep_problem(),
             hyper,
-            params,
             train,
             valid,
+            params=params,
             inner=mo.Descent(optax.sgd(0.1), NUM_STEPS),
             adjoint=adjoint,
             throw=False,
@@ -277,9 +276,9 @@ def test_batches_are_not_kept_for_each_step(plan):
             return mo.hypergradient(
                 mo.BilevelProblem(loss, loss),
                 hyper,
-                params,
                 mo.Minibatches(train, batch_size),
                 valid,
+                params=params,
                 inner=mo.Descent(optax.sgd(0.1), num_steps),
                 adjoint=mo.UnrolledAdjoint(plan),
                 throw=False,
@@ -322,7 +321,7 @@ def test_budget_in_solve_inner_and_in_a_run():
         solution = mo.solve_inner(
             mo.InnerProblem(lambda params, hyper, batch: jnp.sum((params - hyper) ** 2)),
             hyper,
-            jnp.zeros(100),
+            params=jnp.zeros(100),
             solver=mo.Descent(optax.sgd(0.1), 50),
             adjoint=adjoint,
         )
@@ -445,7 +444,7 @@ def test_online_checkpoints_end_with_the_loop():
         out, report = mo.hypergradient(
             mo.BilevelProblem(loss, lambda params, hyper, batch: params**2),
             3.0,
-            0.0,
+            params=0.0,
             inner=mo.Descent(optax.sgd(0.25), 10_000, atol=1e-6),
             adjoint=mo.UnrolledAdjoint(plan),
         )

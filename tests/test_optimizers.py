@@ -80,8 +80,8 @@ def solution(hyper, alive, *, optimizer, adjoint):
     return mo.solve_inner(
         mo.InnerProblem(inner_loss),
         hyper,
-        START * (1 + hyper),
         alive,
+        params=START * (1 + hyper),
         solver=mo.Descent(optimizer, 5),
         adjoint=adjoint,
     ).value
@@ -142,8 +142,8 @@ def test_steps_with_settings_from_hyper_are_those_of_optax():
         mo.solve_inner(
             mo.InnerProblem(lambda p, h, batch: inner_loss(p, h["target"], batch)),
             hyper,
-            START,
             ALIVE["entries"],
+            params=START,
             solver=mo.Descent(build, 50),
             adjoint=mo.UnrolledAdjoint(),
         ).value
@@ -161,8 +161,8 @@ def test_updates_by_sign_are_refused(name):
         mo.hypergradient(
             problem,
             0.2,
-            START,
             ALIVE["entries"],
+            params=START,
             inner=mo.Descent(BY_SIGN[name], 5),
             adjoint=mo.UnrolledAdjoint(),
         )
@@ -209,7 +209,7 @@ def branch(optimizer, **kwargs):
     return mo.hypergradient(
         mo.BilevelProblem(branch_loss, branch_loss),
         hyper | kwargs,
-        BRANCH,
+        params=BRANCH,
         inner=mo.Descent(optimizer, num_steps=3),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -254,7 +254,7 @@ def test_gradient_that_is_zero_but_for_rounding():
     _, report = mo.hypergradient(
         mo.BilevelProblem(loss, loss),
         jnp.float32(1.0),
-        params,
+        params=params,
         inner=mo.Descent(optax.adam(0.01), num_steps=1),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -268,7 +268,7 @@ def test_weight_decay_keeps_its_derivative_where_a_slope_is_left_out():
     )
     inner = mo.Descent(lambda hyper: optax.adamw(0.1, weight_decay=hyper), num_steps=3)
     gradient, report = mo.hypergradient(
-        problem, 0.5, jnp.full(2, 2.0), inner=inner, adjoint=mo.UnrolledAdjoint()
+        problem, 0.5, params=jnp.full(2, 2.0), inner=inner, adjoint=mo.UnrolledAdjoint()
     )
     # The second entry is 2 (1 - 0.1 h)^3.
     np.testing.assert_allclose(gradient, -0.6 * 0.95**2, rtol=1e-12)

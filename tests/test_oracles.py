@@ -67,8 +67,8 @@ def test_solvers_reach_the_solution(name, case):
         solution = mo.solve_inner(
             case.problem.inner,
             hyper,
-            case.params,
             case.train,
+            params=case.params,
             solver=solver,
             adjoint=mo.ImplicitAdjoint(mo.Dense()),
         )
@@ -117,10 +117,13 @@ def regression(name: str) -> tuple[Any, ...]:
 
 
 def ours(name: str) -> np.ndarray:
-    inner_loss, outer_loss, *rest = regression(name)
+    inner_loss, outer_loss, hyper, params, train, valid = regression(name)
     gradient, _ = mo.hypergradient(
         mo.BilevelProblem(inner_loss, outer_loss),
-        *rest,
+        hyper,
+        train,
+        valid,
+        params=params,
         inner=mo.OptimistixSolver(optx.Newton(rtol=1e-10, atol=1e-10)),
         adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-10)),
     )
@@ -267,8 +270,8 @@ def test_box():
     solution = mo.solve_inner(
         arguments["problem"].inner,
         hyper,
-        jnp.zeros(5),
         TRAIN,
+        params=jnp.zeros(5),
         solver=arguments["inner"],
         adjoint=arguments["adjoint"],
     )
@@ -357,7 +360,7 @@ def test_quadratic_program_needs_its_duals():
         mo.hypergradient(
             problem,
             {"linear": np.array([-2.0, -2.0]), "sum": 1.0},
-            tuple(start),
+            params=tuple(start),
             inner=solver,
             adjoint=GMRES,
         )
@@ -405,7 +408,7 @@ def test_sixteen_lanes_return(name):
 
     def gradient(lane):
         return mo.hypergradient(
-            problem, to_hyper(lane), params, *data, inner=solver, adjoint=adjoint
+            problem, to_hyper(lane), *data, params=params, inner=solver, adjoint=adjoint
         )[0]
 
     batched = jax.vmap(gradient)(lanes)
@@ -425,7 +428,7 @@ def test_unmet_tolerance_is_a_failure():
         mo.hypergradient(
             problem,
             {"linear": np.array([-2.0, -2.0]), "sum": 1.0},
-            start,
+            params=start,
             inner=solver,
             adjoint=GMRES,
         )

@@ -188,9 +188,9 @@ class Logistic:
         return mo.hypergradient(
             self.problem,
             self.hyper,
-            self.params,
             self.train if train is None else train,
             self.valid,
+            params=self.params,
             inner=inner or STAYS,
             adjoint=adjoint,
         )
@@ -325,7 +325,9 @@ def plain_gradients(preconditioner):
     adjoint = mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf, newton_steps=1)
 
     def outer(hyper):
-        solution = mo.solve_inner(PROBLEM.inner, hyper, START, solver=ADAM, adjoint=adjoint)
+        solution = mo.solve_inner(
+            PROBLEM.inner, hyper, params=START, solver=ADAM, adjoint=adjoint
+        )
         return PROBLEM.outer_loss(solution.value, hyper, None)
 
     hypers = 0.1 * jnp.asarray(numbers(5, 2, 6))

@@ -47,7 +47,9 @@ def descent(rate: Any = 0.1, **options: Any):
 def of_rate(adjoint):
     problem = mo.BilevelProblem(quadratic, outer_with_prior)
     inner = mo.Descent(lambda rate: optax.sgd(rate), num_steps=10)
-    return mo.hypergradient(problem, RATE, jnp.zeros(2), inner=inner, adjoint=adjoint)[0]
+    return mo.hypergradient(
+        problem, RATE, params=jnp.zeros(2), inner=inner, adjoint=adjoint
+    )[0]
 
 
 def of_start(adjoint):
@@ -84,7 +86,11 @@ def test_what_is_held_constant_by_the_user_is_no_error(name):
         lambda p, h, b: jnp.sum(p**2 * h),
     )
     gradient, _ = mo.hypergradient(
-        problem, START, jnp.zeros(2), inner=descent(), adjoint=(SOLUTION_ONLY | PATH)[name]
+        problem,
+        START,
+        params=jnp.zeros(2),
+        inner=descent(),
+        adjoint=(SOLUTION_ONLY | PATH)[name],
     )
     np.testing.assert_allclose(gradient, (START * (1 - 0.8**10)) ** 2, rtol=1e-9)
 
@@ -94,7 +100,9 @@ def test_update_without_derivative(name):
     problem = mo.BilevelProblem(tracking, lambda p, h, b: jnp.sum(p**2))
     inner = mo.Descent(optax.sign_sgd(0.1), num_steps=10)
     with pytest.raises(ValueError, match="have no derivative"):
-        mo.hypergradient(problem, START, jnp.zeros(2), inner=inner, adjoint=PATH[name])
+        mo.hypergradient(
+            problem, START, params=jnp.zeros(2), inner=inner, adjoint=PATH[name]
+        )
 
 
 # In a plain `jax.grad` through `solve_inner`
@@ -103,7 +111,7 @@ def test_update_without_derivative(name):
 def value_by_rate(rate, adjoint):
     problem = mo.InnerProblem(quadratic)
     solution = mo.solve_inner(
-        problem, 0.0, jnp.zeros(2), solver=descent(rate), adjoint=adjoint
+        problem, 0.0, params=jnp.zeros(2), solver=descent(rate), adjoint=adjoint
     )
     return jnp.sum(solution.value)
 
@@ -122,7 +130,7 @@ def solve_with_state(hyper, state, adjoint):
     return mo.solve_inner(
         mo.InnerProblem(with_state, has_state=True),
         hyper,
-        jnp.zeros(2),
+        params=jnp.zeros(2),
         solver=descent(state_policy=mo.nn.CarriedState()),
         adjoint=adjoint,
         model_state=state,
@@ -164,7 +172,7 @@ def test_closed_over_target_is_differentiated():
             mo.solve_inner(
                 problem,
                 0.0,
-                jnp.zeros(2),
+                params=jnp.zeros(2),
                 solver=mo.Descent(optax.sgd(0.1), num_steps=200),
                 adjoint=mo.ImplicitAdjoint(),
             ).value
@@ -184,7 +192,7 @@ def beside(hyper, part, adjoint, throw):
     solution = mo.solve_inner(
         mo.InnerProblem(with_aux, has_aux=True),
         hyper,
-        jnp.zeros(2),
+        params=jnp.zeros(2),
         solver=descent(),
         adjoint=adjoint,
         throw=throw,
@@ -211,7 +219,7 @@ def test_what_comes_with_a_solution_does_not_disturb_its_derivative():
         solution = mo.solve_inner(
             mo.InnerProblem(with_aux, has_aux=True),
             hyper,
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             solver=mo.Descent(optax.sgd(0.1), num_steps=200),
             adjoint=mo.ImplicitAdjoint(),
         )
@@ -240,7 +248,7 @@ def of_dropout(drop, **hyper):
     return mo.hypergradient(
         dropout_problem(drop),
         {"rate": 0.3, "decay": 0.1} | hyper,
-        jnp.zeros(2),
+        params=jnp.zeros(2),
         inner=descent(),
         adjoint=mo.UnrolledAdjoint(),
     )
@@ -263,7 +271,7 @@ def test_dropout_rate_has_influence_and_no_derivative():
     )
     with pytest.raises(ValueError, match="influence and no derivative.*SelfTuningSolver"):
         mo.hypergradient(
-            only_rate, 0.3, START, inner=descent(), adjoint=mo.UnrolledAdjoint()
+            only_rate, 0.3, params=START, inner=descent(), adjoint=mo.UnrolledAdjoint()
         )
 
 

@@ -270,9 +270,7 @@ def test_a_constant_schedule_is_training_at_that_hyper():
         "key": jax.random.key(3),
     }
     a = mo.diagnostics.retrain(Noisy(), jnp.full(4, -1.0), source, **settings)
-    b = mo.solve_inner(
-        Noisy(), -1.0, None, source, adjoint=mo.UnrolledAdjoint(), **settings
-    )
+    b = mo.solve_inner(Noisy(), -1.0, source, adjoint=mo.UnrolledAdjoint(), **settings)
     np.testing.assert_array_equal(a.value, b.value)
     np.testing.assert_array_equal(a.stats["losses"], b.stats["losses"])
     np.testing.assert_array_equal(a.aux, b.aux)

@@ -196,7 +196,14 @@ def test_steps_are_undone_to_the_last_bit(num_steps, kind):
         hyper, inner, momenta = constant_hyper(), constant(num_steps), np.array(0.9)
     data = mo.Minibatches(train, 5) if "minibatches" in kind else train
     gradient, report = mo.hypergradient(
-        PROBLEM, hyper, params, data, valid, inner=inner, adjoint=ADJOINT, throw=False
+        PROBLEM,
+        hyper,
+        data,
+        valid,
+        params=params,
+        inner=inner,
+        adjoint=ADJOINT,
+        throw=False,
     )
     # Steps can be undone where the derivative explodes.
     long = num_steps == 10_000 and kind != "constant"
@@ -276,12 +283,12 @@ def test_memory_of_a_thousand_steps(way):
     def by_hypergradient(hyper, params, train, valid):
         data, inner = mo.Minibatches(train, 64), constant(num_steps)
         call = ft.partial(mo.hypergradient, problem, inner=inner, **settings)
-        return call(hyper, params, data, valid)[0]
+        return call(hyper, data, valid, params=params)[0]
 
     def by_solve_inner(hyper, params, train, valid):
         data, inner = mo.Minibatches(train, 64), constant(num_steps)
         call = ft.partial(mo.solve_inner, problem.inner, solver=inner, **settings)
-        outer = lambda hyper: cross_entropy(call(hyper, params, data).value, valid)
+        outer = lambda hyper: cross_entropy(call(hyper, data, params=params).value, valid)
         return jax.grad(outer)(hyper)
 
     gradient = by_hypergradient if way == "hypergradient" else by_solve_inner
@@ -321,8 +328,8 @@ def value_of(
     solution = mo.solve_inner(
         mo.InnerProblem(loss, has_aux=True),
         hyper,
-        params,
         mo.Minibatches(train, 5),
+        params=params,
         solver=inner,
         adjoint=adjoint,
         throw=throw,
@@ -382,7 +389,7 @@ def test_hypergradient_is_that_of_sgd_with_momentum(dtype, rtol, on_grid):
     hyper = scheduled_hyper(num_steps, dtype)
     # 0.875 is a multiple of 2**-16.
     hyper["momentum"] = jnp.asarray(0.875 if on_grid else 0.9, dtype)
-    call = ft.partial(mo.hypergradient, PROBLEM, hyper, params, train, valid)
+    call = ft.partial(mo.hypergradient, PROBLEM, hyper, train, valid, params=params)
     got, report = call(inner=scheduled(num_steps), adjoint=ADJOINT)
     want, other = call(inner=float_sgd(num_steps), adjoint=UNROLLED)
     assert bool(report.derivative.returned_to_start)
@@ -404,7 +411,7 @@ def test_hypergradient_is_that_of_finite_differences():
     def loss(hyper):
         inner, adjoint = float_sgd(num_steps), UNROLLED
         reached = mo.solve_inner(
-            PROBLEM.inner, hyper, params, train, solver=inner, adjoint=adjoint
+            PROBLEM.inner, hyper, train, params=params, solver=inner, adjoint=adjoint
         )
         return mean_square(reached.value, valid)
 
@@ -426,7 +433,12 @@ def test_hypergradient_at_the_solution_is_the_closed_form(case, dtype, rtol):
     # What a momentum of 0.5 makes a step of half the rate into is a step of the rate.
     inner = mo.ReversibleSGD(case.rate / 2, 0.5, 2 * case.num_steps)
     got, report = mo.hypergradient(
-        case.problem, case.hyper, case.params, *case.data, inner=inner, adjoint=ADJOINT
+        case.problem,
+        case.hyper,
+        *case.data,
+        params=case.params,
+        inner=inner,
+        adjoint=ADJOINT,
     )
     assert bool(report.derivative.returned_to_start)
     assert relative_error(got, case.reference().gradient()) < rtol
@@ -441,7 +453,7 @@ def test_gradients_that_are_no_gradients():
 
     problem = mo.BilevelProblem(inner_loss, lambda params, *_: jnp.sum(params**3))
     inner = mo.ReversibleSGD(0.1, 0.5, 10)
-    call = ft.partial(mo.hypergradient, problem, jnp.array([0.3, 0.7]), jnp.ones(2))
+    call = ft.partial(mo.hypergradient, problem, jnp.array([0.3, 0.7]), params=jnp.ones(2))
     got, want = (call(inner=inner, adjoint=adjoint)[0] for adjoint in (ADJOINT, UNROLLED))
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
@@ -461,7 +473,9 @@ def test_gradients_that_are_no_gradients():
 def test_other_adjoints_take_the_solver(adjoint):
     # Of the same dynamics in floating point.
     num_steps, case = 60, CASES["ridge"](jnp.float64)
-    call = ft.partial(mo.hypergradient, case.problem, case.hyper, case.params, *case.data)
+    call = ft.partial(
+        mo.hypergradient, case.problem, case.hyper, *case.data, params=case.params
+    )
     reversible = mo.ReversibleSGD(0.05, 0.875, num_steps)
     descent = mo.Descent(optax.sgd(0.05, 0.875), num_steps)
     got, want = (call(inner=inner, adjoint=adjoint)[0] for inner in (reversible, descent))
@@ -490,12 +504,17 @@ def test_vmap_and_jit():
 
     def gradient(hyper):
         return mo.hypergradient(
-            problem, hyper, case.params, *case.data, inner=inner, adjoint=ADJOINT
+            problem, hyper, *case.data, params=case.params, inner=inner, adjoint=ADJOINT
         )
 
     def value(hyper):
         solution = mo.solve_inner(
-            problem.inner, hyper, case.params, case.train, solver=inner, adjoint=ADJOINT
+            problem.inner,
+            hyper,
+            case.train,
+            params=case.params,
+            solver=inner,
+            adjoint=ADJOINT,
         )
         return case.problem.outer_loss(solution.value, None, case.valid)
 
@@ -550,7 +569,9 @@ def test_params_of_any_kind():
 
     problem = mo.BilevelProblem(inner_loss, outer_loss)
     inner = mo.ReversibleSGD(0.1, 0.5, 50)
-    call = ft.partial(mo.hypergradient, problem, jnp.array([0.3, 0.6], jnp.float32), net)
+    call = ft.partial(
+        mo.hypergradient, problem, jnp.array([0.3, 0.6], jnp.float32), params=net
+    )
     (got, report), (want, _) = (
         call(inner=inner, adjoint=adjoint) for adjoint in (ADJOINT, UNROLLED)
     )
@@ -559,7 +580,7 @@ def test_params_of_any_kind():
     assert relative_error(got, want) < 1e-2
     start = jax.tree.map(lambda a: a, net)
     reached = mo.solve_inner(
-        problem.inner, jnp.array([0.3, 0.6]), start, solver=inner, adjoint=ADJOINT
+        problem.inner, jnp.array([0.3, 0.6]), params=start, solver=inner, adjoint=ADJOINT
     ).value
     assert reached.half.dtype == jnp.bfloat16
     # Steps below the resolution of the dtype add up: each of the last moves by less.
@@ -572,7 +593,13 @@ def test_no_words_are_kept_without_derivative():
 
     def solve(params):
         return mo.solve_inner(
-            PROBLEM.inner, hyper, params, train, solver=inner, adjoint=ADJOINT, throw=False
+            PROBLEM.inner,
+            hyper,
+            train,
+            params=params,
+            solver=inner,
+            adjoint=ADJOINT,
+            throw=False,
         ).value
 
     hyper, inner = constant_hyper(), constant(4000)
@@ -610,7 +637,7 @@ def test_model_state():
         solution = mo.solve_inner(
             problem.inner,
             hyper,
-            jnp.ones(2),
+            params=jnp.ones(2),
             solver=inner,
             adjoint=adjoint,
             model_state=state,
@@ -661,7 +688,12 @@ def quadratic(inner: mo.extend.AbstractSolver, hyper: Any = 2.0, **options: Any)
         lambda params, hyper, batch: jnp.sum(params**2),
     )
     return mo.hypergradient(
-        problem, hyper, jnp.ones(2, jnp.float32), inner=inner, adjoint=ADJOINT, **options
+        problem,
+        hyper,
+        params=jnp.ones(2, jnp.float32),
+        inner=inner,
+        adjoint=ADJOINT,
+        **options,
     )
 
 
@@ -703,7 +735,7 @@ def test_range_is_as_documented():
         solution = mo.solve_inner(
             mo.InnerProblem(lambda params, hyper, batch: params * hyper),
             1.0,
-            jnp.float32(start),
+            params=jnp.float32(start),
             solver=inner,
             adjoint=ADJOINT,
             throw=False,
@@ -722,7 +754,7 @@ def test_nonfinite_gradients_are_named():
     solution = mo.solve_inner(
         problem,
         1.0,
-        jnp.float32(0.0),
+        params=jnp.float32(0.0),
         solver=mo.ReversibleSGD(0.1, 0.5, 3),
         adjoint=ADJOINT,
         throw=False,
@@ -763,7 +795,9 @@ def test_a_way_back_that_misses_the_start_is_no_hypergradient(
     monkeypatch.setattr(mo.ReversibleSGD, "velocity_before", mutation)
     case = CASES["ridge"](jnp.float32)
     inner = mo.ReversibleSGD(0.05, 0.9, num_steps)
-    call = ft.partial(mo.hypergradient, case.problem, case.hyper, case.params, *case.data)
+    call = ft.partial(
+        mo.hypergradient, case.problem, case.hyper, *case.data, params=case.params
+    )
     with pytest.raises(mo.SolveError, match="did not end where they began") as error:
         call(inner=inner, adjoint=ADJOINT)
     gradient, report = error.value.value
@@ -776,8 +810,8 @@ def test_a_way_back_that_misses_the_start_is_no_hypergradient(
         solution = mo.solve_inner(
             case.problem.inner,
             hyper,
-            case.params,
             case.train,
+            params=case.params,
             solver=inner,
             adjoint=ADJOINT,
             throw=throw,
@@ -796,8 +830,8 @@ def test_derivatives_that_it_does_not_give():
         solution = mo.solve_inner(
             case.problem.inner,
             hyper,
-            case.params,
             case.train,
+            params=case.params,
             solver=inner,
             adjoint=ADJOINT,
         )
@@ -805,7 +839,7 @@ def test_derivatives_that_it_does_not_give():
 
     def gradient(hyper):
         call = ft.partial(mo.hypergradient, case.problem, inner=inner, adjoint=ADJOINT)
-        return jnp.sum(call(hyper, case.params, *case.data)[0])
+        return jnp.sum(call(hyper, *case.data, params=case.params)[0])
 
     second = "a derivative of one was asked for. Use `metaopt.UnrolledAdjoint"
     for fn in (jax.hessian(value), jax.jacrev(jax.grad(value)), jax.grad(gradient)):
@@ -833,7 +867,7 @@ REFUSED = {
         lambda: mo.hypergradient(
             CONTRACTION,
             1.0,
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             inner=mo.ReversibleSGD(0.1, 0.9, 10),
             adjoint=UNROLLED,
         ),
@@ -893,10 +927,10 @@ def test_strict_promotion_is_for_users_and_not_for_integers_of_ours():
     problem = mo.BilevelProblem(
         lambda p, h, b: jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum(p)
     )
-    args = problem, jnp.array([1.0, 2.0]), jnp.zeros(2)
+    args = problem, jnp.array([1.0, 2.0])
     with jax.numpy_dtype_promotion("strict"):
         found = [
-            mo.hypergradient(*args, inner=inner, adjoint=adjoint)[0]
+            mo.hypergradient(*args, params=jnp.zeros(2), inner=inner, adjoint=adjoint)[0]
             for inner, adjoint in (
                 (mo.Descent(optax.sgd(0.1, 0.5), 20), mo.UnrolledAdjoint()),
                 (mo.ReversibleSGD(0.1, 0.5, num_steps=20), mo.ReversibleAdjoint()),

@@ -247,7 +247,9 @@ def test_examples_of_one_state():
         problem = mo.FixedPointProblem(lambda z, hyper, _: jnp.tanh(z @ hyper.T + x))
         solver = mo.ReversiblePicard(20, rtol=0.01, per_example=True)
         start = jnp.zeros((4, WIDTH))
-        solution = mo.solve_inner(problem, weight, start, solver=solver, adjoint=adjoint)
+        solution = mo.solve_inner(
+            problem, weight, params=start, solver=solver, adjoint=adjoint
+        )
         return value_of(solution.value)
 
     gradient = jax.jit(jax.grad(value), static_argnums=1)
@@ -267,8 +269,8 @@ def everything(params, hyper, data, shift, adjoint, **options):
     solution = mo.solve_inner(
         mo.FixedPointProblem(step, has_aux=True),
         hyper,
-        params,
         mo.Minibatches(data, 3),
+        params=params,
         solver=mo.ReversiblePicard(5),
         adjoint=adjoint,
         **options,
@@ -305,9 +307,7 @@ def tuned(hyper, adjoint, inner=mo.ReversiblePicard(), throw=True):
         lambda z, hyper, batch: value_of(z) * hyper["scale"],
     )
     data = jnp.linspace(-1, 1, WIDTH).astype(hyper["start"].dtype)
-    return mo.hypergradient(
-        problem, hyper, None, data, inner=inner, adjoint=adjoint, throw=throw
-    )
+    return mo.hypergradient(problem, hyper, data, inner=inner, adjoint=adjoint, throw=throw)
 
 
 def tuned_hyper(norm=0.9, dtype=jnp.float64):
@@ -369,7 +369,7 @@ def test_a_fixed_point_as_the_start():
         lambda z, hyper, _: jnp.sum(z) + hyper,
     )
     inner = mo.ReversiblePicard()
-    call = ft.partial(mo.hypergradient, problem, 0.5, jnp.zeros(3), inner=inner)
+    call = ft.partial(mo.hypergradient, problem, 0.5, params=jnp.zeros(3), inner=inner)
     got, report = call(adjoint=ADJOINT)
     assert drift_of(report) == 0 and got == 1
 
@@ -398,7 +398,7 @@ def test_model_state():
         solution = mo.solve_inner(
             problem.inner,
             hyper,
-            jnp.ones(2),
+            params=jnp.ones(2),
             solver=inner,
             adjoint=adjoint,
             model_state=state,
@@ -430,7 +430,9 @@ def test_other_adjoints_follow_the_same_steps(adjoint):
 
 def test_derivative_at_the_solution_is_the_closed_form():
     case = CASES["fixed point"](jnp.float64)
-    call = ft.partial(mo.hypergradient, case.problem, case.hyper, case.params, *case.data)
+    call = ft.partial(
+        mo.hypergradient, case.problem, case.hyper, *case.data, params=case.params
+    )
     # As near to the solution as float64 lets the steps be undone.
     inner = mo.ReversiblePicard(60, relaxation=0.25)
     got, _ = call(inner=inner, adjoint=ADJOINT)
@@ -516,7 +518,7 @@ def test_one_example_that_drifts_leaves_the_others_alone():
         solution = mo.solve_inner(
             mo.FixedPointProblem(lambda z, hyper, _: slope * z + hyper),
             shared,
-            jnp.zeros(2, jnp.float32),
+            params=jnp.zeros(2, jnp.float32),
             solver=solver,
             adjoint=ADJOINT,
             throw=False,
@@ -600,7 +602,7 @@ def test_another_budget_does_not_compile_again():
     def gradient(hyper, budget):
         solver = mo.ReversiblePicard(8, budget=budget)
         solution = mo.solve_inner(
-            problem, hyper, jnp.zeros(2), solver=solver, adjoint=ADJOINT, throw=False
+            problem, hyper, params=jnp.zeros(2), solver=solver, adjoint=ADJOINT, throw=False
         )
         return jnp.sum(solution.value)
 
@@ -615,7 +617,7 @@ def test_what_is_not_finite_is_named():
     solution = mo.solve_inner(
         problem,
         1.0,
-        jnp.zeros(2),
+        params=jnp.zeros(2),
         solver=mo.ReversiblePicard(),
         adjoint=ADJOINT,
         throw=False,
@@ -661,7 +663,7 @@ def test_losses_have_no_derivative(throw):
 
 
 def solved(problem: Any, solver: mo.extend.AbstractSolver) -> Any:
-    return mo.solve_inner(problem, 0.5, jnp.zeros(2), solver=solver, adjoint=ADJOINT)
+    return mo.solve_inner(problem, 0.5, params=jnp.zeros(2), solver=solver, adjoint=ADJOINT)
 
 
 MAP = mo.FixedPointProblem(lambda z, hyper, batch: jnp.sin(hyper * z))

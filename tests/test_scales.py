@@ -97,7 +97,7 @@ def test_saddle_is_named_at_any_scale(scale):
     gradient, report = mo.hypergradient(
         problem,
         jnp.ones(3, jnp.float32),
-        jnp.zeros(3, jnp.float32),
+        params=jnp.zeros(3, jnp.float32),
         inner=mo.Descent(optax.sgd(0.1), 2),
         adjoint=adjoint,
         throw=False,
@@ -116,7 +116,7 @@ def test_explosion_is_named_at_any_scale(scale, hyper, explodes):
     _, report = mo.hypergradient(
         problem,
         jnp.float64(hyper),
-        jnp.float64(0.3),
+        params=jnp.float64(0.3),
         inner=mo.Picard(80, rtol=None),
         adjoint=mo.UnrolledAdjoint(),
         throw=False,
@@ -154,9 +154,9 @@ def test_bound_from_a_negative_penalty_is_none():
     _, report = mo.hypergradient(
         problem,
         jnp.full(3, -2.0),
-        jnp.zeros(3),
         (x, y),
         (x, y),
+        params=jnp.zeros(3),
         inner=mo.Descent(optax.sgd(0.5), 200),
         adjoint=mo.ImplicitAdjoint(error=bound),
         throw=False,
@@ -171,7 +171,7 @@ def test_array_that_is_empty_is_the_one_named():
         mo.solve_inner(
             mo.InnerProblem(lambda p, h, b: jnp.sum(p["w"])),
             1.0,
-            params,
+            params=params,
             solver=mo.Descent(optax.sgd(0.1), 1),
             adjoint=mo.UnrolledAdjoint(),
         )

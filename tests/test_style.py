@@ -457,5 +457,7 @@ def test_docstrings_of_functions_are_imperative(name):
 
 
 def test_descriptive_docstrings_are_seen():
-    text = "def f():\n    'Draws.'\ndef g():\n    'Draw.'\ndef h():\n    'The draws.'\n"
+    text = (
+        "def f():\n    'Draws it.'\ndef g():\n    'Draw it.'\ndef h():\n    'The draws.'\n"
+    )
     assert descriptive_docstrings(text) == ["f"]

@@ -132,7 +132,7 @@ def test_a_large_bias_excuses_nothing(mean, num_steps):
         problem = mo.BilevelProblem(inner, lambda p, h, _: outer(p))
         solver = mo.Descent(optax.sgd(0.4), steps)
         adjoint = mo.ImplicitAdjoint(**options)
-        return mo.hypergradient(problem, -4.0, start, inner=solver, adjoint=adjoint)
+        return mo.hypergradient(problem, -4.0, params=start, inner=solver, adjoint=adjoint)
 
     with pytest.raises(mo.SolveError) as caught:
         call(num_steps)
@@ -159,7 +159,7 @@ def test_plain_derivative_judges_its_error_too():
                 mo.solve_inner(
                     mo.InnerProblem(inner),
                     h,
-                    start,
+                    params=start,
                     solver=solver,
                     adjoint=mo.ImplicitAdjoint(),
                     throw=False,
@@ -181,7 +181,12 @@ def test_scale_does_not_change_the_verdict(scale, num_steps):
         )
         solver = mo.Descent(optax.sgd(0.4 / of_losses), num_steps)
         return mo.hypergradient(
-            problem, -4.0, start, inner=solver, adjoint=mo.ImplicitAdjoint(), throw=False
+            problem,
+            -4.0,
+            params=start,
+            inner=solver,
+            adjoint=mo.ImplicitAdjoint(),
+            throw=False,
         )
 
     plain, report = call(1.0, 1.0)
@@ -210,8 +215,8 @@ def test_a_loose_linear_solver_is_tightened():
 
     def call(linear_solver):
         result: Any = mo.hypergradient(
-            problem, jnp.full(12, -9.0), jnp.zeros(12), (rows[0], labels[0]),
-            (rows[1], labels[1]), inner=mo.Descent(optax.sgd(1.0), 1),
+            problem, jnp.full(12, -9.0), (rows[0], labels[0]),
+            (rows[1], labels[1]), params=jnp.zeros(12), inner=mo.Descent(optax.sgd(1.0), 1),
             adjoint=mo.ImplicitAdjoint(linear_solver, inner_rtol=jnp.inf),
         )  # fmt: skip
         return result
@@ -228,7 +233,8 @@ def test_an_inaccurate_linear_system_is_named():
     inner = lambda p, h, b: 0.5 * jnp.sum(curvatures * (p - h) ** 2)
     outer = lambda p, h, b: p[0] + 1e-6 * p[1]
     gradient, report = mo.hypergradient(
-        mo.BilevelProblem(inner, outer), jnp.array([1.0, 1e9]), jnp.array([1.0, 1e9]),
+        mo.BilevelProblem(inner, outer), jnp.array([1.0, 1e9]),
+        params=jnp.array([1.0, 1e9]),
         inner=mo.Descent(optax.sgd(0.5), 1),
         adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-4), rtol=1e-9), throw=False,
     )  # fmt: skip
@@ -244,7 +250,7 @@ def at_a_saddle(linear_solver, curvatures=SADDLE) -> tuple[Any, Any]:
     inner = lambda p, h, b: 0.5 * jnp.sum(curvatures * p**2) - h * jnp.sum(p)
     outer = lambda p, h, b: p[0] + p[1] + 0.5 * p[2]
     return mo.hypergradient(
-        mo.BilevelProblem(inner, outer), 0.7, 0.7 / curvatures,
+        mo.BilevelProblem(inner, outer), 0.7, params=0.7 / curvatures,
         inner=mo.Descent(optax.sgd(0.0), 1),
         adjoint=mo.ImplicitAdjoint(linear_solver), throw=False,
     )  # fmt: skip
@@ -277,7 +283,8 @@ def off_a_saddle(adjoint, aside, inner_solver):
     inner = lambda p, h, b: (p[0] - h) ** 2 - p[1] ** 2 / 2 + p[1] ** 4 / 4
     return mo.hypergradient(
         mo.BilevelProblem(inner, lambda p, h, b: (p[0] - 2) ** 2),
-        1.0, jnp.array([0.0, aside]), inner=inner_solver, adjoint=adjoint, throw=False,
+        1.0, params=jnp.array([0.0, aside]), inner=inner_solver,
+        adjoint=adjoint, throw=False,
     )  # fmt: skip
 
 
@@ -313,7 +320,7 @@ def test_bounds_take_integer_rows_and_a_fixed_penalty(penalty):
     inner = lambda p, h, b: jnp.mean((rows @ p - h) ** 2) / 2 + weight * p @ p / 2
     _, report = mo.hypergradient(
         mo.BilevelProblem(inner, lambda p, h, b: jnp.mean((rows @ p - 1) ** 2) / 2),
-        jnp.log(0.1), jnp.zeros(2), inner=mo.Descent(optax.sgd(0.3), 200),
+        jnp.log(0.1), params=jnp.zeros(2), inner=mo.Descent(optax.sgd(0.3), 200),
         adjoint=mo.ImplicitAdjoint(error=mo.accuracy.ridge_bound(rows, rows, penalty)),
     )  # fmt: skip
     assert report.derivative.error_is_bound
@@ -327,7 +334,11 @@ def penalised(p, h, b):
 def solved(adjoint):
     return lambda h: jnp.sum(
         mo.solve_inner(
-            mo.InnerProblem(penalised), h, jnp.zeros(2), solver=SOLVED, adjoint=adjoint
+            mo.InnerProblem(penalised),
+            h,
+            params=jnp.zeros(2),
+            solver=SOLVED,
+            adjoint=adjoint,
         ).value
     )
 
@@ -346,7 +357,8 @@ def test_second_derivatives_of_a_biased_one_are_refused(linear_solver):
 
     def gradient(h):
         return mo.hypergradient(
-            mo.BilevelProblem(penalised, lambda p, h, b: jnp.sum(p)), h, jnp.zeros(2),
+            mo.BilevelProblem(penalised, lambda p, h, b: jnp.sum(p)), h,
+            params=jnp.zeros(2),
             inner=SOLVED, adjoint=mo.ImplicitAdjoint(linear_solver), throw=False,
         )[0]  # fmt: skip
 
@@ -382,7 +394,8 @@ def test_params_that_do_not_meet_hyper(linear_solver):
     def value(h):
         start = {"w": jnp.zeros(()), "b": jnp.zeros(())}
         solution = mo.solve_inner(
-            mo.InnerProblem(line_fit), h, start, solver=mo.Descent(optax.sgd(0.1), 1500),
+            mo.InnerProblem(line_fit), h, params=start,
+            solver=mo.Descent(optax.sgd(0.1), 1500),
             adjoint=mo.ImplicitAdjoint(linear_solver),
         ).value  # fmt: skip
         return solution["w"] ** 2 + solution["b"]
@@ -417,7 +430,7 @@ def test_single_precision_estimates_are_not_zero():
         inner = lambda p, h, b: 0.5 * jnp.sum(jnp.array([1.0, 0.3]) * (p - h) ** 2)
         problem = mo.BilevelProblem(inner, lambda p, h, b: jnp.sum(p**3))
         _, report = mo.hypergradient(
-            problem, jnp.float32(0.7), jnp.full(2, jnp.float32(0.7)),
+            problem, jnp.float32(0.7), params=jnp.full(2, jnp.float32(0.7)),
             inner=mo.Descent(optax.sgd(0.5), 1), adjoint=mo.ImplicitAdjoint(),
         )  # fmt: skip
     assert report.derivative.error is not None

@@ -36,7 +36,7 @@ FIXED_POINT = mo.FixedPointProblem(lambda p, h, b: 0.25 * mean_of_three(p + h)) 
 
 def slope(inner, outer, solver, adjoint):
     problem = mo.BilevelProblem(inner, outer)
-    return mo.hypergradient(problem, 2.0, START, inner=solver, adjoint=adjoint)[0]
+    return mo.hypergradient(problem, 2.0, params=START, inner=solver, adjoint=adjoint)[0]
 
 
 def test_root_with_a_loop_has_a_value_and_forward_derivatives():
@@ -44,7 +44,7 @@ def test_root_with_a_loop_has_a_value_and_forward_derivatives():
     adjoint = mo.ImplicitAdjoint(mo.Dense())
 
     def solution(h):
-        return mo.solve_inner(ROOT, h, START, solver=NEWTON, adjoint=adjoint).value
+        return mo.solve_inner(ROOT, h, params=START, solver=NEWTON, adjoint=adjoint).value
 
     h = jnp.array(2.0)
     np.testing.assert_allclose(solution(h), 1, rtol=1e-8)
@@ -61,7 +61,7 @@ def test_fixed_point_with_a_loop_has_forward_derivatives(solver):
 
         def solution(h):
             return mo.solve_inner(
-                FIXED_POINT, h, START, solver=solver, adjoint=adjoint
+                FIXED_POINT, h, params=START, solver=solver, adjoint=adjoint
             ).value
 
         got = jax.jvp(solution, (jnp.array(2.0),), (jnp.array(1.0),))
@@ -84,7 +84,7 @@ def test_forward_adjoint_passes_a_loop_in_the_outer_loss():
     gradient, report = mo.hypergradient(
         mo.BilevelProblem(lambda p, h, b: inner_loss(p, h["a"], b), outer),
         hyper,
-        START,
+        params=START,
         inner=SGD,
         adjoint=mo.ForwardAdjoint(),
     )
@@ -100,7 +100,7 @@ def test_forward_adjoint_sees_what_has_no_derivative_in_a_loop():
         mo.hypergradient(
             mo.BilevelProblem(inner, outer),
             hyper,
-            START,
+            params=START,
             inner=SGD,
             adjoint=mo.ForwardAdjoint(),
         )
@@ -146,7 +146,7 @@ def test_error_names_the_function_with_the_loop(inner, outer, solver, adjoint, t
 def test_value_of_an_inner_loss_with_a_loop_names_it():
     problem = mo.InnerProblem(WITH_LOOP)
     with pytest.raises(ValueError, match="The inner loss holds a loop"):
-        mo.solve_inner(problem, 2.0, START, solver=SGD, adjoint=mo.ForwardAdjoint())
+        mo.solve_inner(problem, 2.0, params=START, solver=SGD, adjoint=mo.ForwardAdjoint())
 
 
 def test_loops_of_equinox_in_an_inner_loss():

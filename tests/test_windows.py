@@ -78,7 +78,7 @@ def test_solve_goes_on_bit_for_bit(inner):
         return mo.solve_inner(
             QUADRATIC,
             hyper,
-            params,
+            params=params,
             solver=inner(n),
             adjoint=mo.UnrolledAdjoint(),
             solver_state=solver_state,
@@ -98,7 +98,7 @@ def test_derivative_passes_a_state_and_a_window_holds_it_constant():
         return mo.solve_inner(
             QUADRATIC,
             hyper,
-            params,
+            params=params,
             solver=mo.Descent(solver.transform, n),
             adjoint=mo.UnrolledAdjoint(),
             solver_state=solver_state,
@@ -153,9 +153,9 @@ def test_settings_that_optax_keeps_in_its_state_follow_hyper():
 def test_implicit_adjoint_hands_the_state_on():
     solver, adjoint = mo.Descent(optax.adam(0.3), 200), mo.ImplicitAdjoint()
     arguments: Any = dict(solver=solver, adjoint=adjoint)
-    first = mo.solve_inner(QUADRATIC, jnp.ones(2), jnp.zeros(2), **arguments)
+    first = mo.solve_inner(QUADRATIC, jnp.ones(2), params=jnp.zeros(2), **arguments)
     solve = lambda h: mo.solve_inner(
-        QUADRATIC, h, first.value, solver_state=first.solver_state, **arguments
+        QUADRATIC, h, params=first.value, solver_state=first.solver_state, **arguments
     )
     counts = optax.tree_utils.tree_get(solve(jnp.ones(2)).solver_state, "count")
     assert counts == 400
@@ -170,7 +170,7 @@ def test_states_that_do_not_fit():
     arguments: Any = dict(adjoint=mo.UnrolledAdjoint())
     descent = mo.Descent(optax.sgd(0.1, momentum=0.5), 2)
     first = mo.solve_inner(
-        QUADRATIC, jnp.ones(2), jnp.zeros(2), solver=descent, **arguments
+        QUADRATIC, jnp.ones(2), params=jnp.zeros(2), solver=descent, **arguments
     )
     state = first.solver_state
     with pytest.raises(ValueError, match="`solver_state` does not fit the solver"):
@@ -178,7 +178,7 @@ def test_states_that_do_not_fit():
         mo.solve_inner(
             QUADRATIC,
             jnp.ones(2),
-            jnp.zeros(2),
+            params=jnp.zeros(2),
             solver=other,
             solver_state=state,
             **arguments,
@@ -190,7 +190,7 @@ def test_states_that_do_not_fit():
     fixed = mo.FixedPointProblem(lambda p, h, b: p / 2 + h)
     with pytest.raises(ValueError, match="`Picard` remembers nothing"):
         mo.solve_inner(
-            fixed, 1.0, 0.0, solver=mo.Picard(2), solver_state=state, **arguments
+            fixed, 1.0, params=0.0, solver=mo.Picard(2), solver_state=state, **arguments
         )
     with pytest.raises(ValueError, match="`restart_every` must be"):
         mo.Windows(restart_every=0)

@@ -26,7 +26,9 @@ def slope(
     adjoint: mo.extend.AbstractAdjoint = mo.ImplicitAdjoint(mo.Dense()),
 ):
     def total(hyper):
-        solution = mo.solve_inner(problem, hyper, params, solver=solver, adjoint=adjoint)
+        solution = mo.solve_inner(
+            problem, hyper, params=params, solver=solver, adjoint=adjoint
+        )
         return jnp.sum(solution.value)
 
     return jax.value_and_grad(total)(hyper)
@@ -137,7 +139,11 @@ def test_state_of_a_transform_after_the_solve():
     transform = optax.contrib.schedule_free_sgd(0.1)
     problem = mo.InnerProblem(lambda p, h, b: (p - h) ** 2)
     solution = mo.solve_inner(
-        problem, 2.0, 0.5, solver=mo.Descent(transform, 5), adjoint=mo.UnrolledAdjoint()
+        problem,
+        2.0,
+        params=0.5,
+        solver=mo.Descent(transform, 5),
+        adjoint=mo.UnrolledAdjoint(),
     )
     evaluated: Any = optax.contrib.schedule_free_eval_params(
         solution.solver_state, solution.value

@@ -195,7 +195,7 @@ class Equilibrium(eqx.Module):
         solution = solve_inner(
             problem,
             moving,
-            start,
+            params=start,
             solver=solver,
             adjoint=self.adjoint,
             throw=self.throw,

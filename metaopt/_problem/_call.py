@@ -106,9 +106,8 @@ def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> A
         if isinstance(error, _MISPLACED) and _works(fn, hyper, params, batch, **optional):
             raise ValueError(
                 f"`{name}(params, hyper, batch)` failed, and does not with `params` and "
-                "`hyper` in each other's place. Write it with `params` first, and call "
-                "`metaopt.hypergradient(problem, hyper, params, ...)` with `hyper` first, "
-                "or name both: `hyper=..., params=...`."
+                "`hyper` in each other's place. Write it with `params` first, and name "
+                "both where you call metaopt: `hyper=..., params=...`."
             ) from error
         if batch is None:
             error.add_note(

@@ -80,7 +80,7 @@ class GameProblem(AbstractProblem):
         lambda params, hyper, batch: params[0] ** 2,
     )
     gradient, report = mo.hypergradient(
-        problem, 0.5, (jnp.zeros(()), jnp.zeros(())),
+        problem, 0.5, params=(jnp.zeros(()), jnp.zeros(())),
         inner=mo.Descent(optax.sgd(0.3), num_steps=100),
         adjoint=mo.ImplicitAdjoint(mo.GMRES()),
     )

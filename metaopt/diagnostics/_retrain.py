@@ -101,8 +101,8 @@ def retrain(
     solution = solve_inner(
         _Staged(inner),
         schedule,
-        params,
         _InStages(data, num_stages),
+        params=params,
         solver=solver,
         adjoint=UnrolledAdjoint(),
         model_state=model_state,

@@ -57,10 +57,10 @@ class SmoothnessCheck(eqx.Module):
 def check_smoothness(
     problem: AbstractProblem,
     hyper: Hyper,
-    params: Params | None = None,
-    data: Any = None,
+    train: Any = None,
     *,
     solver: AbstractSolver,
+    params: Params | None = None,
     direction: PyTree | None = None,
     step: float = 1e-2,
     key: Key | None = None,
@@ -85,14 +85,15 @@ def check_smoothness(
 
     problem = mo.InnerProblem(lambda params, hyper, data: jnp.sum((params - hyper) ** 2))
     check = mo.diagnostics.check_smoothness(
-        problem, jnp.ones(3), jnp.zeros(3), solver=mo.Descent(optax.sgd(0.1), num_steps=20)
+        problem, jnp.ones(3), params=jnp.zeros(3),
+        solver=mo.Descent(optax.sgd(0.1), num_steps=20),
     )
     print(check.score.round(3))  # 1.0
     ```
 
     **Arguments:**
 
-    - `problem`, `hyper`, `params`, `data`, `solver`, `key`, `model_state`: as in
+    - `problem`, `hyper`, `train`, `solver`, `params`, `key`, `model_state`: as in
         [`metaopt.solve_inner`][].
     - `direction`: a pytree like the floating-point arrays of `hyper`, such as a
         hypergradient; it is scaled to length 1. By default random.
@@ -121,17 +122,17 @@ def check_smoothness(
     hyper = canonical_hyper(hyper)
     if params is not None:
         params = canonical_params(params)
-    data = as_data(canonical_arrays(data, "data"))
+    data = as_data(canonical_arrays(train, "train"), "train")
     trainable, static = split_trainable(hyper)
     flat, unravel = ravel_pytree(trainable)
     along = step * _unit(direction, trainable, flat)
     key = canonical_key(key)
 
-    def train(count):
+    def solution(count):
         moved = eqx.combine(unravel(flat + count * along), static)
         return _train(problem, moved, params, data, solver, key, model_state)
 
-    solutions, results = zip(*(train(count) for count in range(3)))
+    solutions, results = zip(*(solution(count) for count in range(3)))
     first, second = solutions[1] - solutions[0], solutions[2] - solutions[1]
     weights = jnp.abs(first) / jnp.sum(jnp.abs(first))
     check = SmoothnessCheck(
