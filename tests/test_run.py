@@ -11,6 +11,7 @@ import sys
 import textwrap
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -416,3 +417,27 @@ def test_what_cannot_be_hashed_is_named():
             ),
             num_steps=1,
         )
+
+
+def test_errors_of_equinox_are_raised_in_their_own_words():
+    def outer_loss(params, hyper, batch):
+        loss = jnp.sum((params - 2.0) ** 2)
+        return eqx.error_if(loss, loss < 7.0, "the loss is below seven")
+
+    problem = mo.BilevelProblem(PROBLEM.inner, outer_loss)
+    calls = (
+        lambda: solve(problem, num_steps=5),
+        lambda: mo.hypergradient(
+            problem,
+            jnp.ones(2),
+            params=jnp.zeros(2),
+            inner=DESCENT,
+            adjoint=mo.ImplicitAdjoint(),
+        ),
+    )
+    for call in calls:
+        with pytest.raises(
+            eqx.EquinoxRuntimeError, match="the loss is below seven"
+        ) as caught:
+            call()
+        assert "do not appear to be using" not in str(caught.value)

@@ -457,7 +457,6 @@ def test_docstrings_of_functions_are_imperative(name):
 
 
 def test_descriptive_docstrings_are_seen():
-    text = (
-        "def f():\n    'Draws it.'\ndef g():\n    'Draw it.'\ndef h():\n    'The draws.'\n"
-    )
-    assert descriptive_docstrings(text) == ["f"]
+    functions = "Draws it.", "Draw it.", "The draws."
+    text = "".join(f"def f{i}():\n    '{doc}'\n" for i, doc in enumerate(functions))
+    assert descriptive_docstrings(text) == ["f0"]

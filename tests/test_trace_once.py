@@ -87,3 +87,18 @@ def test_errors_are_those_of_the_function():
                 assert error.args == ("mine",)
             else:
                 raise AssertionError
+
+
+def test_other_shapes_and_dtypes_are_other_programs():
+    seen = []
+
+    def fn(x):
+        seen.append((x.shape, x.dtype))
+        return 2 * x
+
+    arguments = jnp.ones(2), jnp.ones(3), jnp.ones(3, jnp.float32), jnp.ones(2)
+    with tracing_once():
+        for x in arguments:
+            out = call_once(fn, x)
+            assert out.shape == x.shape and out.dtype == x.dtype
+    assert seen == [(x.shape, x.dtype) for x in arguments[:3]]
