@@ -7,8 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from ._bilevel import AbstractBilevelSolver, BilevelEvaluation
+from ._core._compiled import compiled
 from ._core._results import first_failure, mask_result, RESULTS
-from ._core._static import compiled
 from ._core._trace_once import tracing_once
 from ._core._tree import same_structs
 from ._core._types import Hyper, Key, ModelState, Params
@@ -24,7 +24,7 @@ from ._core._validate import (
 from ._data import AbstractData
 from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
 from ._problem import BilevelProblem
-from ._report import attach_solution, BilevelSolution, raise_on_failure
+from ._report import BilevelSolution, raise_on_failure
 from .callbacks import AbstractCallback
 
 
@@ -123,19 +123,15 @@ def solve_bilevel(
         start = state
     run = Run(_Body(problem, solver), feeds, start, num_steps)
     reached = lambda: _solution(problem, solver, run, *(feed.now for feed in feeds))
-    try:
-        drive(
-            run,
-            steps_per_call=steps_per_call,
-            atol=atol,
-            callbacks=watching,
-            throw=throw,
-        )
-    except Exception as error:
-        if run.num_taken:
-            attach_solution(error, reached)
-        raise
-    solution = reached()
+    solution = drive(
+        run,
+        steps_per_call=steps_per_call,
+        atol=atol,
+        callbacks=watching,
+        throw=throw,
+        solution=reached,
+        evaluates=True,
+    )
     return raise_on_failure(solution, solution.result, throw and not run.interrupted)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ._adjoint import AbstractAdjoint
-from ._core._static import compiled
+from ._core._compiled import compiled
 from ._core._trace_once import tracing_once
 from ._core._types import Hyper, Key, ModelState, Params
 from ._core._validate import (

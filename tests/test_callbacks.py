@@ -416,3 +416,56 @@ def test_step_that_failed_is_logged_and_numbered():
     with pytest.raises(mo.SolveError):
         solve(4, problem, callbacks=[lambda run: seen.append(run.num_steps)])
     assert seen == [1]
+
+
+# -- the end of a run
+
+
+class Recorder(mo.callbacks.AbstractCallback):
+    """A list of the calls, and an error in one of them."""
+
+    def __init__(self, fails: str = ""):
+        self.calls: list[str] = []
+        self.fails = fails
+
+    def note(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails:
+            raise ZeroDivisionError(name)
+
+    def open(self, run):
+        self.note("open")
+
+    def see(self, run):
+        self.note(f"see {run.num_steps}")
+
+    def close(self, run):
+        self.note("close")
+
+    def evaluate(self, run):
+        self.note("evaluate")
+
+    def end(self, run, solution):
+        np.testing.assert_array_equal(solution.hyper, run.hyper)
+        self.note("end")
+
+
+CALLS = ["open", "see 2", "see 3", "close", "evaluate", "end"]
+
+
+def test_order_of_the_calls():
+    recorder = Recorder()
+    solve(3, steps_per_call=2, callbacks=[recorder])
+    assert recorder.calls == CALLS
+
+
+@pytest.mark.parametrize("fails", ["see 3", "evaluate", "end"])
+def test_error_of_a_callback_has_what_was_reached(fails):
+    recorder = Recorder(fails)
+    with pytest.raises(ZeroDivisionError) as caught:
+        solve(3, steps_per_call=2, callbacks=[recorder])
+    reached: Any = caught.value
+    np.testing.assert_array_equal(reached.solution.hyper, solve(3).hyper)
+    # Whatever fails, what was opened is closed.
+    until = CALLS[: CALLS.index(fails) + 1]
+    assert recorder.calls == (until if "close" in until else [*until, "close"])

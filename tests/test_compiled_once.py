@@ -1,6 +1,8 @@
 """New values are not traced again: a loop that compiles at every step is a hundred times
 slower, and nothing else shows it."""
 
+import gc
+import weakref
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 
 import metaopt as mo
 from jaxprs import operations
+from metaopt._core._anew import Programs
 from metaopt._core._static import Static
 from problems import CASES
 
@@ -267,3 +270,63 @@ def test_transforms_of_other_numbers_are_not_equal():
     # ... and an array has no hash.
     rate = jnp.asarray(0.1)
     assert Static(optax.sgd(rate)) != Static(optax.sgd(rate))
+
+
+# -- functions made anew
+
+
+def solve_anew(rate: float) -> None:
+    problem = mo.BilevelProblem(kept_loss, lambda params, hyper, batch: jnp.sum(params**2))
+    mo.solve_bilevel(
+        problem,
+        jnp.ones(2),
+        params=jnp.zeros(2),
+        solver=mo.NestedSolver(
+            mo.Descent(optax.sgd(rate), 1), mo.UnrolledAdjoint(), optax.sgd(0.1)
+        ),
+        num_steps=1,
+    )
+
+
+def kept_loss(params, hyper, batch):
+    return jnp.sum((params - hyper) ** 2)
+
+
+def test_a_function_made_anew_is_named_once(caplog):
+    solve_anew(0.1)
+    solve_anew(0.1)
+    assert not caplog.records  # two programs may be what somebody wants
+    solve_anew(0.1)
+    (record,) = caplog.records
+    assert record.name == "metaopt" and record.levelname == "WARNING"
+    assert "compiled again" in record.message and "test_compiled_once.py" in record.message
+    assert "<lambda>" in record.message and "kept_loss" not in record.message
+    solve_anew(0.1)
+    assert len(caplog.records) == 1
+
+
+def test_programs_that_differ_in_more_are_no_matter(caplog):
+    loss = lambda params, hyper, batch: jnp.sum(params**2)
+    problem = mo.BilevelProblem(kept_loss, loss)
+    for num_steps in (1, 2, 3, 4):
+        descent = mo.Descent(optax.sgd(0.1), num_steps)
+        mo.hypergradient(
+            problem,
+            jnp.ones(2),
+            params=jnp.zeros(2),
+            inner=descent,
+            adjoint=mo.UnrolledAdjoint(),
+        )
+    assert not caplog.records
+
+
+def test_functions_are_not_kept_alive():
+    def scaled(x):
+        return 2 * x
+
+    programs = Programs()
+    programs.see(Static.split((scaled, jnp.ones(2)))[1])
+    reference = weakref.ref(scaled)
+    del scaled
+    gc.collect()
+    assert reference() is None

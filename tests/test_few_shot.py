@@ -812,6 +812,19 @@ def test_training_is_the_same_however_it_is_cut(tmp_path):
     assert len(done.history) == 6
 
 
+def test_callbacks_receive_the_solution():
+    class End(mo.callbacks.AbstractCallback):
+        def evaluate(self, run):
+            raise AssertionError("nothing is evaluated after learning over tasks")
+
+        def end(self, run, solution):
+            self.solution = solution
+
+    end = End()
+    solution = trained(num_steps=3, callbacks=[end])
+    assert end.solution is solution and len(solution.history) == 3
+
+
 def assert_same(a, b):
     as_numpy = lambda x: (
         jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -217,6 +217,8 @@ def test_progress_bar(capsys):
     solve(num_steps=3, callbacks=[mo.callbacks.Progress()])
     error = capsys.readouterr().err
     assert "3/3" in error and "loss=" in error
+    first, last = error.index("The first call"), error.index("The evaluation")
+    assert first < error.index("Evaluating the last outer variables") < last
     solve(num_steps=3)
     assert capsys.readouterr().err == ""
 

@@ -20,7 +20,7 @@ class Static:
 
     def __init__(self, tree: Any):
         self.leaves, self.structure = jax.tree.flatten(tree)
-        self.key = tuple(map(_identity, self.leaves)), self.structure
+        self.key = self.identity()
         try:
             self.hash = hash(self.key)
         except TypeError as error:
@@ -35,6 +35,19 @@ class Static:
         """The arrays of a pytree as a list, and the rest of it."""
         arrays, rest = eqx.partition(tree, eqx.is_array)
         return jax.tree.leaves(arrays), cls((rest, jax.tree.structure(arrays)))
+
+    def identity(self, own: Callable[[types.FunctionType], Any] | None = None) -> Any:
+        """A value that is equal for pytrees of equal behaviour.
+
+        A transform of optax is a pair of closures. Two that were made by the same call are
+        equal here, although Python compares functions by their addresses. A function of
+        the user may read globals, and is equal to itself alone.
+
+        **Arguments:**
+
+        - `own`: a function that gives another value for a function of the user.
+        """
+        return tuple(_identity(leaf, own) for leaf in self.leaves), self.structure
 
     def __hash__(self) -> int:
         return self.hash
@@ -60,14 +73,9 @@ _PURE = ("optax", "jax", "equinox", "optimistix", "lineax")
 _MAX_DEPTH = 20  # of closures within closures; functions may refer to each other
 
 
-def _identity(x: Any, depth: int = 0) -> Any:
-    """A hashable value that is equal for objects of equal behaviour.
-
-    A transform of optax is a pair of closures. Two that were made by the same call are
-    equal here, although Python compares functions by their addresses. A function of the
-    user may read globals, and is equal to itself alone.
-    """
-    within = functools.partial(_identity, depth=depth + 1)
+def _identity(x: Any, own: Callable[..., Any] | None, depth: int = 0) -> Any:
+    """The same of one leaf; itself where it holds what cannot be hashed."""
+    within = functools.partial(_identity, own=own, depth=depth + 1)
     found = type(x), x
     if depth == _MAX_DEPTH:
         return found
@@ -79,6 +87,8 @@ def _identity(x: Any, depth: int = 0) -> Any:
         cells = tuple(map(_content, x.__closure__ or ()))
         parts = cells, x.__defaults__ or (), _items(x.__kwdefaults__ or {})
         found = x.__code__, *map(within, parts)
+    elif isinstance(x, types.FunctionType) and own is not None:
+        found = type(x), own(x)
     try:
         hash(found)
     except TypeError:
@@ -99,59 +109,3 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # nothing yet
         return None
-
-
-def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function whose first argument is static, with errors in their own words.
-
-    `jax.jit` takes less time to call than `equinox.filter_jit`, which alone shows the
-    message of `equinox.error_if`.
-
-    **Arguments:**
-
-    - `function`: a function of a hashable object and of lists of arrays.
-
-    **Returns:**
-
-    The compiled function. Its result is there when it returns.
-    """
-    fast, in_words = jax.jit(function, static_argnums=0), eqx.filter_jit(function)
-
-    @functools.wraps(function)
-    def call(static: Any, *arrays: Any) -> Any:
-        try:
-            return jax.block_until_ready(fast(static, *arrays))
-        except jax.errors.JaxRuntimeError as error:
-            if "_EquinoxRuntimeError: " not in str(error):
-                raise
-        return jax.block_until_ready(in_words(static, *arrays))
-
-    return call
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of pytrees, once for all arguments of equal behaviour.
-
-    Like `equinox.filter_jit`, but it finds a program again although the transforms of
-    optax in its arguments are made anew in each call.
-
-    **Arguments:**
-
-    - `function`: a function of positional arguments, any pytrees.
-
-    **Returns:**
-
-    The compiled function.
-    """
-
-    @jitted
-    def of_arrays(rest: Static, arrays: list[Any]) -> Any:
-        return Static.split(function(*rest.joined(arrays)))
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        arrays, rest = Static.split(args)
-        arrays, rest = of_arrays(rest, arrays)
-        return rest.joined(arrays)
-
-    return call

@@ -13,7 +13,7 @@ import numpy as np
 from .._core._results import RESULTS
 from .._core._static import Static
 from .._core._types import Hyper
-from .._report import Best, ends_run, History
+from .._report import attach_solution, Best, ends_run, History
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
@@ -210,8 +210,47 @@ def drive(
     atol: float | None,
     callbacks: Sequence[AbstractCallback],
     throw: bool,
+    solution: Callable[[], Any],
+    evaluates: bool,
+) -> Any:
+    """Take outer steps until done, stopped, failed (under `throw`) or converged.
+
+    **Arguments:**
+
+    - `run`: the run.
+    - `steps_per_call`, `atol`, `callbacks`, `throw`: as in [`metaopt.solve_bilevel`][].
+    - `solution`: a function that makes the solution of what was reached.
+    - `evaluates`: whether that compiles and runs an evaluation.
+
+    **Returns:**
+
+    The solution. An error of a callback or of the data has it as an attribute.
+    """
+    try:
+        _take_all(run, steps_per_call, atol, callbacks, throw)
+        for callback in callbacks if evaluates else ():
+            callback.evaluate(run)
+    except Exception as error:
+        if run.num_taken:
+            attach_solution(error, solution)
+        raise
+    made = solution()
+    try:
+        for callback in callbacks:
+            callback.end(run, made)
+    except Exception as error:
+        attach_solution(error, lambda: made)
+        raise
+    return made
+
+
+def _take_all(
+    run: Run,
+    steps_per_call: int,
+    atol: float | None,
+    callbacks: Sequence[AbstractCallback],
+    throw: bool,
 ) -> None:
-    """Take outer steps until done, stopped, failed (under `throw`) or converged."""
     ended = False
     # Each that was opened is closed, even where another fails.
     with contextlib.ExitStack() as opened:

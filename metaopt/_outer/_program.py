@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core._compiled import jitted
 from .._core._results import RESULTS
-from .._core._static import jitted, Static
+from .._core._static import Static
 from .._core._tree import tree_size
 from .._core._types import Hyper
 from ._row import Cell, Row, Shown
@@ -164,7 +165,7 @@ def _take_steps(
     def take(carry):
         index, _, moved, rows, _ = carry
         moved, *row, others, ends = closed(_merged(moves, moved, state), index)
-        put = lambda all, one: all.at[index].set(one)
+        put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, index, 0)
         return index + 1, ends, moved, jax.tree.map(put, rows, tuple(row)), others
 
     moved = [leaf for moves, leaf in zip(moves, state) if moves]

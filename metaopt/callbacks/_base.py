@@ -6,13 +6,15 @@ from typing import Any
 class AbstractCallback:
     """An object that a run calls before its first step, after each call, and at its end.
 
-    Override what you need: `open`, `see`, `close`. Each receives the run, with its
-    `num_steps`, `total`, `state`, `hyper`, `info`, `history`, `result` and `seconds`. A
-    run of `steps_per_call` steps in one compiled call is seen after each call.
+    Override what you need: `open`, `see`, `close`, `evaluate`, `end`, which are called in
+    this order. Each receives the run, with its `num_steps`, `total`, `state`, `hyper`,
+    `info`, `history`, `result` and `seconds`. A run of `steps_per_call` steps in one
+    compiled call is seen after each call.
 
     `see` ends the run by returning `True` or raising `StopIteration`. Any other error
     that a callback raises ends the run as well, and has what was reached as its attribute
-    `solution`. `close` is called however the run ends.
+    `solution`. `close` is called however the run ends; `evaluate` and `end` only if no
+    error ended it.
     """
 
     def open(self, run: Any) -> None:
@@ -36,9 +38,28 @@ class AbstractCallback:
         """
 
     def close(self, run: Any) -> None:
-        """Called once at the end, after an error or an interrupt as well.
+        """Called once after the last step, after an error or an interrupt as well.
 
         **Arguments:**
 
         - `run`: the [`metaopt.extend.Run`][].
+        """
+
+    def evaluate(self, run: Any) -> None:
+        """Called once before the outer loss is evaluated at the last `hyper`, which
+        compiles a program of its own. [`metaopt.few_shot.train`][] has no such evaluation.
+
+        **Arguments:**
+
+        - `run`: the [`metaopt.extend.Run`][].
+        """
+
+    def end(self, run: Any, solution: Any) -> None:
+        """Called last.
+
+        **Arguments:**
+
+        - `run`: the [`metaopt.extend.Run`][].
+        - `solution`: the [`metaopt.BilevelSolution`][] or
+            [`metaopt.few_shot.TrainSolution`][] of the run.
         """

@@ -10,15 +10,17 @@ from ._base import AbstractCallback
 class Progress(AbstractCallback):
     """Shows a progress bar on standard error.
 
-    It says when the first step is being compiled, and how long that took.
+    It says when the first step is being compiled, and how long that took; then the same of
+    the evaluation of the last outer variables.
     """
 
     def __init__(self):
         self._bar: tqdm | None = None
         self._compiled = False
+        self._evaluates: float | None = None  # seconds of the run
 
     def open(self, run):
-        self._compiled = False
+        self._compiled, self._evaluates = False, None
         self._bar = tqdm(
             total=run.total, initial=run.num_steps, unit="step", file=sys.stderr
         )
@@ -40,3 +42,12 @@ class Progress(AbstractCallback):
     def close(self, run):
         if self._bar is not None:
             self._bar.close()
+
+    def evaluate(self, run):
+        self._evaluates = run.seconds
+        sys.stderr.write("Evaluating the last outer variables: compiling\n")
+
+    def end(self, run, solution):
+        if self._evaluates is not None:
+            seconds = run.seconds - self._evaluates
+            sys.stderr.write(f"The evaluation, with compilation, took {seconds:.1f} s.\n")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core._compiled import compiled
 from .._core._results import RESULTS
-from .._core._static import compiled
 from .._core._trace_once import tracing_once
 from .._core._tree import with_auto_axes
 from .._core._types import Key, ModelState

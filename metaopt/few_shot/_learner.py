@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._core._compiled import compiled
 from .._core._results import mask_result, RESULTS
-from .._core._static import compiled
 from .._core._trace_once import tracing_once
 from .._core._tree import (
     split_trainable,

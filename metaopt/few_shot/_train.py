@@ -25,7 +25,7 @@ from .._core._validate import (
     check_tolerance,
 )
 from .._outer import AbstractBody, as_callbacks, drive, Pulled, Run, StepRecord
-from .._report import attach_solution, raise_on_failure
+from .._report import raise_on_failure
 from ..callbacks import AbstractCallback
 from ._adaptation import chosen_leaves
 from ._batches import as_tasks
@@ -134,19 +134,15 @@ def train(
     draw = tasks if callable(tasks) else None
     feeds = () if callable(tasks) else (_feed(tasks),)
     run = Run(_Body(learner, outer, draw), feeds, state, num_steps)
-    try:
-        drive(
-            run,
-            steps_per_call=steps_per_call,
-            atol=atol,
-            callbacks=watching,
-            throw=throw,
-        )
-    except Exception as error:
-        if run.num_taken:
-            attach_solution(error, lambda: _solution(run))
-        raise
-    solution = _solution(run)
+    solution = drive(
+        run,
+        steps_per_call=steps_per_call,
+        atol=atol,
+        callbacks=watching,
+        throw=throw,
+        solution=lambda: _solution(run),
+        evaluates=False,
+    )
     return raise_on_failure(solution, solution.result, throw and not run.interrupted)
 
 

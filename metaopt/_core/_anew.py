@@ -1,0 +1,64 @@
+"""A word on functions of the user that are made anew, for which all compiles again."""
+
+import collections
+import logging
+import os
+import types
+import weakref
+from typing import Any
+
+from ._static import Static
+
+
+_LOGGER = logging.getLogger("metaopt")
+_COUNT = 3  # programs that differ in such functions alone, before a word is said
+
+_known: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
+_told: set[str] = set()
+
+
+class Programs:
+    """The programs of one compiled function, of which no more than hashes are kept."""
+
+    def __init__(self):
+        self._hashes: set[int] = set()
+        self._alike: collections.Counter[int] = collections.Counter()
+
+    def see(self, static: Any) -> None:
+        """Log a warning where a new program is like two before it but for functions that
+        were made anew. It is said once for each function.
+
+        **Arguments:**
+
+        - `static`: the static part of the program: a [`metaopt._core.Static`], or a tuple
+            with some in it.
+        """
+        if hash(static) in self._hashes:
+            return
+        self._hashes.add(hash(static))
+        parts = static if isinstance(static, tuple) else (static,)
+        functions: list[types.FunctionType] = []
+
+        def code(function):
+            functions.append(function)
+            return function.__code__
+
+        alike = hash(tuple(p.identity(code) if isinstance(p, Static) else p for p in parts))
+        self._alike[alike] += 1
+        new = {_place(function) for function in functions if function not in _known}
+        _known.update(functions)
+        new -= _told
+        if self._alike[alike] >= _COUNT and new:
+            _told.update(new)
+            _LOGGER.warning(
+                "The program is compiled again, for %s: made anew, and a function of yours "
+                "is equal to itself alone, since it may read what has changed. Where "
+                "nothing has, make it once, outside of the loop. (Said once for each.)",
+                " and ".join(sorted(new)),
+            )
+
+
+def _place(function: types.FunctionType) -> str:
+    code = function.__code__
+    name = os.path.basename(code.co_filename)
+    return f"`{function.__name__}` ({name}, line {code.co_firstlineno})"
