@@ -256,7 +256,9 @@ def summary(judged: Judged, rtol: float) -> dict[str, float]:
     keep = judged.known
     # Of a hypergradient of zero no error is small.
     zero = np.where(judged.true > 0, np.inf, 0.0)
-    relative = np.where(judged.norm > 0, judged.true / np.maximum(judged.norm, 1e-300), zero)
+    relative = np.where(
+        judged.norm > 0, judged.true / np.maximum(judged.norm, 1e-300), zero
+    )
     accepted = judged.accepted & keep
     above = keep & (judged.true > judged.rounding)
     ratio = (judged.said / np.where(above, judged.true, 1))[above]

@@ -25,10 +25,13 @@ params, hyper = jnp.zeros(4), jnp.full(4, -1.0)
 sgd, adam = mo.Descent(optax.sgd(0.1), 400), mo.Descent(optax.adam(0.1), 3)
 
 def slope(over, inner, adjoint):
-    arrays = hyper, params, train, valid
+    variables, data = (hyper, params), (train, valid)
     if over is not None:
-        arrays = *put((hyper, params), over), *put((train, valid), P("d"))
-    return mo.hypergradient(problem, *arrays, inner=inner, adjoint=adjoint)[0]
+        variables, data = put(variables, over), put(data, P("d"))
+    at, start = variables
+    return mo.hypergradient(
+        problem, at, *data, params=start, inner=inner, adjoint=adjoint
+    )[0]
 
 exact = slope(None, sgd, mo.ImplicitAdjoint(mo.Dense()))
 unrolled = slope(None, adam, mo.UnrolledAdjoint())

@@ -297,8 +297,9 @@ def test_outer_steps_leave_nothing_behind():
     size, counts = 1237, []  # a shape that no other test has
 
     def callback(run):
-        gc.collect()
-        counts.append(sum(array.shape == (size,) for array in jax.live_arrays()))
+        if run.num_steps in (2, 6):
+            gc.collect()
+            counts.append(sum(array.shape == (size,) for array in jax.live_arrays()))
 
     solver = mo.NestedSolver(
         mo.Descent(optax.adam(0.1), num_steps=5),
@@ -308,7 +309,7 @@ def test_outer_steps_leave_nothing_behind():
     )
     zeros, options = jnp.zeros(size), {"num_steps": 6, "callbacks": [callback]}
     solve(hyper=zeros, params=zeros, solver=solver, **options)
-    assert counts[1] > 0 and counts[1:] == 5 * counts[1:2]
+    assert counts[0] > 0 and counts[1] == counts[0]
 
 
 def test_warm_start_of_the_linear_system():
