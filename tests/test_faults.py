@@ -780,7 +780,7 @@ for adjoint in (
     mo.UnrolledAdjoint(), mo.ForwardAdjoint(), mo.ImplicitAdjoint(inner_rtol=jnp.inf)
 ):
     gradient, _ = mo.hypergradient(
-        problem, jnp.zeros(2), jnp.ones(2) * 0.9,
+        problem, jnp.zeros(2), params=jnp.ones(2) * 0.9,
         inner=mo.Descent(optax.sgd(jnp.float32(0.02), jnp.float32(0.9)), steps),
         adjoint=adjoint,
     )
