@@ -1,6 +1,7 @@
 """The interface of linear solvers, their results, and the checks that they share."""
 
 import abc
+import dataclasses
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -190,6 +191,30 @@ class AbstractToleranceSolver(AbstractLinearSolver):
 
         - `vector`: a vector like the right-hand side.
         """
+
+
+class AbstractResidualSolver(AbstractToleranceSolver):
+    """A solver with these two fields, whose search directions are of no use to others."""
+
+    rtol: eqx.AbstractVar[float | None]
+    max_steps: eqx.AbstractVar[int]
+
+    @property
+    def left_out(self):
+        return steps_left_out(self.rtol, self.max_steps)
+
+    @property
+    def relative_tolerance(self):
+        return self.rtol
+
+    def with_rtol(self, rtol):
+        return dataclasses.replace(self, rtol=rtol)
+
+    def rough(self, rtol):
+        return self.with_rtol(rtol)
+
+    def keeping_directions(self, vector):
+        return self
 
 
 class AbstractPreparedSolver(AbstractLinearSolver):

@@ -1,6 +1,5 @@
 """Stabilised biconjugate gradients."""
 
-import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -19,14 +18,13 @@ from .._core._tree import (
 from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._core._validate import check_count
 from ._base import (
-    AbstractToleranceSolver,
+    AbstractResidualSolver,
     check_square,
     check_structures,
     check_tolerances,
     how_it_ended,
     relative,
     reported,
-    steps_left_out,
 )
 from ._system import System
 
@@ -34,7 +32,7 @@ from ._system import System
 _CHECK_EVERY = 25  # steps of two products
 
 
-class BiCGStab(AbstractToleranceSolver):
+class BiCGStab(AbstractResidualSolver):
     r"""Stabilised biconjugate gradients, for any square operator.
 
     Needs seven vectors of memory however many steps it takes, and two products in each of
@@ -70,25 +68,8 @@ class BiCGStab(AbstractToleranceSolver):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
 
-    @property
-    def left_out(self):
-        return steps_left_out(self.rtol, self.max_steps)
-
     def check(self, operator):
         check_square("BiCGStab", operator)
-
-    @property
-    def relative_tolerance(self):
-        return self.rtol
-
-    def with_rtol(self, rtol):
-        return dataclasses.replace(self, rtol=rtol)
-
-    def rough(self, rtol):
-        return self.with_rtol(rtol)
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         # Not the method of `lineax`, which divides by zero where half a step solves the

@@ -1,6 +1,5 @@
 """Generalised minimal residuals."""
 
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -24,20 +23,19 @@ from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._core._validate import check_count
 from .._jaxpr._rewrite import carry_conditions
 from ._base import (
-    AbstractToleranceSolver,
+    AbstractResidualSolver,
     check_square,
     check_structures,
     check_tolerances,
     how_it_ended,
     relative,
     reported,
-    steps_left_out,
 )
 from ._promotion import cast_up, in_auto_axes, promoted
 from ._system import System
 
 
-class GMRES(AbstractToleranceSolver):
+class GMRES(AbstractResidualSolver):
     r"""Generalised minimal residuals with restarts, for any square operator.
 
     Use it for fixed points and roots, whose operator is not symmetric. The residual never
@@ -77,25 +75,8 @@ class GMRES(AbstractToleranceSolver):
         check_count(self.max_steps, "max_steps")
         check_count(self.restart, "restart")
 
-    @property
-    def left_out(self):
-        return steps_left_out(self.rtol, self.max_steps)
-
     def check(self, operator):
         check_square("GMRES", operator)
-
-    @property
-    def relative_tolerance(self):
-        return self.rtol
-
-    def with_rtol(self, rtol):
-        return dataclasses.replace(self, rtol=rtol)
-
-    def rough(self, rtol):
-        return self.with_rtol(rtol)
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)

@@ -1,7 +1,6 @@
 """Methods that minimise the residual, and the rounds in which they are run."""
 
 import abc
-import dataclasses
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
@@ -19,13 +18,12 @@ from .._core._tree import (
 from .._core._types import BoolScalar, FloatScalar, IntScalar, Vector
 from .._core._validate import check_count
 from ._base import (
-    AbstractToleranceSolver,
+    AbstractResidualSolver,
     check_structures,
     check_tolerances,
     how_it_ended,
     relative,
     reported,
-    steps_left_out,
 )
 from ._system import System
 
@@ -63,7 +61,7 @@ class Step(eqx.Module):
     curvature: FloatScalar
 
 
-class AbstractMinimalResidual(AbstractToleranceSolver):
+class AbstractMinimalResidual(AbstractResidualSolver):
     """A Krylov method whose residual never grows, and stops falling only where it is
     least.
 
@@ -72,18 +70,12 @@ class AbstractMinimalResidual(AbstractToleranceSolver):
     method begins anew from there, which refines the solution.
     """
 
-    rtol: eqx.AbstractVar[float | None]
     atol: eqx.AbstractVar[float]
-    max_steps: eqx.AbstractVar[int]
     _products_per_step: AbstractClassVar[int]
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_count(self.max_steps, "max_steps")
-
-    @property
-    def left_out(self):
-        return steps_left_out(self.rtol, self.max_steps)
 
     @abc.abstractmethod
     def _begin(self, system: System, r: Vector, size: FloatScalar) -> Any:
@@ -105,19 +97,6 @@ class AbstractMinimalResidual(AbstractToleranceSolver):
         - `recurrence`: what the step before, or `_begin`, left.
         - `size`: the norm of the residual, as the recurrence has it.
         """
-
-    @property
-    def relative_tolerance(self):
-        return self.rtol
-
-    def with_rtol(self, rtol):
-        return dataclasses.replace(self, rtol=rtol)
-
-    def rough(self, rtol):
-        return self.with_rtol(rtol)
-
-    def keeping_directions(self, vector):
-        return self
 
     def solve(self, operator, vector, start=None, tolerance=None):
         self.check(operator)
