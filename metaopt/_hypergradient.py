@@ -102,7 +102,7 @@ def prepare(
     adjoint: AbstractAdjoint,
     key: Key | None,
 ) -> tuple[BilevelProblem, Hyper, Params | None, AbstractData, AbstractData, Key]:
-    """Check what users hand over and bring it into canonical form."""
+    """Check the arguments and bring them into canonical form."""
     check_kind(problem, BilevelProblem, "problem", "metaopt.BilevelProblem(...)")
     check_kind(inner, AbstractSolver, "inner", DESCENT_EXAMPLE)
     check_kind(adjoint, AbstractAdjoint, "adjoint", ADJOINT_EXAMPLE)

@@ -37,7 +37,7 @@ Start = Callable[[Hyper], tuple[Params, ModelState]]
 
 
 class HypergradientOutput(eqx.Module):
-    """One hypergradient and everything computed on the way.
+    """One hypergradient and all that its computation yields.
 
     **Attributes:**
 

@@ -52,7 +52,7 @@ def judge_path(
     value_at_start: Callable[[], FloatScalar],
     params: Vector,
 ) -> tuple[Growth, RESULTS]:
-    """Say whether the derivative explodes, by what a gauge has measured.
+    """Judge from the readings of a gauge whether the derivative explodes.
 
     **Arguments:**
 

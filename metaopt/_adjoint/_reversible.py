@@ -29,7 +29,7 @@ from ._reach import AbstractReach, AlongPath
 
 class ReversibleAdjoint(AbstractAdjoint):
     r"""Reverse mode through every step of [`metaopt.ReversibleSGD`][] or
-    [`metaopt.ReversiblePicard`][], each of which is undone on the way back.
+    [`metaopt.ReversiblePicard`][], each of which the reverse pass undoes.
 
     It gives the derivative of the steps taken, as [`metaopt.UnrolledAdjoint`][] does, with
     the memory of one step. If the steps fit in memory, the unrolled adjoint takes any

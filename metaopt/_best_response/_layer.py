@@ -63,7 +63,7 @@ class AbstractBestResponse(eqx.Module):
         return next(iter(self.response.values())).num_hyper
 
     def array(self, name: str) -> Array:
-        """The array of the layer of that name, as it is at the bound perturbation.
+        """The layer's array of that name at the bound perturbation.
 
         Under `jax.vmap` over perturbations it has a copy for each of them: calling the
         layer, or [`metaopt.nn.squared_norm`][], needs none.

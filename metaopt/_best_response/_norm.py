@@ -24,7 +24,7 @@ class BestResponseNorm(AbstractBestResponse, eqx.nn.StatefulLayer):
     perturbation: Perturbation | None = None
 
     def is_stateful(self) -> bool:
-        """Whether it is called with a state: what `equinox.nn.Sequential` asks."""
+        """Whether the layer is called with a state; read by `equinox.nn.Sequential`."""
         layer = self.layer
         return isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
 

@@ -315,7 +315,7 @@ def _check_criterion(problem, params, batch, state) -> None:
 
 
 def _samples(problem, params, batch, state) -> bool:
-    """Whether `hyper` acts on what is predicted, so that its effect is sampled."""
+    """Whether `hyper` acts on the predictions, so that its effect is sampled."""
 
     def predict(hyper):
         def one(rows, key):

@@ -232,7 +232,7 @@ class NestedSolver(AbstractBilevelSolver):
     def _told_of_start(
         self, inner: InnerInfo, problem: BilevelProblem, state: NestedState
     ) -> InnerInfo:
-        """The report on the inner solve, with what its start carries over."""
+        """The report on the inner solve and on the values that its start carries over."""
         left_out = self.adjoint.reach.earlier_path if self.start.goes_on else ()
         tells = self.start.carried and self._remembers(problem, state)
         carried = self.start.carried if tells else ""

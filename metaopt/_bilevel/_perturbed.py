@@ -17,7 +17,7 @@ Numbers = Float[Array, " num_hyper"]
 
 
 class Coordinates(eqx.Module):
-    """The floating-point numbers in `hyper` as one vector, and the way back.
+    """The floating-point numbers in `hyper` as one vector, and the inverse map.
 
     **Arguments:**
 
@@ -162,7 +162,7 @@ def perturb(
 
 
 def mean_state(states: ModelState) -> ModelState:
-    """One model state from those that the groups came to: means of what is a float."""
+    """One model state from those of the groups: the means of its floating-point arrays."""
 
     def mean(leaf):
         if eqx.is_inexact_array(leaf):

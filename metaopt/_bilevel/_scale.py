@@ -34,7 +34,7 @@ def check_scales(initial_scale: Any, bounds: Any) -> None:
 
 
 def initial_log_scale(initial: Any, trainable: Vector, numbers: Array) -> Array:
-    """The logarithm of the scale of each number in `hyper`, from what the user wrote."""
+    """The logarithm of the scale of each number in `hyper`, from the user's `scale`."""
     if jax.tree.structure(initial) == jax.tree.structure(0.0) and np.ndim(initial) == 0:
         return jnp.full_like(numbers, np.log(initial))
     as_array = lambda a: jnp.asarray(a, float if isinstance(a, int) else None)

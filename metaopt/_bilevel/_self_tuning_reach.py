@@ -8,8 +8,9 @@ from .._promises import BothLosses, check_start_seen, check_tunable
 def unreached_leaves(
     at: BothLosses, drawn: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[bool]]:
-    """The leaves of `hyper` that influence nothing; what a learned response leaves out,
-    in words; and for each leaf whether the inner solution depends on it. `drawn` says
+    """The leaves of `hyper` that influence nothing; the parts that a learned response
+    leaves out, in
+    words; and for each leaf whether the inner solution depends on it. `drawn` says
     whether the problem's `init` drew the initial params.
 
     **Raises:**

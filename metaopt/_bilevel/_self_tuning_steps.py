@@ -1,4 +1,4 @@
-"""The two kinds of steps that a self-tuning run alternates, and what they hand on."""
+"""The two kinds of steps that a self-tuning run alternates, and its state."""
 
 import dataclasses
 from typing import Any

@@ -217,7 +217,8 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
         batches: tuple[DrawnBatches, DrawnBatches],
         key: Key,
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """Leaves without influence, those held constant, and what the start leaves out."""
+        """Leaves without influence, those held constant, and the parts of the start that
+        the derivative leaves out."""
         train, valid = batches[0][0], batches[1][0]
         point = state.params, state.hyper, train, valid, key, state.model_state
         name = type(self).__name__
@@ -298,7 +299,8 @@ def _outer_info(
 def _check_alike(
     new: PyTree, old: PyTree, part: str, solver: str, any_dtype: bool = False
 ) -> None:
-    """Raise a `ValueError` unless a part of an update is like what it stands for."""
+    """Raise a `ValueError` unless a part of an update has the structure, shapes and dtypes
+    of the part of the state that it replaces."""
     given, expected = eqx.filter((new, old), eqx.is_array)
     if any_dtype and jax.tree.structure(given) == jax.tree.structure(expected):
         given = tree_cast_like(given, expected)

@@ -37,7 +37,7 @@ class AbstractStart(eqx.Module):
     @abc.abstractmethod
     def goes_on_at(self, step: IntScalar) -> BoolScalar | None:
         """Whether an outer step goes on with the run of the one before, with the state of
-        the inner optimizer, in place of what `begin` says.
+        the inner optimizer, and ignores `begin`.
 
         **Arguments:**
 

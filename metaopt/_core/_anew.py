@@ -1,4 +1,4 @@
-"""A word on functions of the user that are made anew, for which all compiles again."""
+"""A log message about functions of the user that are made anew and compile again."""
 
 import collections
 import logging
@@ -25,8 +25,8 @@ class Programs:
         self._alike: collections.Counter[int] = collections.Counter()
 
     def see(self, static: Any) -> None:
-        """Log a warning where a new program is like two before it but for functions that
-        were made anew. It is said once for each function.
+        """Log a warning, once for each function, at the third program that differs from
+        earlier ones in functions made anew alone.
 
         **Arguments:**
 

@@ -21,7 +21,7 @@ _HEADER = "metaopt"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of what it should be one of."""
+    """A file that is not a checkpoint of the pytree that it is read into."""
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:

@@ -35,7 +35,7 @@ _READ_ERRORS = (
 
 
 class DataError(ValueError):
-    """A data file is missing, damaged or not what it should be.
+    """A data file is missing, damaged or not the published one.
 
     The text names the file and the reason. No part of the file has been kept.
     """
@@ -78,7 +78,7 @@ def _is_web_page(content: bytes) -> bool:
 
 
 def check_checksum(content: bytes, checksum: str, source: str) -> None:
-    """Refuse content that is not what was published.
+    """Raise a `DataError` unless the content has the published checksum.
 
     **Arguments:**
 

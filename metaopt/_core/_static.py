@@ -74,7 +74,7 @@ _MAX_DEPTH = 20  # of closures within closures; functions may refer to each othe
 
 
 def _identity(x: Any, own: Callable[..., Any] | None, depth: int = 0) -> Any:
-    """The same of one leaf; itself where it holds what cannot be hashed."""
+    """The same of one leaf; the leaf itself where it holds an unhashable object."""
     within = functools.partial(_identity, own=own, depth=depth + 1)
     found = type(x), x
     if depth == _MAX_DEPTH:

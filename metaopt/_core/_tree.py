@@ -86,7 +86,7 @@ def tree_rooms(x: PyTree, count: int) -> PyTree:
 
 
 def tree_put(rooms: PyTree, slot: IntScalar, x: PyTree) -> PyTree:
-    """`rooms` with `x` in the place of one entry."""
+    """`rooms` with one entry replaced by `x`."""
     put = lambda room, a: jax.lax.dynamic_update_index_in_dim(room, a, slot, 0)
     return jax.tree.map(put, rooms, x)
 
@@ -126,7 +126,8 @@ def divided(vector: Vector, scale: FloatScalar) -> Vector:
 
 
 def tree_where_arrays(condition: BoolScalar, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where `condition` holds, else `old`; what is no array is that of `new`."""
+    """`new` where `condition` holds, else `old`; leaves that are not arrays are those of
+    `new`."""
     arrays, static = eqx.partition(new, eqx.is_array)
     return eqx.combine(tree_where(condition, arrays, eqx.filter(old, eqx.is_array)), static)
 

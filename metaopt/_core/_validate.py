@@ -1,4 +1,4 @@
-"""Checks of what users hand over, made once at the public boundary."""
+"""Checks of the user's arguments, made once at the public boundary."""
 
 import math
 from collections.abc import Iterable, Iterator

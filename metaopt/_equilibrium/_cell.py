@@ -15,7 +15,7 @@ from ._bound import bound_spectral_norm, spectral_norm
 
 
 class AbstractCell(eqx.Module):
-    """A cell that computes only once what does not change from step to step.
+    """A cell that computes once the part that does not change from step to step.
 
     Any function `cell(z, x)` is a cell too; this is for those with something to prepare:
     the part of the input, or the norm of a matrix.

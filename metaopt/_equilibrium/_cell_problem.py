@@ -32,8 +32,8 @@ class CellProblem(AbstractFixedPointProblem):
         return eqx.combine(hyper, self.fixed)(params)
 
     def relative_residual(self, z: PyTree, hyper: Vector, per_example: bool) -> Array:
-        """The norm of what the cell still changes, over that of the state; a scalar, or
-        one for each entry of the leading axis."""
+        """The relative residual, the norm of `cell(state) - state` over that of the state:
+        a scalar, or one for each entry of the leading axis."""
         before, after = (split_trainable(a)[0] for a in (z, self.step(z, hyper, None)))
         norm = jax.vmap(tree_scaled_norm) if per_example else tree_scaled_norm
         size, difference = norm(before), norm(tree_sub(after, before))

@@ -275,7 +275,8 @@ class Equilibrium(eqx.Module):
         ]
 
     def _problem(self, x: PyTree, z: PyTree | None) -> tuple[CellProblem, PyTree, PyTree]:
-        """The problem, what its derivative is in, and where a solver starts."""
+        """The fixed-point problem, the variables of its derivative, and the initial
+        state."""
         x = canonical_arrays(x, "x")
         start = self._start(x) if z is None else z
         as_array = lambda a: jnp.asarray(a) if isinstance(a, float) else a

@@ -52,7 +52,8 @@ class Accuracy(eqx.Module):
         self, solver: AbstractLinearSolver, vector: Vector
     ) -> AbstractLinearSolver:
         """Return a linear solver that is at least as exact as `rtol` needs, as far as the
-        dtype of `vector` allows. One with a fixed number of steps stays as it is."""
+        dtype of `vector` allows. One with a fixed number of steps is returned
+        unchanged."""
         if not isinstance(solver, AbstractToleranceSolver):
             return solver
         own = solver.relative_tolerance

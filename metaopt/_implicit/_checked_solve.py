@@ -1,4 +1,4 @@
-"""Linear solves whose curvature is checked, whatever the linear solver looks at."""
+"""Linear solves with a check of the curvature that no linear solver has to make."""
 
 import dataclasses
 

@@ -74,7 +74,7 @@ class Linearisation(eqx.Module):
         return dataclasses.replace(self, system=system)
 
     def through_solution(self, linear_solution: Vector) -> Vector:
-        """The part of the hypergradient by way of the inner solution."""
+        """The part of the hypergradient that passes through the inner solution."""
         out = self.system.cross_transposed(linear_solution)
         return jax.tree.map(jnp.negative, out)
 
@@ -143,7 +143,7 @@ class ErrorEstimate(eqx.Module):
 
 
 class AbstractErrorEstimate(eqx.Module):
-    """A way to say how wrong an implicit hypergradient is.
+    """An estimate or a bound of the error of an implicit hypergradient.
 
     The error has two causes: the inner solution is not exact, and nor is the solution of
     the linear system.

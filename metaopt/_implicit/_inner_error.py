@@ -43,7 +43,8 @@ class InnerError(eqx.Module):
     def at(
         cls, residual: Vector, distance: FloatScalar, params: Vector, start: Params | None
     ) -> "InnerError":
-        """Compare params with the way to them from `start`, where that is known."""
+        """Compare the error of params with the distance from `start`, where that is
+        known."""
         way = None
         if start is not None:
             begun = tree_cast_like(split_trainable(start)[0], params)

@@ -14,8 +14,8 @@ from ._dependence import is_transposable, passes_loop
 def linearised(
     fn: Callable[[Vector], Vector], x: Vector
 ) -> tuple[Vector, Callable[[Vector], Vector]]:
-    """The value of `fn` at `x`, and products with its Jacobian, for which the values on
-    the way are kept.
+    """The value of `fn` at `x`, and products with its Jacobian there, which reuse the
+    stored intermediate values.
 
     Of a loop of unknown length nothing can be kept. JAX 0.10 linearises one to a program
     that cannot be differentiated again: its partial evaluation loses the names of the

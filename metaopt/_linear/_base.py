@@ -98,7 +98,7 @@ class LinearSolution(eqx.Module):
 
 
 class AbstractLinearSolver(eqx.Module):
-    """A way to solve a linear system of which only products are known.
+    """A matrix-free method for linear systems.
 
     Its settings are plain Python numbers.
     """
@@ -118,7 +118,7 @@ class AbstractLinearSolver(eqx.Module):
 
     @abc.abstractmethod
     def check(self, operator: lx.AbstractLinearOperator) -> None:
-        """Raise a `ValueError` unless the operator promises what the solver needs.
+        """Raise a `ValueError` unless the operator has the tags that the solver needs.
 
         **Arguments:**
 
@@ -308,7 +308,7 @@ def coarsest_eps(vector: Vector) -> float:
 
 
 def floored_rtol(rtol: float, solver: str, vector: Vector) -> float:
-    """`rtol`, or what the precision of the vector allows if that is more.
+    """`rtol`, raised to the precision of the vector.
 
     A residual is computed to about the unit of rounding, so that a tolerance of less
     than a few of them would be met by luck or never. Warns once for each compilation.

@@ -122,7 +122,7 @@ class _State(eqx.Module):
 
 
 class _Method:
-    """One solve: what stays the same while it runs, and its rounds.
+    """One solve: its constants and its rounds.
 
     A round is a series of textbook steps and then a check, which computes the residual
     and hands it to the next series. After a breakdown, and where the updated residual

@@ -84,7 +84,7 @@ class State(eqx.Module):
 
 
 class Method:
-    """One solve: what stays the same while it runs, and its rounds.
+    """One solve: its constants and its rounds.
 
     A round is a series of textbook steps and then a check, which computes the residual
     and hands it to the next series. Only a check looks at anything but scalars and the

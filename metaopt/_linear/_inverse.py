@@ -9,8 +9,8 @@ from .._core._types import Vector
 
 
 class AbstractInverse(eqx.Module):
-    r"""An approximation of $(I - J)^{-1}$ that a solver of fixed points has made on its
-    way, $J$ being the Jacobian of the map."""
+    r"""An approximation of $(I - J)^{-1}$ that a fixed-point solver has built during its
+    steps, $J$ being the Jacobian of the map."""
 
     @abc.abstractmethod
     def apply(self, vector: Vector) -> Vector:

@@ -146,7 +146,7 @@ class _State(eqx.Module):
 
 
 class _Rounds:
-    """One solve: what stays the same while it runs, and its rounds.
+    """One solve: its constants and its rounds.
 
     A round is a series of steps as in the paper and then a check.
     """

@@ -14,7 +14,7 @@ from ._preconditioner import AbstractPreconditioner
 
 
 class Prepared(eqx.Module):
-    """A preconditioner with what it knows of one operator: a function of vectors."""
+    """A preconditioner prepared for one operator: a function of vectors."""
 
     preconditioner: AbstractPreconditioner
     state: Any

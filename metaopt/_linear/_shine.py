@@ -31,8 +31,8 @@ from ._inverse import AbstractInverse
 
 
 class SHINE(AbstractPreparedSolver):
-    r"""Shares the inverse with the forward pass: what [`metaopt.Broyden`][] has made of
-    $(I - J)^{-1}$ on its way to the fixed point is applied to the right-hand side.
+    r"""Reuses the inverse of the forward pass: the approximation of $(I - J)^{-1}$ that
+    [`metaopt.Broyden`][] has built is applied to the right-hand side.
 
     Two products, whatever the system, which say how good it is: the inverse is used where
     it leaves less of the right-hand side than the one-step (Jacobian-free) estimate does,

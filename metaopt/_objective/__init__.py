@@ -1,4 +1,4 @@
-"""The way of the data: hyper, the start, the inner solve, the outer loss."""
+"""The outer objective: from hyper by the start and the inner solve to the outer loss."""
 
 from ._loop_error import loops_explained as loops_explained
 from ._objective import (

@@ -267,8 +267,8 @@ class Objective(eqx.Module):
         return idle, held
 
     def _unreached(self, reached: list[bool], hyper: Hyper) -> tuple[str, ...]:
-        """Names of the leaves that act on the outer loss by way of the inner solution,
-        and whose derivative by that way is zero by construction."""
+        """Names of the leaves that act on the outer loss through the inner solution, and
+        whose derivative through it is zero by construction."""
         if all(reached):
             return ()
         # The outer loss may not read some of a solution, or hold it constant.

@@ -307,7 +307,7 @@ _SUCCESS_CODE = np.asarray(_SUCCESS._value)
 
 
 def _first(result: Any, codes: np.ndarray) -> Any:
-    """That result, or if it is a success the first of these codes that is none."""
+    """The first failure: that result, or the first failure among these codes."""
     failures = codes[codes != _SUCCESS_CODE]
     if not failures.size or is_failure(result):
         return result

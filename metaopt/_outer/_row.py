@@ -61,7 +61,8 @@ class Shown(NamedTuple):
 
     @classmethod
     def split(cls, tree: Any, row: Row) -> tuple[list[Any], "Shown"]:
-        """Put the scalars of a pytree into a row; its other arrays, and the way back."""
+        """Put the scalars of a pytree into a row. Returns its other arrays, and the
+        inverse."""
         leaves, rest = Static.split(tree)
         cells = tuple(row.put(leaf) if _is_number(leaf) else None for leaf in leaves)
         others = [leaf for leaf, cell in zip(leaves, cells) if cell is None]

@@ -1,4 +1,4 @@
-"""Calling the user's functions, and checking what came back."""
+"""Calls of the user's functions, with checks of their outputs."""
 
 import inspect
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def call(
     key: Key,
     state: ModelState,
 ) -> Evaluation:
-    """Call a user's function with what it declares and take apart what it returns."""
+    """Call a user's function with the arguments that it declares, and split its output."""
     optional = declared(fn, {"key": key})
     if problem.has_state:
         # Outside of the solver's steps, which pick their own.

@@ -130,7 +130,7 @@ class InChunks(AbstractWrappedProblem):
 
 
 class _Draw(eqx.Module):
-    """A draw in the place of the batch that it stands for."""
+    """A draw that stands for its batch, so that the batch is not stored."""
 
     draw: Any
 

@@ -13,7 +13,7 @@ from ._kinds import AbstractInnerProblem
 
 
 class AbstractPredictionProblem(AbstractInnerProblem):
-    r"""An inner problem whose loss is a criterion of what a model predicts,
+    r"""An inner problem whose loss is a criterion of a model's predictions,
     $loss = criterion(predict(params), params)$.
 
     It is an [`metaopt.extend.AbstractInnerProblem`][] and can stand wherever one can. Write

@@ -16,7 +16,7 @@ def judged(
     gradient_is_finite: BoolScalar,
     linear: Any = RESULTS.successful,
 ) -> Any:
-    """The first failure on the way of the data.
+    """The first failure, in the order of the computation.
 
     **Arguments:**
 

@@ -68,7 +68,7 @@ def check_start_seen(
     solver: str,
     reason: str,
 ) -> tuple[str, ...]:
-    """A description of what is left out of the derivative of the initial params.
+    """A description of the part of the initial params that the derivative leaves out.
 
     **Arguments:**
 

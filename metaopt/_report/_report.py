@@ -53,7 +53,7 @@ class Report(eqx.Module):
 
 
 def notes(report: Report) -> list[tuple[str, str]]:
-    """The rows on what a hypergradient leaves out and what it cannot see."""
+    """The rows on the parts that a hypergradient leaves out and on those it cannot see."""
     rows = []
     if report.left_out:
         rows.append(("left out", "; ".join(report.left_out)))

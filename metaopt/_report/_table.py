@@ -33,7 +33,7 @@ def verdict(result: Any) -> str:
 
 
 def number(x: Any) -> str:
-    """A number, the range of several, or what stands for one that is not known."""
+    """A number, the range of several, or a placeholder for one that is not known."""
     if x is None:
         return "-"
     if not is_known(x):

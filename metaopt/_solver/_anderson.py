@@ -125,7 +125,7 @@ class _History(eqx.Module):
     right: Array
 
     def pushed(self, at: Applied, step: IntScalar) -> "_History":
-        """With the differences to the last step in the place of the oldest ones."""
+        """The history with its oldest differences replaced by those of the last step."""
         slot = (step - 1) % self.right.shape[-1]
         difference = lambda new, old: jnp.where(step == 0, 0, new - old).astype(old.dtype)
         of_value = jax.tree.map(difference, at.value, self.value)

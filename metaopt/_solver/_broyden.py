@@ -225,7 +225,7 @@ class _Memory(eqx.Module):
     held: Array
 
     def updated(self, at: Applied) -> tuple[BroydenInverse, Vector]:
-        r"""The inverse with what the last step says of it, and the next direction.
+        r"""The inverse after the update for the last step, and the next direction.
 
         With the step $s = t d$ and the change $y = g - g'$ of the residual, that is $y = (I
         - J) s$ for a linear map, $H' = H + (s - H y) (H^T s)^T / s^T H y$. If $s^T H y$ is

@@ -47,7 +47,7 @@ def problem_optimality(
 
 
 def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem) -> None:
-    """A problem with model state needs a policy for it, and the other way round."""
+    """A problem with model state needs a policy for it, and a policy needs model state."""
     name = type(solver).__name__
     if problem.has_state and solver.state_policy is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Momentum in integers: where it is to the last bit, its steps, and the way back."""
+"""Momentum in integers, exact to the last bit: its steps and their inverses."""
 
 import abc
 import functools as ft

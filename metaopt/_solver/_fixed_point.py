@@ -111,7 +111,7 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
     def applied(
         self, problem, params, hyper, batch, key, model_state, begun: Begun
     ) -> tuple[Applied, StepOutput, Begun]:
-        """The map at some params, and what there is to say of it.
+        """The map at some params, its residual and its norms.
 
         A map without a fixed point may drive params to where any residual is small in
         comparison with them. So what the residual is compared with is not much more than

@@ -35,7 +35,7 @@ def bounded(x: jax.Array) -> tuple[jax.Array, BoolScalar]:
 
 
 def wide(dtype: Any) -> Any:
-    """The floating-point dtype of what fixed-point numbers stand for."""
+    """The floating-point dtype of the values that fixed-point numbers represent."""
     return wide_dtype(dtype)
 
 

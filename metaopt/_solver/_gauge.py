@@ -14,7 +14,7 @@ def new_gauge() -> jax.Array:
 
 @jax.custom_vjp
 def gauged(params: Vector, gauge: jax.Array) -> tuple[Vector, jax.Array]:
-    """The params after a step and the gauge, both as they are.
+    """The params after a step and the gauge, both unchanged.
 
     The reverse pass meets the cotangent of the params after each step, the last step
     first. The cotangent of the gauge collects what `measured` says of them.

@@ -238,7 +238,7 @@ class JaxoptSolver(AbstractDirectSolver):
 
 
 def _check_given(cls, function: Callable, given: dict[str, Any], source: str) -> None:
-    """Raise a `ValueError` for what jaxopt requires and was not given."""
+    """Raise a `ValueError` for an option that jaxopt requires and was not given."""
     missing = [
         name
         for name, parameter in inspect.signature(function).parameters.items()

@@ -1,4 +1,4 @@
-"""The loop of an iterative solver, as a value that an adjoint runs in its own way."""
+"""The loop of an iterative solver, as a value that each adjoint runs by its own rule."""
 
 from collections.abc import Callable
 from typing import Any

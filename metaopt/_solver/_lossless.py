@@ -52,7 +52,7 @@ MOST = 1 << 30
 
 
 class Factor(eqx.Module):
-    """A fraction `numerator / 2**16` and what it makes of a bound on digits.
+    """A fraction `numerator / 2**16` and the bound on digits after a product with it.
 
     **Attributes:**
 

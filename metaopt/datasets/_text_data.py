@@ -78,7 +78,7 @@ class TextData(eqx.Module):
     def split(
         self, fractions: Sequence[float] = (0.9, 0.05, 0.05)
     ) -> tuple["TextData", ...]:
-        """Divide the text by position: what follows is never in an earlier part.
+        """Divide the text by position: no part holds text that follows a later part.
 
         **Arguments:**
 

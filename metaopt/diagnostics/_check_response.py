@@ -163,7 +163,7 @@ def _directions(state: SelfTuningState, count: int | None, key: Key):
 
 class _TrainingGradient(eqx.Module):
     """The gradient of the training loss in the params, a function of the trainable part
-    of `hyper`, over draws of what is random."""
+    of `hyper`, averaged over random draws."""
 
     inner: AbstractProblem
     params: Params

@@ -119,7 +119,7 @@ class TaskStats(eqx.Module):
 
 
 class AbstractLearner(eqx.Module):
-    """A way to learn over tasks, and to adapt to each.
+    """A method that learns over tasks and adapts to each.
 
     [`metaopt.few_shot.MAML`][] and its family, or [`metaopt.few_shot.Reptile`][].
     """
@@ -301,8 +301,8 @@ def canonical_meta(meta: Any) -> Any:
 
 
 def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None:
-    """Raise a `ValueError` where a loss has model state and none is there, or the other
-    way round."""
+    """Raise a `ValueError` unless the loss declares model state exactly where it is
+    given."""
     has_state = learner.model_loss.has_state
     if has_state and model_state is None:
         raise ValueError(

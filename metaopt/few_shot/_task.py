@@ -36,5 +36,5 @@ class Learned(eqx.Module):
 
 
 def model_of(meta: Any) -> Params:
-    """The model in what is learned, which may be all of it."""
+    """The model inside `meta`, which may be all of it."""
     return meta.model if isinstance(meta, Learned) else meta

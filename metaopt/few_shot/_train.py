@@ -222,8 +222,8 @@ def _feed(tasks: Any) -> Pulled:
 
 
 def _check_goes_on(state: Any, meta: Any, key: Key | None, model_state: ModelState) -> None:
-    """Raise where a `state` to go on from is none, or is beside something that contradicts
-    it."""
+    """Raise a `ValueError` for a `state` of another kind, and for arguments that
+    contradict it."""
     if not isinstance(state, TrainState):
         raise ValueError(
             "`state` must be the `state` of a `metaopt.few_shot.TrainSolution`, as in "
@@ -254,7 +254,7 @@ def _solution(run: Run) -> TrainSolution:
 
 
 def _without_frozen(updates: Any, meta: Any, frozen: Callable[[Any], Any] | None) -> Any:
-    """The updates, zero for the frozen part: weight decay moves what has no gradient."""
+    """The updates, with zeros for the frozen part, which weight decay would move."""
     if frozen is None:
         return updates
     marks = chosen_leaves(split_trainable(model_of(meta))[0], frozen, "frozen")

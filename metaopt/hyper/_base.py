@@ -10,7 +10,7 @@ from .._core._types import PyTree
 
 
 class AbstractHyper(eqx.Module):
-    """One hyperparameter: an array without bounds, and what it stands for.
+    """One hyperparameter: an unconstrained array, and the value that it represents.
 
     A leaf of `hyper` like any other array, except that a loss reads `value`, and that
     whatever is done to `raw` keeps `value` in its range. Optimizers step in `raw`,

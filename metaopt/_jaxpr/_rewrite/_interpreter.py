@@ -1,4 +1,4 @@
-"""An interpreter of jaxprs that replaces some operations on the way."""
+"""An interpreter of jaxprs that replaces some of their operations."""
 
 import functools as ft
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +74,7 @@ def rewritten(fn: _Fn, rewriting_of: Callable[[jex.core.ClosedJaxpr], Rewriting]
 
 
 def evaluate(jaxpr: jex.core.ClosedJaxpr, args, rewriting: Rewriting) -> list[Any]:
-    """The outputs of a closed jaxpr at `args`, rewritten on the way."""
+    """The outputs of a closed jaxpr at `args`, with operations replaced."""
     values = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     values.update(zip(jaxpr.jaxpr.invars, args, strict=True))
 

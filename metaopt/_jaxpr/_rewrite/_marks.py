@@ -1,4 +1,5 @@
-"""Marks that pass through a traced program: what depends on what, what may be infinite."""
+"""Marks propagated through a traced program: dependences, and values that may be
+infinite."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

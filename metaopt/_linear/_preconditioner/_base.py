@@ -20,7 +20,7 @@ from ..._core._types import IntScalar, Key, Vector
 
 
 class AbstractPreconditioner(eqx.Module):
-    r"""A way to approximate the inverse of a symmetric positive definite operator.
+    r"""An approximate inverse of a symmetric positive definite operator.
 
     It changes how many products a solve takes, and never what the answer is checked
     against. Its state is its knowledge of the operator, which an adjoint carries from one

@@ -1,4 +1,4 @@
-r"""The way back of coupled Picard iteration: to rounding, which it magnifies.
+r"""The inverse of coupled Picard iteration: exact but for rounding, which it magnifies.
 
 Error analysis. For a map with the Jacobian $J$, a change of $(y, z)$ passes a step as
 
@@ -136,7 +136,7 @@ class CoupledRun(AbstractSharedRun):
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
     ) -> Undone:
-        r"""The derivative of the run, which is undone on the way.
+        r"""The derivative of the run, which is undone during the reverse pass.
 
         With bars for derivatives of what is differentiated, the second half of a step,
         $z' = (1 - \beta) z + \beta f(y')$, is passed backwards by
@@ -229,7 +229,7 @@ class CoupledRun(AbstractSharedRun):
 
 
 class _HalfBack(eqx.Module):
-    """Half of a step on the way back.
+    """One half of an inverse step.
 
     **Attributes:**
 

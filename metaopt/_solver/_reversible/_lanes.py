@@ -1,4 +1,4 @@
-"""Runs of many examples at once, which share some of what they are made of.
+"""Runs of many examples at once, which share some of their inputs.
 
 Under `jax.vmap` a loop has its own sum of cotangents for each example, of arrays that all
 examples share as well: of the weights of a layer, say, which takes as much memory as there
@@ -86,7 +86,7 @@ def summed_where_shared(levels: Levels, axes: list[Axes], tree: PyTree) -> PyTre
 def nan_unless(
     succeeded: BoolScalar, levels: Levels, axes: list[Axes], tree: PyTree
 ) -> PyTree:
-    """NaN in the place of what a failed example has part in.
+    """Set to NaN every cotangent that a failed example contributes to.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
-"""The way back of gradient descent with momentum in integers: to the last bit."""
+"""The inverse of gradient descent with momentum in integers: exact to the last bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +89,7 @@ class MomentumRun(AbstractRun):
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
     ) -> Undone:
-        r"""The derivative of the run, which is undone on the way.
+        r"""The derivative of the run, which is undone during the reverse pass.
 
         With $x$ the params, $v$ the velocity, $\alpha$ the rate, $\gamma$ the momentum,
         and bars for derivatives of what is differentiated, a step
@@ -157,7 +157,7 @@ class MomentumRun(AbstractRun):
 
 
 class _StepBack(eqx.Module):
-    """One step on the way back, for `jax.lax.scan`.
+    """One inverse step, for `jax.lax.scan`.
 
     **Attributes:**
 

@@ -75,8 +75,8 @@ class Undone(eqx.Module):
 
 
 class AbstractRun(eqx.Module):
-    """The steps of one solve and their way back, as functions that hold nothing but
-    arrays.
+    """The steps of one solve and their inverses, as functions that close over arrays
+    alone.
 
     **Attributes:**
 
@@ -110,7 +110,7 @@ class AbstractRun(eqx.Module):
     def undo(
         self, inputs: Inputs, record: Record, cotangent: Reached, moving: Any
     ) -> Undone:
-        """The derivative of the run, which is undone on the way.
+        """The derivative of the run, which is undone during the reverse pass.
 
         **Arguments:**
 
@@ -159,7 +159,7 @@ class AbstractReversibleSolver(AbstractIterativeSolver):
         inputs: Inputs,
         max_drift: float,
     ) -> AbstractRun:
-        """The steps of one solve and their way back.
+        """The steps of one solve and their inverses.
 
         **Arguments:**
 

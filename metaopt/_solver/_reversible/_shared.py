@@ -1,4 +1,4 @@
-"""The derivative of a run that many examples make, with one sum for what they share.
+"""The derivative of a run of many examples, with one sum for their shared inputs.
 
 `jax.vmap` of a function with a derivative of its own batches that derivative, example by
 example, whoever asked for it. A primitive is told of `jax.vmap` before it is of a
