@@ -264,8 +264,8 @@ class BatchSequence(AbstractData):
     def full(self):
         raise ValueError(
             "This needs all of the data as one batch, which a `BatchSequence` does not "
-            "have. Use `Minibatches` or plain arrays for the inner data, or an adjoint "
-            "that follows the path of the solver, such as `UnrolledAdjoint`."
+            "have. Use `metaopt.Minibatches` or plain arrays for the inner data, or an "
+            "adjoint that follows the path, such as `metaopt.UnrolledAdjoint`."
         )
 
 

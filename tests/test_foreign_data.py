@@ -244,5 +244,5 @@ def test_batches_of_differing_rows_and_none_are_named():
     batches = [(np.ones((n, 2)), np.ones(n)) for n in (3, 2)]
     with pytest.raises(ValueError, match="3 rows.*2 rows.*list of batches.*iter"):
         mo.solve_inner(problem, 1.0, batches, params=jnp.ones(2), **options)
-    with pytest.raises(TypeError, match="`data` is an empty list"):
+    with pytest.raises(TypeError, match="`train` is an empty list"):
         mo.solve_inner(problem, 1.0, [], params=jnp.ones(2), **options)

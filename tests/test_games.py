@@ -364,7 +364,7 @@ REFUSED = {
     ),
     "picard": (
         lambda: mo.Picard().check(mo.GameProblem((pull, follow)), mo.FullBatch(None)),
-        "`Picard` solves fixed-point problems, and `GameProblem` is none",
+        "`Picard` solves fixed-point problems alone, not a `GameProblem`",
     ),
     "no init_fn": (
         lambda: mo.GameProblem((pull, follow)).init(None, None),

@@ -115,7 +115,7 @@ class TruncatedAdjoint(AbstractPathAdjoint):
         if solver.stops_early:
             raise ValueError(
                 "`TruncatedAdjoint` needs a fixed number of steps, and this solver may "
-                "stop before. Drop the solver's tolerance, or use `OneStepAdjoint`."
+                "stop before. Drop the tolerance, or use `metaopt.OneStepAdjoint`."
             )
 
     def solve(self, inner, params, hyper, model_state, throw):

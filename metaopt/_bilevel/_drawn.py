@@ -99,8 +99,8 @@ def check_drawn(data: AbstractData, name: str, num_batches: int) -> None:
         raise ValueError(
             f"`{name}` is a `BatchSequence` of {data.num_batches} batches, and "
             f"each outer step would use the same first {num_batches} of them. Use "
-            "`Minibatches`, or give `solve_bilevel` an iterator that yields a "
-            f"`BatchSequence` of {num_batches} for each outer step."
+            "`metaopt.Minibatches`, or give `metaopt.solve_bilevel` an iterator that "
+            f"yields a `BatchSequence` of {num_batches} for each outer step."
         )
 
 

@@ -68,7 +68,7 @@ class Dense(AbstractLinearSolver):
                 f"{num_bytes:,} bytes ({num_bytes / 2**30:.3g} GiB). Use "
                 "`metaopt.CG()` for the Hessian of a loss and `metaopt.GMRES()` "
                 "otherwise, which need products only; or allow it by name with "
-                f"`Dense(max_size={size})`."
+                f"`metaopt.Dense(max_size={size})`."
             )
 
     def solve(self, operator, vector, start=None, tolerance=None):

@@ -59,7 +59,7 @@ def check_sources(
         raise ValueError(
             f"`valid` is a `{type(unwrapped(valid)).__name__}`, which has a batch for each "
             "inner step; the outer loss is evaluated once. Use plain arrays or "
-            "`Minibatches`, or give `solve_bilevel` an iterator."
+            "`metaopt.Minibatches`, or give `metaopt.solve_bilevel` an iterator."
         )
 
 

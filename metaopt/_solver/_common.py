@@ -51,9 +51,9 @@ def check_state_policy(solver: AbstractIterativeSolver, problem: AbstractProblem
     name = type(solver).__name__
     if problem.has_state and solver.state_policy is None:
         raise ValueError(
-            "The inner problem has model state (`has_state = True`), and what becomes "
-            f"of it must be said: write `{name}(..., state_policy=metaopt.nn.CarriedState"
-            "())`, or `FrozenState()`, or `PerStepState()`."
+            "The inner problem has model state (`has_state = True`), and the solver needs "
+            f"a policy for it: `{name}(..., state_policy=metaopt.nn.CarriedState())`, or "
+            "`metaopt.nn.FrozenState()`, or `metaopt.nn.PerStepState()`."
         )
     if not problem.has_state and solver.state_policy is not None:
         raise ValueError(

@@ -97,8 +97,9 @@ class AbstractFixedPointSolver(AbstractIterativeSolver):
         name = type(self).__name__
         if not isinstance(problem, AbstractFixedPointProblem):
             raise ValueError(
-                f"`{name}` solves fixed-point problems, and `{type(problem).__name__}` "
-                "is none. Use `metaopt.Descent` or `metaopt.OptimistixSolver`."
+                f"`{name}` solves fixed-point problems alone, not a "
+                f"`{type(problem).__name__}`. Use `metaopt.Descent` or "
+                "`metaopt.OptimistixSolver`."
             )
         check_state_policy(self, problem)
         data.check(self.num_steps)

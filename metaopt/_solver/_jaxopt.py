@@ -211,8 +211,8 @@ class JaxoptSolver(AbstractDirectSolver):
         name = self._function_name()
         if name == "fixed_point_fun" and not isinstance(problem, AbstractFixedPointProblem):
             raise ValueError(
-                f"`jaxopt.{cls.__name__}` solves fixed-point problems, and "
-                f"`{type(problem).__name__}` is none."
+                f"`jaxopt.{cls.__name__}` solves fixed-point problems alone, not a "
+                f"`{type(problem).__name__}`."
             )
         if name == "fun" and not problem.has_loss:
             raise ValueError(

@@ -80,7 +80,7 @@ class MemoryBudget(eqx.Module):
             raise ValueError(
                 "A budget of memory is kept to by compiling each plan beforehand, which "
                 "cannot be done for arrays that are sharded over explicit axes of a mesh. "
-                "Choose a plan by hand: `UnrolledAdjoint(metaopt.memory.Blocks())`; or "
+                "Use a plan, as `metaopt.UnrolledAdjoint(metaopt.memory.Blocks())` does, or "
                 "make the mesh with `axis_types=(AxisType.Auto,)`."
             )
         needs: dict[str, int] = {}
@@ -132,7 +132,7 @@ def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
         raise ValueError(
             "This backend of JAX does not say how much memory it plans for, so a budget "
             "cannot be kept to. Choose a plan by hand: "
-            "`UnrolledAdjoint(metaopt.memory.Blocks())`."
+            "`metaopt.UnrolledAdjoint(metaopt.memory.Blocks())`."
         )
     return analysis.temp_size_in_bytes
 
