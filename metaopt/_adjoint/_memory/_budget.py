@@ -80,8 +80,9 @@ class MemoryBudget(eqx.Module):
             raise ValueError(
                 "A budget of memory is kept to by compiling each plan beforehand, which "
                 "cannot be done for arrays that are sharded over explicit axes of a mesh. "
-                "Use a plan, as `metaopt.UnrolledAdjoint(metaopt.memory.Blocks())` does, or "
-                "make the mesh with `axis_types=(AxisType.Auto,)`."
+                "Choose a plan by hand, `metaopt.UnrolledAdjoint("
+                "metaopt.memory.Blocks())`, or make the mesh with "
+                "`axis_types=(AxisType.Auto,)`."
             )
         needs: dict[str, int] = {}
         for candidate in candidates:
