@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import metaopt as mo
+from cells import normal
 
 
 SIZE, INPUTS = 6, 3
@@ -16,10 +17,6 @@ SIZE, INPUTS = 6, 3
 def double_precision():
     with jax.enable_x64(True):
         yield
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def blown_up(cell, factor=30.0):

@@ -12,40 +12,16 @@ import optimistix as optx
 import pytest
 
 import metaopt as mo
+from cells import contraction, INPUTS, normal, Scales, Tanh, value_of, WIDTH
 
 
-WIDTH, INPUTS, BATCH = 6, 3, 4
+BATCH = 4
 
 
 @pytest.fixture(autouse=True)
 def double_precision():
     with jax.enable_x64(True):
         yield
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def contraction(size=WIDTH, norm=0.7, seed=0):
-    matrix = normal((size, size), seed)
-    return norm * matrix / jnp.linalg.norm(matrix, 2)
-
-
-class Tanh(eqx.Module):
-    """One affine map and a tanh."""
-
-    weight: jax.Array
-    inputs: jax.Array
-    bias: jax.Array
-
-    def __init__(self, norm=0.7, width=WIDTH):
-        self.weight = contraction(width, norm)
-        self.inputs = normal((width, INPUTS), 1)
-        self.bias = normal((width,), 2)
-
-    def __call__(self, z, x):
-        return jnp.tanh(self.weight @ z + self.inputs @ x + self.bias)
 
 
 class Residual(eqx.Module):
@@ -79,20 +55,6 @@ class Attention(eqx.Module):
         return jnp.tanh(mixed + self.inputs @ x + places)
 
 
-class Scales(eqx.Module):
-    """A state of two scales, in a dictionary, that act on each other."""
-
-    fine: Tanh
-    coarse: Tanh
-
-    def __init__(self):
-        self.fine, self.coarse = Tanh(0.4), Tanh(0.3, width=2)
-
-    def __call__(self, z, x):
-        fine = self.fine(z["fine"], x + 0.1 * jnp.sum(z["coarse"]))
-        return {"fine": fine, "coarse": self.coarse(z["coarse"], x + 0.1 * fine[:INPUTS])}
-
-
 CELLS = {
     "tanh": (Tanh, lambda x: jnp.zeros(WIDTH)),
     "residual": (Residual, lambda x: jnp.zeros(WIDTH)),
@@ -100,12 +62,6 @@ CELLS = {
     "two scales": (Scales, lambda x: {"fine": jnp.zeros(WIDTH), "coarse": jnp.zeros(2)}),
 }
 EXACT = mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12), error=None)  # compared with the truth
-
-
-def value_of(z):
-    """Some number that all of the state enters."""
-    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(z)])
-    return jnp.sum(jnp.sin(flat) * jnp.cos(jnp.arange(flat.size)))
 
 
 def unrolled(cell, initial, x, num_steps=400):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import metaopt as mo
+from cells import normal
 
 
 WIDTH, BATCH = 40, 3
@@ -17,10 +18,6 @@ EXACT = mo.ImplicitAdjoint(mo.GMRES(rtol=1e-12), error=None)  # compared with th
 def double_precision():
     with jax.enable_x64(True):
         yield
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def symmetric(radius):

@@ -12,13 +12,13 @@ import optax
 import pytest
 
 import metaopt as mo
+from cells import contraction, INPUTS, normal, Scales, Tanh, value_of, WIDTH
 from metaopt._solver._reversible import Coupling
 from problems import CASES, relative_error
 
 
 ADJOINT = mo.ReversibleAdjoint()
 UNROLLED = mo.UnrolledAdjoint()
-WIDTH, INPUTS = 6, 3
 
 # The rounding of float64, and what up to a dozen undone steps make of it in a derivative:
 # a factor of 4 ** 12 (6 ** 8 for the fastest) in the states, and little of that in what is
@@ -26,56 +26,11 @@ WIDTH, INPUTS = 6, 3
 RTOL = 1e-9
 
 
-def normal(shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def contraction(size=WIDTH, norm=0.7, seed=0):
-    matrix = normal((size, size), seed)
-    return norm * matrix / jnp.linalg.norm(matrix, 2)
-
-
-class Tanh(eqx.Module):
-    """One affine map and a tanh."""
-
-    weight: jax.Array
-    inputs: jax.Array
-    bias: jax.Array
-
-    def __init__(self, norm=0.7, width=WIDTH):
-        self.weight = contraction(width, norm)
-        self.inputs = normal((width, INPUTS), 1)
-        self.bias = normal((width,), 2)
-
-    def __call__(self, z, x):
-        return jnp.tanh(self.weight @ z + self.inputs @ x + self.bias)
-
-
-class Scales(eqx.Module):
-    """A state of two scales, in a dictionary, that act on each other."""
-
-    fine: Tanh
-    coarse: Tanh
-
-    def __init__(self):
-        self.fine, self.coarse = Tanh(0.4), Tanh(0.3, width=2)
-
-    def __call__(self, z, x):
-        fine = self.fine(z["fine"], x + 0.1 * jnp.sum(z["coarse"]))
-        return {"fine": fine, "coarse": self.coarse(z["coarse"], x + 0.1 * fine[:INPUTS])}
-
-
 CELLS: dict[str, Any] = {
     "tanh": (Tanh, normal((WIDTH,), 3)),
     "two scales": (Scales, {"fine": normal((WIDTH,), 3), "coarse": normal((2,), 4)}),
 }
 X = normal((INPUTS,), 9)
-
-
-def value_of(z):
-    """Some number that all of the state enters."""
-    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(z)])
-    return jnp.sum(jnp.sin(flat) * jnp.cos(jnp.arange(flat.size)))
 
 
 def by_hand(cell, x, start, num_steps, beta):
