@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,10 @@ _HEADER = "metaopt"
 
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of the pytree that it is read into."""
+
+
+class UnsoundCheckpointError(CheckpointError):
+    """A file that is damaged, or no checkpoint at all."""
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
@@ -81,7 +86,7 @@ def load(path: str | os.PathLike, like: T) -> T:
     for key, (name, leaf), template in zip(keys, wanted, templates):
         content = entries[key].tobytes()
         if len(content) != template.nbytes:
-            raise CheckpointError(
+            raise UnsoundCheckpointError(
                 f"{path}: `{name}` has {len(content)} bytes, not {template.nbytes}."
             )
         data = np.frombuffer(content, template.dtype).reshape(template.shape)
@@ -123,7 +128,7 @@ def _read(path: Path, keys: list[str], max_bytes: int) -> dict[str, np.ndarray]:
     try:
         return read_npz(path, keys, max_bytes)
     except DataError as error:
-        raise CheckpointError(f"{path} is no sound checkpoint: {error}") from error
+        raise UnsoundCheckpointError(f"{path} is no sound checkpoint: {error}") from error
 
 
 def described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -138,10 +143,25 @@ def described(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
                 for row in described["leaves"]
             ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no sound checkpoint: {error!r}") from error
+        raise UnsoundCheckpointError(f"{path} is no sound checkpoint: {error!r}") from error
     raise CheckpointError(
         f"{path} has version {version} of the format; this metaopt reads {_VERSION}."
     )
+
+
+def read_entry(path: Path, name: str) -> np.ndarray:
+    """The bytes of one array in the file, by its name.
+
+    **Raises:**
+
+    [`metaopt.CheckpointError`][] where there is none.
+    """
+    rows = described(path)
+    for index, (other, _, shape) in enumerate(rows):
+        if other == name:
+            key = str(index)
+            return _read(path, [key], math.prod(shape) * 16 + 1024)[key]
+    raise CheckpointError(f"{path} holds no `{name}`, which this run has.")
 
 
 def _check_same(

@@ -148,8 +148,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+    if os.name == "posix":
+        # The new name is on the disk with this alone.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def parse_idx(content: bytes, num_axes: int, max_bytes: int, source: str) -> np.ndarray:

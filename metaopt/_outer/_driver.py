@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core._description import description
 from .._core._results import RESULTS
 from .._core._static import Static
 from .._core._types import Hyper
@@ -17,6 +18,7 @@ from .._report import attach_solution, Best, ends_run, History
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
+from ._interrupts import held_back
 from ._program import advance, Program, Steps
 
 
@@ -44,6 +46,8 @@ class Run:
     - `reason`: the first failure within a step that itself did not fail, or that failure.
     - `num_skipped`: the steps that failed and left the outer variables alone.
     - `seconds`: the wall time since the run began.
+    - `settings`: the settings of problem and solver and the shapes of the data: texts by
+        their names, the same in another process.
     """
 
     def __init__(
@@ -100,6 +104,15 @@ class Run:
         return None if self._shown is None else self._shown()[1]
 
     @property
+    def settings(self) -> dict[str, str]:
+        """The settings of problem and solver and the shapes of the data, by their names."""
+        rows = description(self.body, "")
+        for feed, name in zip(self.feeds, ("train", "valid")):
+            if not feed.is_pulled:
+                rows |= description(feed.now, name, hashed=False)
+        return {name.removeprefix("."): value for name, value in rows.items() if name}
+
+    @property
     def seconds(self) -> float:
         """The wall time since the run began."""
         return time.perf_counter() - self.begun
@@ -140,15 +153,10 @@ class Run:
 
         Whether the run converged or failed in one of them.
         """
-        begin = time.perf_counter()
         steps = self._call(count, size, atol, throw, exact=False)
         if steps.is_rough and steps.converged:
             # A zero of a rough hypergradient is not one of the hypergradient.
-            self._record(steps.without_last(), begin)
-            begin = time.perf_counter()
             steps = self._call(1, 1, atol, throw, exact=True)
-        self._record(steps, begin)
-        self.failed = steps.failed and throw
         return self.failed or steps.converged
 
     def _call(
@@ -163,8 +171,14 @@ class Run:
         program = Program(rest, self._rest, data_rest, pulled, size, throw)
         limit = -1.0 if atol is None else atol
         numbers = self._on_device(count), self._on_device(limit)
+        begin = time.perf_counter()
         out = advance(program, body, self._arrays, data, *numbers)
-        self._arrays, self._shown, steps = out
+        with held_back():
+            self._arrays, self._shown, steps = out
+            # The last step is taken again, to full accuracy.
+            again = steps.is_rough and steps.converged
+            self._record(steps.without_last() if again else steps, begin)
+            self.failed = steps.failed and throw
         return steps
 
     def _on_device(self, number: float) -> jax.Array:

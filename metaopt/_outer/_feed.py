@@ -22,11 +22,13 @@ class AbstractFeed(abc.ABC):
     **Attributes:**
 
     - `is_pulled`: whether each outer step has data of its own.
+    - `now`: the data of the last outer step.
     - `interrupted`: whether Ctrl-C came while it waited for data.
     """
 
     is_pulled = False
     interrupted = False
+    now: Any = None
 
     @abc.abstractmethod
     def begin(self, num_steps: int) -> None:

@@ -1,8 +1,12 @@
 """Checkpoints of a run, to go on from."""
 
+import json
 import os
 import re
+import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,17 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._core._checkpoint import CheckpointError, described, load, save
+from .._core._checkpoint import (
+    CheckpointError,
+    described,
+    load,
+    read_entry,
+    save,
+    UnsoundCheckpointError,
+)
 from .._core._results import RESULTS
-from .._core._validate import check_count
+from .._core._validate import check_count, check_flag, check_tolerance
+from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
 
@@ -21,58 +33,115 @@ class Checkpoint(AbstractCallback):
     """Writes the state and the history of a run to a file, and goes on from it.
 
     If the file is there the run goes on from it, to the same numbers bit for bit, with its
-    history, its best step and its first failure. Problem, solver and data are not in it:
-    hand over the same, and of an iterator one that goes on where it was. A step that failed
-    under `throw` is not in it either: a run that goes on takes it again.
+    history, its best step and its first failure. The file names the settings of problem
+    and solver, and a run with others is refused. The data are not in it: hand over the
+    same, and of an iterator one that goes on where it was. A step that failed under `throw`
+    is not in it either: a run that goes on takes it again.
+
+    A file is written whole or not at all, and the one before it is kept beside it as
+    `path` with `.previous` added: a run goes on from that one, with a warning, where the
+    newer is damaged. Ctrl-C writes the file. So does SIGTERM, which batch systems send
+    before they end a process; it then does what it did without the checkpoint.
 
     **Arguments:**
 
     - `path`: the file, whose folder is made if need be.
     - `every`: the number of outer steps after which it is written, at the next end of a
         compiled call; and at the end of the run.
+    - `seconds`: also after so many seconds of wall time since it was written.
+    - `allow_changes`: whether a run goes on although settings of problem or solver are
+        others, with a warning that names the first of them.
 
     **Raises:**
 
     Before the first step `ValueError` for a file that cannot be written, and for one that
     is there beside a `state=` to go on from; [`metaopt.CheckpointError`][] for one of
-    another run.
+    another run, and where all that is there is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike, every: int = 20):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        every: int = 20,
+        *,
+        seconds: float | None = None,
+        allow_changes: bool = False,
+    ):
         check_count(every, "every")
+        check_tolerance(seconds, "seconds")
+        check_flag(allow_changes, "allow_changes")
         self.path = Path(path)
         self.every = every
+        self.seconds = seconds
+        self.allow_changes = allow_changes
         self._written = 0  # outer steps in the file
+        self._written_at = 0.0  # seconds of the run
+        self._is_sound = False  # the file, which may then be kept as the previous one
+        self._settings = b""
+        self._terminated = False
+        self._sigterm: Any = None  # the handler of before
         # Of the steps to be written.
         self._kept: tuple[int, Any, Any] = 0, RESULTS.successful, RESULTS.successful
 
+    @property
+    def previous(self) -> Path:
+        """The file before the last one."""
+        return self.path.with_name(self.path.name + ".previous")
+
     def open(self, run):
-        self._written = 0
+        self._written, self._written_at, self._terminated = 0, run.seconds, False
         self._kept = run.num_skipped, run.result, run.reason
+        self._settings = json.dumps(run.settings).encode()
         # `Path.exists` raises where it may not look.
-        if not os.path.exists(self.path):
-            check_writable(self.path)
-            return
-        if run.num_steps:
+        there = [path for path in (self.path, self.previous) if os.path.exists(path)]
+        if there and run.num_steps:
             raise ValueError(
                 f"Both `state` and the checkpoint {self.path} say where to go on from. "
                 "Hand over one of them, or name a file that is not there yet."
             )
-        self._take_up(run)
-        if run.num_steps < run.total:
+        self._is_sound = False
+        if there:
+            self._take_up(run, there)
+        if run.num_steps < run.total or not there:
             check_writable(self.path)
         self._written = run.num_steps
         self._kept = run.num_skipped, run.result, run.reason
+        if threading.current_thread() is threading.main_thread():
+            self._sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def see(self, run):
         if not run.failed:
             self._kept = run.num_skipped, run.result, run.reason
-        if run.num_steps - run.failed - self._written >= self.every:
+        late = self.seconds is not None and run.seconds - self._written_at >= self.seconds
+        new = run.num_steps - run.failed - self._written
+        if new >= self.every or (late and new):
             self._write(run)
 
     def close(self, run):
-        if run.num_steps - run.failed > self._written:
-            self._write(run)
+        try:
+            if run.num_steps - run.failed > self._written:
+                self._write(run)
+        finally:
+            if self._sigterm is not None:
+                signal.signal(signal.SIGTERM, self._sigterm)
+                self._sigterm = None
+
+    def evaluate(self, run):
+        self._pass_on()
+
+    def end(self, run, solution):
+        self._pass_on()
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        if not self._terminated:  # a second one finds the run at its end
+            self._terminated = True
+            raise KeyboardInterrupt
+
+    def _pass_on(self) -> None:
+        # All callbacks are closed, and the handler is the one of before.
+        if self._terminated:
+            self._terminated = False
+            signal.raise_signal(signal.SIGTERM)
 
     def _write(self, run: Any) -> None:
         history, state = run.history, run.state
@@ -81,30 +150,67 @@ class Checkpoint(AbstractCallback):
         columns, path = jax.tree.map(lambda a: a[:count], (dict(history.columns), path))
         num_skipped, result, reason = self._kept
         notes = np.asarray(num_skipped), result, reason, _best_or(run)
-        save(self.path, _Content(state, columns, path, *notes))
+        settings = np.frombuffer(self._settings, np.uint8)
+        if self._is_sound:
+            _keep(self.path, self.previous)
+        save(self.path, _Content(settings, state, columns, path, *notes))
+        self._is_sound = True
         self._written = run.num_steps - run.failed
+        self._written_at = run.seconds
 
-    def _take_up(self, run: Any) -> None:
+    def _take_up(self, run: Any, there: list[Path]) -> None:
+        """Go on from the first of these files that is sound."""
+        damage: list[UnsoundCheckpointError] = []
+        for path in there:
+            try:
+                content = self._content(run, path)
+            except UnsoundCheckpointError as error:
+                damage.append(error)
+                continue
+            self._is_sound = path == self.path
+            if damage:
+                warn(f"{damage[0]} The run goes on from {path}, which was written before.")
+            self._go_on(run, path, content)
+            return
+        damage[0].add_note(
+            "There is no other checkpoint of this run that is sound. Move the file away to "
+            "begin anew."
+        )
+        raise damage[0]
+
+    def _content(self, run: Any, file: Path) -> "_Content":
+        found = read_entry(file, ".settings")
+        change = _changed(file, found, run.settings)
+        if change and self.allow_changes:
+            warn(f"{change}. The run goes on with that.")
+        elif change:
+            raise CheckpointError(
+                f"{change}. Hand over the same problem and solver, or name another file; "
+                "`metaopt.callbacks.Checkpoint(..., allow_changes=True)` goes on with the "
+                "change."
+            )
         columns: dict[str, np.ndarray] = {}
         path: list[np.ndarray] = []
-        for name, kind, shape in described(self.path):
+        for name, kind, shape in described(file):
             if match := re.fullmatch(r"\.columns\['(\w+)'\]", name):
                 columns[match[1]] = np.zeros(shape, kind)
             elif re.fullmatch(r"\.path\[\d+\]", name):
                 path.append(np.zeros(shape, kind))
         success: Any = RESULTS.successful
         notes = np.asarray(0), success, success, _best_or(run)
-        content = load(self.path, _Content(run.state, columns, path, *notes))
+        return load(file, _Content(found, run.state, columns, path, *notes))
+
+    def _go_on(self, run: Any, file: Path, content: "_Content") -> None:
         state = content.state
         if int(state.num_steps) > run.total:
             raise CheckpointError(
-                f"{self.path} has {int(state.num_steps)} steps, and `num_steps` is "
+                f"{file} has {int(state.num_steps)} steps, and `num_steps` is "
                 f"{run.total}. Ask for as many or more, or name another file."
             )
         there, given = (np.asarray(jax.random.key_data(s.key)) for s in (state, run.state))
         if not np.array_equal(there, given):
             raise CheckpointError(
-                f"{self.path} is of a run with another `key`. Hand over the same, or name "
+                f"{file} is of a run with another `key`. Hand over the same, or name "
                 "another file."
             )
         run.restore(state, content.columns, content.path)
@@ -119,6 +225,7 @@ class Checkpoint(AbstractCallback):
 class _Content(eqx.Module):
     """The content of a file, whose errors call its arrays by these names."""
 
+    settings: np.ndarray  # of problem and solver, as the bytes of JSON
     state: Any
     columns: dict[str, np.ndarray]  # of the history
     path: list[np.ndarray]  # of `hyper`
@@ -134,6 +241,33 @@ def _best_or(run: Any) -> Best:
         best = Best(run.hyper, run.params, float("nan"), -1)
     numbers = np.asarray(best.outer_loss, np.float64), np.asarray(best.step, np.int64)
     return Best(best.hyper, best.params, *numbers)  # pyright: ignore[reportArgumentType]
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the content of a file another name as well, at once."""
+    if previous.exists() and os.path.samefile(path, previous):
+        return  # after a write that failed; to rename one onto the other does nothing
+    new = previous.with_name(f".{previous.name}.new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:  # not on this disk
+        shutil.copyfile(path, new)
+    os.replace(new, previous)
+
+
+def _changed(file: Path, content: np.ndarray, here: dict[str, str]) -> str:
+    """The first setting in which a run differs from that in a file, in words."""
+    try:
+        there = json.loads(content.tobytes())
+        found = {str(name): str(value) for name, value in there.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UnsoundCheckpointError(f"{file} is no sound checkpoint: {error!r}") from error
+    for name in [*here, *found]:
+        was, now = found.get(name, "not there"), here.get(name, "not there")
+        if was != now:
+            return f"{file} is of another run: `{name}` was {was} and is {now}"
+    return ""
 
 
 def check_writable(path: Path) -> None:

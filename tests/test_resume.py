@@ -1,0 +1,265 @@
+"""Runs that are cut off by kills, signals and damaged files, and go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+from metaopt._core._description import description
+from metaopt._outer._interrupts import held_back
+
+
+PROBLEM = mo.BilevelProblem(
+    lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+    lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2),
+)
+
+
+def solve(
+    num_steps: int,
+    path: Path,
+    every: int = 2,
+    rate: float = 0.1,
+    more: Any = (),
+    **options: Any,
+):
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(rate)
+    )
+    checkpoint = mo.callbacks.Checkpoint(path, every=every, **options)
+    return mo.solve_bilevel(
+        PROBLEM,
+        jnp.zeros(2),
+        params=jnp.zeros(2),
+        solver=solver,
+        num_steps=num_steps,
+        callbacks=[checkpoint, *more],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return solve(6, tmp_path_factory.mktemp("whole") / "run")
+
+
+def assert_whole(solution, whole):
+    np.testing.assert_array_equal(solution.hyper, whole.hyper)
+    np.testing.assert_array_equal(solution.history.outer_loss, whole.history.outer_loss)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+# -- files
+
+
+def test_the_file_before_the_last_one_is_kept(tmp_path):
+    path, previous = tmp_path / "run", tmp_path / "run.previous"
+    solve(2, path)
+    assert path.exists() and not previous.exists()
+    first = path.read_bytes()
+    solve(4, path)
+    assert previous.read_bytes() == first != path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.previous"]
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "cut short", "empty", "gone"])
+def test_a_damaged_file_is_passed_over(tmp_path, whole, kind):
+    path, previous = tmp_path / "run", tmp_path / "run.previous"
+    solve(4, path)
+    before = previous.read_bytes()
+    if kind == "flipped bit":
+        damage(path)
+    elif kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    if kind == "gone":
+        again = solve(6, path)
+    else:
+        with pytest.warns(UserWarning, match="goes on from .*run.previous, which"):
+            again = solve(6, path, every=100)
+        # The sound file has not given its place to the damaged one.
+        assert previous.read_bytes() == before
+    assert_whole(again, whole)
+
+
+def test_damage_of_all_files_is_named(tmp_path):
+    path, previous = tmp_path / "run", tmp_path / "run.previous"
+    solve(4, path)
+    damage(path)
+    damage(previous)
+    contents = path.read_bytes(), previous.read_bytes()
+    with pytest.raises(mo.CheckpointError, match="run is no sound checkpoint") as caught:
+        solve(6, path)
+    assert "Move the file away" in caught.value.__notes__[0]
+    assert contents == (path.read_bytes(), previous.read_bytes())
+
+
+def test_other_settings_are_named(tmp_path, whole):
+    path = tmp_path / "run"
+    solve(4, path)
+    with pytest.raises(mo.CheckpointError, match=r"`solver.outer.* was -0.1 and is -0.2"):
+        solve(6, path, rate=0.2)
+    with pytest.warns(UserWarning, match=r"was -0.1 and is -0.2. The run goes on"):
+        changed = solve(6, path, rate=0.2, allow_changes=True)
+    np.testing.assert_array_equal(
+        changed.history.outer_loss[:4], whole.history.outer_loss[:4]
+    )
+    assert changed.history.outer_loss[5] != whole.history.outer_loss[5]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, whole, monkeypatch):
+    path = tmp_path / "run"
+    solve(2, path)
+    content = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        solve(6, path)
+    error: Any = caught.value
+    assert path.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.previous"]
+    monkeypatch.undo()
+    assert len(error.solution.history) == 4  # and what was reached is there
+    assert_whole(solve(6, path), whole)
+
+
+def test_written_after_a_time(tmp_path):
+    steps = []
+
+    class Look(mo.callbacks.AbstractCallback):
+        def see(self, run):
+            steps.append(path.exists())
+
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(0.1)
+    )
+    for name, seconds in (("first", 0.0), ("second", 1e6)):
+        path = tmp_path / name
+        mo.solve_bilevel(
+            PROBLEM,
+            jnp.zeros(2),
+            params=jnp.zeros(2),
+            solver=solver,
+            num_steps=2,
+            callbacks=[mo.callbacks.Checkpoint(path, 100, seconds=seconds), Look()],
+        )
+    assert steps == [True, True, False, False]
+
+
+# -- descriptions
+
+
+def test_settings_are_described_as_in_another_process():
+    rate = jnp.array([1.0, 2.0])
+    loss = lambda params: rate * params
+    rows = description({"transform": optax.sgd(0.1), "loss": loss, "text": "a"}, "x")
+    assert rows["x['text']"] == "'a'"
+    assert rows["x['loss']"].startswith("test_resume.test_settings_are_described")
+    assert "array of shape (2,)" in rows["x['loss'].rate"]
+    assert "-0.1" in rows.values()
+    assert not any("0x" in value for value in rows.values())  # an address
+    other = description({"transform": optax.sgd(0.2), "loss": loss, "text": "a"}, "x")
+    assert {name for name in rows if rows[name] != other[name]} != set()
+    unhashed = description(rate, "data", hashed=False)
+    assert unhashed == {"data": f"array of shape (2,), {rate.dtype}"}
+
+
+# -- signals
+
+
+def test_an_interrupt_waits_until_a_step_is_recorded():
+    done = []
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with held_back():
+                signal.raise_signal(signal.SIGINT)
+                done.append("recorded")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert done == ["recorded"]
+
+
+def test_runs_in_other_threads_handle_no_signal(tmp_path, whole):
+    out = []
+    thread = threading.Thread(target=lambda: out.append(solve(6, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert_whole(out[0], whole)
+
+
+_RUN = textwrap.dedent(
+    """
+    import sys, time
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    import jax.numpy as jnp, optax
+    import metaopt as mo
+    problem = mo.BilevelProblem(
+        lambda p, h, b: jnp.sum((p - h) ** 2), lambda p, h, b: jnp.sum((p - 2.0) ** 2)
+    )
+    solver = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(0.1)
+    )
+
+    def tell(run):
+        print("step", run.num_steps, flush=True)
+        time.sleep(0.01)
+
+    class Closed(mo.callbacks.AbstractCallback):
+        def close(self, run):
+            print("closed", flush=True)
+
+    mo.solve_bilevel(
+        problem, jnp.zeros(2), params=jnp.zeros(2), solver=solver, num_steps=10**6,
+        callbacks=[Closed(), mo.callbacks.Checkpoint(sys.argv[1], every=10**6), tell],
+    )
+    print("returned", flush=True)
+    """
+)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_sigterm_saves_and_ends_the_process(tmp_path, whole):
+    path = tmp_path / "run"
+    run = subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    while run.stdout.readline() != "step 3\n":
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    output, error = run.communicate(timeout=60)
+    assert run.returncode == -signal.SIGTERM, error
+    assert output.endswith("closed\n")  # the other callbacks too, and nothing after them
+    with pytest.warns(UserWarning, match="`problem.inner.loss_fn` was __main__"):
+        reached = solve(10**6, path, allow_changes=True, more=[lambda run: True])
+    assert len(reached.history) >= 4
+    np.testing.assert_array_equal(
+        reached.history.outer_loss[:3], whole.history.outer_loss[:3]
+    )
