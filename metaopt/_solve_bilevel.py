@@ -68,8 +68,9 @@ def solve_bilevel(
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `state`: the `state` of a solution, to go on from, in place of `key`, `model_state`
         and what is in `hyper` and `params`. Hand over the same problem, solver and data;
-        of an iterator one that goes on where it was; a loader is started anew. The history
-        is that of the new steps.
+        of an iterator one that goes on where it was. A loader is started anew, and the
+        batches of the steps already taken are passed over. The history is that of the new
+        steps.
     - `atol`: stop once the Euclidean norm of the hypergradient is at most this; under a
         single-loop solver that of the change of the params and of its own variables, too.
     - `steps_per_call`: how many outer steps are compiled into one call, without a word to

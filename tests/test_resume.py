@@ -1,5 +1,6 @@
 """Runs that are cut off by kills, signals and damaged files, and go on."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -164,6 +165,47 @@ def test_written_after_a_time(tmp_path):
             callbacks=[mo.callbacks.Checkpoint(path, 100, seconds=seconds), Look()],
         )
     assert steps == [True, True, False, False]
+
+
+class Loader:
+    """Batches in the same order whenever it is started, five of them."""
+
+    def __iter__(self):
+        return (jnp.full(2, 0.1 * index) for index in range(5))
+
+
+def test_a_loader_goes_on_where_it_was(tmp_path):
+    problem = mo.BilevelProblem(
+        PROBLEM.inner, lambda params, hyper, batch: jnp.sum((params - batch) ** 2)
+    )
+
+    def run(num_steps, data, callbacks=(), **options):
+        solver = mo.NestedSolver(
+            mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(0.1)
+        )
+        return mo.solve_bilevel(
+            problem,
+            jnp.zeros(2),
+            None,
+            data,
+            params=jnp.zeros(2),
+            solver=solver,
+            num_steps=num_steps,
+            callbacks=callbacks,
+            **options,
+        )
+
+    whole = run(13, Loader())
+    assert len(np.unique(whole.history.outer_loss)) == 13
+    checkpoint = lambda: [mo.callbacks.Checkpoint(tmp_path / "run")]
+    first = run(7, Loader(), checkpoint())
+    assert_whole(run(13, Loader(), checkpoint(), steps_per_call=4), whole)
+    np.testing.assert_array_equal(run(13, Loader(), state=first.state).hyper, whole.hyper)
+    # An iterator is where its owner has left it.
+    batches = lambda: (batch for _ in range(3) for batch in Loader())
+    begun = batches()
+    first = run(7, itertools.islice(begun, 7))
+    np.testing.assert_array_equal(run(13, begun, state=first.state).hyper, whole.hyper)
 
 
 # -- descriptions

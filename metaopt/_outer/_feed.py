@@ -87,6 +87,7 @@ class Pulled(AbstractFeed):
 
     - `start`: `start(num_steps)`, an iterator that goes on after so many outer steps.
     - `check`: a function of an item that returns it as arrays.
+    - `restarts`: whether `start` may be called again.
 
     **Attributes:**
 
@@ -95,9 +96,15 @@ class Pulled(AbstractFeed):
 
     is_pulled = True
 
-    def __init__(self, start: Callable[[int], Iterator[Any]], check: Callable[[Any], Any]):
+    def __init__(
+        self,
+        start: Callable[[int], Iterator[Any]],
+        check: Callable[[Any], Any],
+        restarts: bool = False,
+    ):
         self.start = start
         self.check = check
+        self.restarts = restarts
         self.source: Iterator[Any] | None = None
         self.now: Any = None
         self.waiting: list[Any] = []  # pulled, and not used yet
@@ -105,6 +112,8 @@ class Pulled(AbstractFeed):
     def begin(self, num_steps):
         if self.source is None:
             self.source = self.start(num_steps)
+        elif num_steps and self.restarts:
+            self.source, self.waiting = self.start(num_steps), []
 
     def peek(self) -> bool:
         """Pull the data of the first outer step before the run, into `now`.
@@ -191,7 +200,11 @@ def data_feed(data: Any, name: str) -> Fixed | Pulled:
     if not isinstance(data, Iterator) and not is_loader(data):
         return Fixed(check(data))
     anew = lambda data: _Anew(check(data))
-    feed = Pulled(lambda num_steps: restarted(data), anew)
+    once = isinstance(data, Iterator)  # goes on by itself where it was
+    start = lambda num_steps: itertools.islice(
+        restarted(data), 0 if once else num_steps, None
+    )
+    feed = Pulled(start, anew, restarts=not once)
     if not feed.peek():
         if feed.interrupted:
             raise KeyboardInterrupt

@@ -35,7 +35,8 @@ class Checkpoint(AbstractCallback):
     If the file is there the run goes on from it, to the same numbers bit for bit, with its
     history, its best step and its first failure. The file names the settings of problem
     and solver, and a run with others is refused. The data are not in it: hand over the
-    same, and of an iterator one that goes on where it was. A step that failed under `throw`
+    same, and of an iterator one that goes on where it was. A loader is started anew, and
+    the batches of the steps already taken are passed over. A step that failed under `throw`
     is not in it either: a run that goes on takes it again.
 
     A file is written whole or not at all, and the one before it is kept beside it as
