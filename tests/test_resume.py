@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import kill_runs
 import metaopt as mo
 from metaopt._core._description import description
 from metaopt._outer._interrupts import held_back
@@ -305,3 +306,13 @@ def test_sigterm_saves_and_ends_the_process(tmp_path, whole):
     np.testing.assert_array_equal(
         reached.history.outer_loss[:3], whole.history.outer_loss[:3]
     )
+
+
+# -- kills
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills processes")
+@pytest.mark.parametrize("kind", list(kill_runs.KINDS))
+def test_a_run_that_is_killed_ends_as_one_that_is_not(kind):
+    assert kill_runs.compare(kind, num_kills=2, seed=1)
