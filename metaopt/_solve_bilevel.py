@@ -24,7 +24,7 @@ from ._core._validate import (
 from ._data import AbstractData
 from ._outer import AbstractBody, as_callbacks, data_feed, drive, Run, StepRecord
 from ._problem import BilevelProblem
-from ._report import BilevelSolution, raise_on_failure
+from ._report import Best, BilevelSolution, raise_on_failure
 from .callbacks import AbstractCallback
 
 
@@ -191,6 +191,9 @@ def _solution(
     last = _evaluate(solver, problem, state, train, valid)
     # The last `hyper` has not been solved for before.
     lost = mask_result(~jnp.isfinite(last.outer_loss), RESULTS.outer_nonfinite)
+    best, loss = run.best, float(last.outer_loss)
+    if best is not None and loss < best.outer_loss:
+        best = Best(run.hyper, last.params, loss, run.num_steps)
     return BilevelSolution(
         hyper=run.hyper,
         params=last.params,
@@ -202,7 +205,8 @@ def _solution(
         state=state,
         num_skipped=run.num_skipped,
         warm_started=last.warm_started,
-        best=run.best,
+        best=best,
+        ended_by=run.ended_by,
     )
 
 

@@ -33,7 +33,7 @@ STOCHASTIC = mo.NestedSolver(
 )
 
 
-def solve(num_steps=12, problem=PROBLEM, solver=SOLVER, data=(), **options: Any):
+def solve(num_steps=12, problem=PROBLEM, solver=SOLVER, data=(), **options: Any) -> Any:
     settings: dict[str, Any] = {"params": jnp.zeros(2)} | options
     hyper = jnp.array([0.0, 1.0])
     return mo.solve_bilevel(
@@ -198,18 +198,78 @@ def test_checkpoints_of_other_runs_are_named(tmp_path):
 def test_best_step_is_kept():
     solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.9))
     solution = solve(solver=solver, callbacks=[mo.callbacks.KeepBest()], throw=False)
-    best, history = solution.best, solution.history
-    assert best is not None
-    assert best.step == np.argmin(history.outer_loss)
-    assert best.outer_loss == history.outer_loss[best.step]
-    before = (
-        jnp.array([0.0, 1.0])
-        if best.step == 0
-        else np.asarray(history.hyper)[best.step - 1]
-    )
-    np.testing.assert_array_equal(best.hyper, before)
-    np.testing.assert_allclose(jnp.sum((best.params - 2) ** 2), best.outer_loss, rtol=1e-5)
+    # The loss falls in every step, so that the last evaluation is the best.
+    assert solution.best.step == 12 and solution.best.outer_loss == solution.outer_loss
+    np.testing.assert_array_equal(solution.best.hyper, solution.hyper)
+    np.testing.assert_array_equal(solution.best.params, solution.params)
     assert solve(2).best is None
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3, 11])
+def test_best_step_may_lie_within_a_call(steps_per_call):
+    def outer_loss(params, hyper, batch):
+        return jnp.sum((params - 2.0) ** 2) + batch
+
+    shifts = jnp.array([5.0, 0.0, 3.0, -9.0, 1.0, 2.0, 0.0, 8.0, 4.0, 6.0, 7.0, 50.0])
+    problem = mo.BilevelProblem(PROBLEM.inner, outer_loss)
+    solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(0.1))
+    solution = solve(
+        11,
+        problem,
+        solver,
+        data=(None, iter(shifts)),
+        callbacks=[mo.callbacks.KeepBest()],
+        steps_per_call=steps_per_call,
+    )
+    best, history = solution.best, solution.history
+    assert best.step == np.argmin(history.outer_loss) == 3
+    assert best.outer_loss == history.outer_loss[3]
+    np.testing.assert_array_equal(best.hyper, np.asarray(history.hyper)[2])
+    loss = jnp.sum((best.params - 2) ** 2) - 9
+    np.testing.assert_allclose(loss, best.outer_loss, rtol=1e-6)
+
+
+def test_end_of_a_run_is_named():
+    early = lambda **options: [mo.callbacks.StopEarly(**options)]
+    ends = {
+        "`num_steps`": solve(3),
+        "`atol`": solve(50, atol=1.0),
+        "`StopEarly`": solve(50, callbacks=early(atol=1.0)),
+        "`<lambda>`": solve(50, callbacks=[lambda run: True]),
+        "the end of the data": solve(50, data=(None, iter([None] * 3)), throw=False),
+    }
+    for name, solution in ends.items():
+        assert solution.ended_by == name and name in str(solution)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_order_of_callbacks_does_not_matter(tmp_path, swap):
+    def run(num_steps, path, **options):
+        callbacks = [
+            mo.callbacks.StopEarly(patience=3, min_decrease=0.05),
+            mo.callbacks.KeepBest(),
+            mo.callbacks.Checkpoint(path, every=1),
+        ]
+        callbacks = callbacks[::-1] if swap else callbacks
+        return solve(num_steps, callbacks=callbacks, **options)
+
+    whole = run(50, tmp_path / "whole")
+    assert 4 < len(whole.history) < 50 and whole.ended_by == "`StopEarly`"
+    cut = tmp_path / "cut"
+    run(len(whole.history) - 2, cut)
+    for _ in range(2):  # a run that has ended takes no more steps
+        again = run(50, cut)
+        assert_same_run(again, whole)
+        assert again.best.step == whole.best.step
+        assert list(again.history.columns)[:2] == ["outer_loss", "hypergradient_norm"]
+
+
+def test_a_converged_run_takes_no_more_steps(tmp_path):
+    path = tmp_path / "run"
+    run = lambda: solve(50, atol=1.0, callbacks=[mo.callbacks.Checkpoint(path)])
+    first, second = run(), run()
+    assert_same_run(first, second)
+    assert second.ended_by == "`atol`" and second.result == mo.RESULTS.successful
 
 
 def test_early_ends():

@@ -295,3 +295,53 @@ def test_leaf_that_users_hold_constant_is_no_error():
     assert gradient["rate"] == 0 and report.outer.held_constant == ("hyper['rate']",)
     _, report = of_dropout(hold, idle=jnp.zeros(2))
     assert report.outer.unreached == ("hyper['idle']",)
+
+
+# -- Python floats in the params
+
+
+class Line(eqx.Module):
+    weight: jax.Array
+    offset: float = 0.5
+    dropout: eqx.nn.Dropout = eqx.nn.Dropout(0.1, inference=True)
+
+
+EVERY = [
+    mo.UnrolledAdjoint(),
+    mo.ForwardAdjoint(),
+    mo.FirstOrderAdjoint(),
+    mo.ImplicitAdjoint(),
+    mo.TruncatedAdjoint(5),
+    mo.OneStepAdjoint(),
+]
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=lambda adjoint: type(adjoint).__name__)
+def test_floats_are_trained_in_containers_and_kept_in_modules(adjoint):
+    solver = mo.Descent(optax.sgd(0.25), 60)
+
+    def of_dict(params, hyper, batch):
+        return (params["weight"] - hyper) ** 2 + (params["offset"][0] - 3.0) ** 2
+
+    def of_module(params, hyper, batch):
+        kept = params.dropout(params.weight) - hyper
+        return kept**2 + (params.offset - 3.0) ** 2
+
+    start = {"weight": 0.0, "offset": (0.5,)}
+    for problem, options in (
+        (mo.InnerProblem(of_dict), {"params": start}),
+        (mo.InnerProblem(of_dict, init_fn=lambda hyper, key: start), {}),
+    ):
+        found = mo.solve_inner(
+            problem, 1.0, solver=solver, adjoint=adjoint, **options
+        ).value
+        np.testing.assert_allclose([found["weight"], found["offset"][0]], [1.0, 3.0])
+    found = mo.solve_inner(
+        mo.InnerProblem(of_module),
+        1.0,
+        params=Line(jnp.zeros(())),
+        solver=solver,
+        adjoint=adjoint,
+    ).value
+    np.testing.assert_allclose(found.weight, 1.0)
+    assert type(found.offset) is float and found.offset == 0.5

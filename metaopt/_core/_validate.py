@@ -269,18 +269,25 @@ def check_key(key: Any) -> None:
 def canonical_params(params: Any) -> Params:
     """`params` with NumPy arrays moved to JAX, checked for something to train.
 
-    A Python float is an array where it is all there is; inside of a model it is a
-    setting, as everywhere in Equinox.
-
     **Raises:**
 
     `ValueError` naming the array.
     """
-    if isinstance(params, float):
-        params = _to_jax(params, "params")
-    params = canonical_arrays(params, "params", only_arrays=False)
+    params = canonical_arrays(floats_as_arrays(params), "params", only_arrays=False)
     check_params(params)
     return params
+
+
+def floats_as_arrays(tree: Any) -> Any:
+    """`tree` with the Python floats in dictionaries, lists and tuples made arrays.
+
+    Inside of a module a Python float is a setting, as everywhere in Equinox.
+    """
+    if isinstance(tree, float):
+        return jnp.asarray(tree)
+    if isinstance(tree, dict | list | tuple):
+        return jax.tree.map(floats_as_arrays, tree, is_leaf=lambda part: part is not tree)
+    return tree
 
 
 def check_params(params: Any) -> None:

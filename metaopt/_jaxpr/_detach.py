@@ -31,19 +31,24 @@ def detached(fn: Callable[..., Any], *args: Any) -> Any:
     return converted(*args)
 
 
-@eqx.filter_custom_jvp
 def forbid_derivative(tree: Any, message: str) -> Any:
     """`tree`; a derivative with respect to it raises a `ValueError` with `message`.
 
     For a derivative that would be zero by construction, which nobody asks for on purpose.
-    Values that are not differentiated pass freely.
+    Values that are not differentiated pass freely, and Python numbers stay what they are.
     """
-    return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(_forbidden(arrays, message), rest)
 
 
-@forbid_derivative.def_jvp
+@eqx.filter_custom_jvp
+def _forbidden(arrays: Any, message: str) -> Any:
+    return arrays
+
+
+@_forbidden.def_jvp
 def _(primals, tangents):
-    tree, message = primals
+    _, message = primals
     raise ValueError(message)
 
 

@@ -1,6 +1,7 @@
 """The driver of the outer loop: several steps in one compiled call, callbacks between."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from .._report import attach_solution, Best, ends_run, History
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
+from ._function import name_of
 from ._interrupts import held_back
 from ._program import advance, Program, Steps
 
@@ -40,7 +42,10 @@ class Run:
     - `updated`: whether it updated the outer variables.
     - `evaluated`: the outer variables that it evaluated the outer loss at.
     - `last`: the rows that the last call added to the history: a dictionary of columns.
-    - `best`: a [`metaopt.extend.Best`][], where a callback keeps one.
+    - `best`: a [`metaopt.extend.Best`][], where `keeps_best`; else `None`.
+    - `keeps_best`: whether the step of the lowest outer loss is kept. A callback may set it
+        in `open`.
+    - `ended_by`: the end of the run, in words; empty before it.
     - `failed`: whether the last step failed under `throw`, which ends the run.
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
     - `reason`: the first failure within a step that itself did not fail, or that failure.
@@ -57,11 +62,13 @@ class Run:
         self.feeds = feeds
         self.total = total
         self.best: Best | None = None
+        self.keeps_best = False
         self.last: dict[str, np.ndarray] = {}
         self.result: Any = RESULTS.successful
         self.reason: Any = RESULTS.successful
         self.failed = False
         self.interrupted = False
+        self.ended_by = ""
         self.num_skipped = 0
         self.updated = False
         self.begun = time.perf_counter()
@@ -159,6 +166,15 @@ class Run:
             steps = self._call(1, 1, atol, throw, exact=True)
         return self.failed or steps.converged
 
+    def has_converged(self, atol: float | None) -> bool:
+        """Whether a run that goes on from a file had converged there."""
+        if atol is None or not self.num_taken:
+            return False
+        last = self._chunks[-1]
+        # The second of a solver without inner solve.
+        names = [name for name in ("hypergradient_norm", "change") if name in last]
+        return all(bool(last[name][-1] <= atol) for name in names)
+
     def _call(
         self, count: int, size: int, atol: float | None, throw: bool, exact: bool
     ) -> Steps:
@@ -168,7 +184,7 @@ class Run:
         body, rest = self._bodies[exact]
         data, data_rest = self._taken(count, size)
         pulled = tuple(feed.is_pulled for feed in self.feeds)
-        program = Program(rest, self._rest, data_rest, pulled, size, throw)
+        program = Program(rest, self._rest, data_rest, pulled, size, throw, self.keeps_best)
         limit = -1.0 if atol is None else atol
         numbers = self._on_device(count), self._on_device(limit)
         begin = time.perf_counter()
@@ -206,6 +222,9 @@ class Run:
         self._chunks.append(self.last)
         if steps.path:
             self._path.append(steps.path)
+        best = steps.best
+        if best and (self.best is None or best.outer_loss < self.best.outer_loss):
+            self.best = dataclasses.replace(best, step=self.num_steps + best.step)
         self.num_steps += count
         for feed in self.feeds:
             feed.use(count)
@@ -240,8 +259,11 @@ def drive(
 
     The solution. An error of a callback or of the data has it as an attribute.
     """
+    # Of two that are alike in this, the first opens first.
+    opening = sorted(callbacks, key=lambda callback: not callback.opens_first)
+    callbacks = sorted(callbacks, key=lambda callback: callback.opens_first)
     try:
-        _take_all(run, steps_per_call, atol, callbacks, throw)
+        _take_all(run, steps_per_call, atol, opening, callbacks, throw)
         for callback in callbacks if evaluates else ():
             callback.evaluate(run)
     except Exception as error:
@@ -262,19 +284,22 @@ def _take_all(
     run: Run,
     steps_per_call: int,
     atol: float | None,
+    opening: Sequence[AbstractCallback],
     callbacks: Sequence[AbstractCallback],
     throw: bool,
 ) -> None:
-    ended = False
     # Each that was opened is closed, even where another fails.
     with contextlib.ExitStack() as opened:
         try:
-            for callback in callbacks:
-                callback.open(run)
+            for callback in opening:
+                if ends_run(callback.open, run):
+                    run.ended_by = name_of(callback)
                 opened.callback(callback.close, run)
+            if run.has_converged(atol):
+                run.ended_by = _CONVERGED
             for feed in run.feeds:
                 feed.begin(run.num_steps)
-            while run.num_steps < run.total and not ended:
+            while run.num_steps < run.total and not run.ended_by:
                 count = min(steps_per_call, run.total - run.num_steps)
                 for feed in run.feeds:
                     count = feed.pull(count)
@@ -283,17 +308,27 @@ def _take_all(
                         raise KeyboardInterrupt
                     if not is_failure(run.result):
                         run.result = RESULTS.outer_data_exhausted
-                    break
-                ended = run.advance(count, steps_per_call, atol, throw)
+                    run.ended_by = "the end of the data"
+                    return
+                if run.advance(count, steps_per_call, atol, throw):
+                    run.ended_by = "a failed step" if run.failed else _CONVERGED
                 # Each of them sees every step, whichever ends the run.
-                answers = [ends_run(callback.see, run) for callback in callbacks]
-                ended = ended or any(answers)
+                answers = [(name_of(c), ends_run(c.see, run)) for c in callbacks]
+                ending = [name for name, answer in answers if answer]
+                run.ended_by = run.ended_by or ", ".join(ending)
         except KeyboardInterrupt:
             run.interrupted = True
+            run.ended_by = "an interrupt"
             if not is_failure(run.result):
                 run.result = RESULTS.interrupted
-    if atol is not None and not ended and not is_failure(run.result):
-        run.result = RESULTS.outer_max_steps
+    if not run.ended_by:
+        run.ended_by = _ALL_TAKEN
+        if atol is not None and not is_failure(run.result):
+            run.result = RESULTS.outer_max_steps
+
+
+_CONVERGED = "`atol`"
+_ALL_TAKEN = "`num_steps`"
 
 
 def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -301,7 +336,10 @@ def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if not chunks:
         empty = np.zeros(0)
         return {"outer_loss": empty, "hypergradient_norm": empty, "seconds": empty}
-    names = dict.fromkeys(name for chunk in chunks for name in chunk)
+    # A file has them in the order of the alphabet.
+    leading = "outer_loss", "hypergradient_norm"
+    names = dict.fromkeys(leading)
+    names |= dict.fromkeys(name for chunk in reversed(chunks) for name in chunk)
     nans = lambda chunk: np.full(len(chunk["seconds"]), np.nan)
     return {
         name: np.concatenate(

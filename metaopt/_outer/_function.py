@@ -1,6 +1,7 @@
 """Functions as callbacks."""
 
 import inspect
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,14 @@ class EachCall(AbstractCallback):
 
     def see(self, run):
         return self.function(run)
+
+
+def name_of(callback: AbstractCallback) -> str:
+    """The name by which a solution says that a callback has ended the run."""
+    if not isinstance(callback, EachCall):
+        return f"`{type(callback).__name__}`"
+    named = isinstance(callback.function, types.FunctionType | types.MethodType)
+    return f"`{callback.function.__name__}`" if named else "a callback"
 
 
 def as_callbacks(callbacks: Any) -> list[AbstractCallback]:
@@ -33,8 +42,9 @@ def as_callbacks(callbacks: Any) -> list[AbstractCallback]:
     for one in callbacks:
         if not isinstance(one, AbstractCallback) and not _takes_a_run(one):
             raise ValueError(
-                "`callbacks` must hold callbacks, such as `metaopt.callbacks.Progress()`, "
-                f"or functions of one argument, the run; got {one!r}."
+                "`callbacks` must hold callbacks, such as `metaopt.callbacks.Progress()` "
+                "or one of a subclass of `metaopt.callbacks.AbstractCallback`, or "
+                f"functions of one argument, the run; got {one!r}."
             )
     is_callback = lambda one: isinstance(one, AbstractCallback)
     return [one if is_callback(one) else EachCall(one) for one in callbacks]

@@ -12,8 +12,9 @@ import numpy as np
 from .._core._compiled import jitted
 from .._core._results import RESULTS
 from .._core._static import Static
-from .._core._tree import tree_size
+from .._core._tree import tree_size, tree_where_arrays
 from .._core._types import Hyper
+from .._report import Best
 from ._row import Cell, Row, Shown
 
 
@@ -25,7 +26,8 @@ class Program(NamedTuple):
 
     `body`, `state` and `data` are pytrees without their arrays; `pulled` tells for each
     source whether every step has data of its own; `size` is the largest number of steps;
-    `throw` says that a step that fails is the last.
+    `throw` says that a step that fails is the last; `keeps_best` that the step of the
+    lowest outer loss is kept.
     """
 
     body: Static
@@ -34,6 +36,7 @@ class Program(NamedTuple):
     pulled: tuple[bool, ...]
     size: int
     throw: bool
+    keeps_best: bool
 
 
 class Marks(NamedTuple):
@@ -55,12 +58,15 @@ class Steps(NamedTuple):
     - `marks`: the [`metaopt._outer.Marks`][].
     - `path`: the arrays of `hyper` after each step; empty where they are not kept.
     - `is_rough`: whether a hypergradient of zero may be none.
+    - `best`: the [`metaopt.extend.Best`][] of these steps, counted from 0; `None` where
+        none updated `hyper` at a finite outer loss, and where it is not kept.
     """
 
     columns: dict[str, np.ndarray]
     marks: Marks
     path: list[np.ndarray]
     is_rough: bool
+    best: Best | None
 
     @property
     def num_steps(self) -> int:
@@ -81,7 +87,7 @@ class Steps(NamedTuple):
         """The same without the last step."""
         rows = self.columns, self.marks, self.path
         columns, marks, path = jax.tree.map(lambda a: a[:-1], rows)
-        return Steps(columns, marks, path, self.is_rough)
+        return self._replace(columns=columns, marks=marks, path=path)
 
 
 class _Known(NamedTuple):
@@ -97,6 +103,7 @@ class _Known(NamedTuple):
     shown: Shown
     moves: tuple[bool, ...]
     is_rough: bool
+    kept: Static
 
 
 def advance(
@@ -123,7 +130,7 @@ def advance(
     the outer variables before it; and the steps.
     """
     out = _take_steps(program, body, state, data, count, limit)
-    moved, rows, path, others, static = out
+    moved, rows, path, others, best, static = out
     known: _Known = static.tree
     rows = np.asarray(rows)
     rows = rows[: np.count_nonzero(known.taken.read(rows))]
@@ -132,6 +139,7 @@ def advance(
         marks=Marks(*(cell.read(rows) for cell in known.marks)),
         path=[np.asarray(leaf)[: len(rows)] for leaf in path],
         is_rough=known.is_rough,
+        best=_best(best, known.kept) if program.keeps_best else None,
     )
     show = lambda: known.shown.joined(others, rows[-1])
     return _merged(known.moves, moved, state), show, steps
@@ -152,9 +160,11 @@ def _take_steps(
     # Traced once: its shapes are known before the loop that repeats it.
     closed: Any = eqx.filter_closure_convert(step, state, first)
     moves = known[0].moves
-    _, row, path, others, _ = jax.tree.map(
+    _, row, path, others, best, _ = jax.tree.map(
         lambda struct: jnp.zeros(struct.shape, struct.dtype), closed.out_struct
     )
+    if program.keeps_best:
+        best = jnp.full_like(best[0], jnp.inf), *best[1:]
     room = lambda a: jnp.zeros((program.size, *a.shape), a.dtype)
     rows = jax.tree.map(room, (row, path))
 
@@ -163,15 +173,25 @@ def _take_steps(
         return (index < count) & jnp.logical_not(ends)
 
     def take(carry):
-        index, _, moved, rows, _ = carry
-        moved, *row, others, ends = closed(_merged(moves, moved, state), index)
+        index, _, moved, rows, _, best = carry
+        moved, *row, others, new, ends = closed(_merged(moves, moved, state), index)
         put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, index, 0)
-        return index + 1, ends, moved, jax.tree.map(put, rows, tuple(row)), others
+        rows = jax.tree.map(put, rows, tuple(row))
+        if program.keeps_best:
+            best = tree_where_arrays(new[0] < best[0], new, best)
+        return index + 1, ends, moved, rows, others, best
 
     moved = [leaf for moves, leaf in zip(moves, state) if moves]
-    start = first, jnp.zeros((), bool), moved, rows, others
-    _, _, moved, rows, others = jax.lax.while_loop(go_on, take, start)
-    return moved, *rows, others, Static(known[0])
+    start = first, jnp.zeros((), bool), moved, rows, others, best
+    _, _, moved, rows, others, best = jax.lax.while_loop(go_on, take, start)
+    return moved, *rows, others, best, Static(known[0])
+
+
+def _best(best: tuple[Any, ...], kept: Static) -> Best | None:
+    loss, index, arrays = best
+    hyper, params = kept.joined(arrays)
+    loss = float(loss)
+    return Best(hyper, params, loss, int(index)) if loss < float("inf") else None
 
 
 def _merged(moves: tuple[bool, ...], moved: list[Any], state: list[Any]) -> list[Any]:
@@ -226,5 +246,12 @@ def _step(
     marks = [row.put(x) for x in (failed, record.updated, converged, *codes)]
     columns = [(name, row.put(x)) for name, x in record.columns.items()]
     others, shown = Shown.split((record.info, driven.hyper(old)), row)
-    known.append(_Known(taken, tuple(marks), tuple(columns), shown, moves, record.is_rough))
-    return moved, row.bits(), path, others, ends
+    best, kept = (), Static(None)
+    if program.keeps_best:
+        arrays, kept = Static.split((driven.hyper(old), driven.solution(new)))
+        counts = record.updated & jnp.logical_not(undone)
+        loss = record.columns["outer_loss"].astype(float)
+        best = jnp.where(counts, loss, jnp.inf), index, arrays
+    static = tuple(marks), tuple(columns), shown, moves, record.is_rough, kept
+    known.append(_Known(taken, *static))
+    return moved, row.bits(), path, others, best, ends

@@ -12,6 +12,7 @@ import numpy as np
 from .._core._trace_once import call_once
 from .._core._tree import leaf_names, split_trainable
 from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params
+from .._core._validate import floats_as_arrays
 from ._base import AbstractProblem, Evaluation
 from ._model_state import StepStates
 
@@ -33,8 +34,8 @@ def initialise(
     out = problem.init(hyper, key)
     if problem.has_state:
         params, state = unpack(out, "`init`", ("params", "state"))
-        return params, state
-    return out, None
+        return floats_as_arrays(params), state
+    return floats_as_arrays(out), None
 
 
 def start(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
@@ -46,8 +47,9 @@ def start(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:
     """
     if init_fn is None:
         raise ValueError(
-            "This problem was made without `init_fn`, so initial params must be given: "
-            "pass `params=...`, or `init_fn=lambda hyper, key: ...` to the problem."
+            "The inner problem was made without `init_fn`, so initial params must be "
+            "given: pass `params=...`, or make the inner problem with one, such as "
+            "`metaopt.InnerProblem(loss, init_fn=lambda hyper, key: ...)`."
         )
     return init_fn(hyper, key)
 

@@ -87,6 +87,8 @@ class BilevelSolution(eqx.Module):
         steps. The value of `hyper` in a new run is then unknown: measure it with
         [`metaopt.solve_inner`][] before you report a result.
     - `best`: the best step, under [`metaopt.callbacks.KeepBest`][]; else `None`.
+    - `ended_by`: the end of the run: `num_steps`, `atol`, the name of a callback, the end
+        of the data, a failed step or an interrupt.
     """
 
     hyper: Hyper
@@ -100,6 +102,7 @@ class BilevelSolution(eqx.Module):
     num_skipped: int
     warm_started: bool
     best: Best | None = None
+    ended_by: str = eqx.field(default="", static=True)
 
     def __repr__(self) -> str:
         return str(self)
@@ -107,6 +110,8 @@ class BilevelSolution(eqx.Module):
     def __str__(self) -> str:
         history = self.history
         rows = [("outer steps", str(len(history)))]
+        if self.ended_by:
+            rows.append(("ended by", self.ended_by))
         if len(history):
             rows += [
                 ("outer loss, first", number(history.outer_loss[0])),

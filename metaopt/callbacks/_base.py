@@ -1,6 +1,6 @@
 """The interface of callbacks, which are called between the compiled calls of a run."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class AbstractCallback:
@@ -11,18 +11,27 @@ class AbstractCallback:
     `info`, `history`, `result` and `seconds`. A run of `steps_per_call` steps in one
     compiled call is seen after each call.
 
-    `see` ends the run by returning `True` or raising `StopIteration`. Any other error
+    `open` and `see` end the run by returning `True` or raising `StopIteration`; the order
+    of callbacks in the list does not matter to those of metaopt. Any other error
     that a callback raises ends the run as well, and has what was reached as its attribute
     `solution`. `close` is called however the run ends; `evaluate` and `end` only if no
     error ended it.
     """
 
-    def open(self, run: Any) -> None:
+    opens_first: ClassVar[bool] = False
+    """Whether it opens before the others, and sees and closes after them, as a checkpoint
+    has to, which keeps their part of the run as well."""
+
+    def open(self, run: Any) -> bool | None:
         """Called once before the first step. May set `run.state`, to go on from it.
 
         **Arguments:**
 
         - `run`: the [`metaopt.extend.Run`][].
+
+        **Returns:**
+
+        `True` to take no step, where a run that goes on has been ended before.
         """
 
     def see(self, run: Any) -> bool | None:

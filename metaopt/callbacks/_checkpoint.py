@@ -60,6 +60,8 @@ class Checkpoint(AbstractCallback):
     another run, and where all that is there is damaged.
     """
 
+    opens_first = True
+
     def __init__(
         self,
         path: str | os.PathLike,

@@ -1,6 +1,6 @@
 """An early end of a run."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -55,26 +55,30 @@ class StopEarly(AbstractCallback):
     def open(self, run):
         self._lowest, self._since = float("inf"), 0
         if run.num_taken:  # a run that goes on from a checkpoint
-            self._look_at(run.history.outer_loss)
+            columns = run.history.columns
+            self._look_at(columns["outer_loss"])
+            return self._is_done(columns)
 
     def see(self, run):
         self._look_at(run.last["outer_loss"])
+        late = self.seconds is not None and run.seconds >= self.seconds
+        return late or self._is_done(run.last)
+
+    def _is_done(self, columns: Mapping[str, np.ndarray]) -> bool:
         if self.patience is not None and self._since >= self.patience:
             return True
-        if self.atol is not None and self._is_small(run):
-            return True
-        return self.seconds is not None and run.seconds >= self.seconds
+        return self.atol is not None and self._is_small(columns)
 
-    def _is_small(self, run: Any) -> bool:
-        if "tolerance" in run.last:
+    def _is_small(self, columns: Mapping[str, np.ndarray]) -> bool:
+        if "tolerance" in columns:
             raise ValueError(
                 "`StopEarly(atol=...)` would take a zero of a rough hypergradient for one "
                 "of the hypergradient, under the `tolerance` of the solver. Write "
                 "`solve_bilevel(..., atol=...)`, which takes an exact step before it ends."
             )
         # The second of a solver without inner solve.
-        names = [n for n in ("hypergradient_norm", "change") if n in run.last]
-        return all(bool(run.last[name][-1] <= self.atol) for name in names)
+        names = [n for n in ("hypergradient_norm", "change") if n in columns]
+        return all(bool(columns[name][-1] <= self.atol) for name in names)
 
     def _look_at(self, losses: np.ndarray) -> None:
         for loss in losses:

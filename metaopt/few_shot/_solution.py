@@ -46,6 +46,8 @@ class TrainSolution(eqx.Module):
     - `best`: the [`metaopt.extend.Best`][] that [`metaopt.callbacks.KeepBest`][] kept, or
         `None`.
     - `seconds`: how long it took, compilation included.
+    - `ended_by`: the end of the run: `num_steps`, `atol`, the name of a callback, the end
+        of the data, a failed step or an interrupt.
     """
 
     meta: Any
@@ -56,6 +58,7 @@ class TrainSolution(eqx.Module):
     state: TrainState
     best: Best | None
     seconds: float
+    ended_by: str
 
     def __repr__(self) -> str:
         return str(self)
@@ -67,20 +70,25 @@ class TrainSolution(eqx.Module):
         if len(history):
             num_failed, num_flat = int(history.num_failed.sum()), history.num_flat
         rows = [
-            ("meta-steps", f"{int(self.state.num_steps)}, of which {len(losses)} now"),
+            ("meta-steps", _count(int(self.state.num_steps), len(losses))),
+            ("ended by", self.ended_by),
             ("tasks that failed", f"{num_failed}"),
             ("seconds", f"{self.seconds:.1f}"),
         ]
         tenth = max(len(losses) // 10, 1)
         if np.any(np.isfinite(losses)):
-            rows.insert(1, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
-            rows.insert(2, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
+            rows.insert(2, ("query loss, first tenth", f"{_mean(losses[:tenth]):.4g}"))
+            rows.insert(3, ("query loss, last tenth", f"{_mean(losses[-tenth:]):.4g}"))
         if is_positive(num_flat):
             rows.append(("left out", flat_text(num_flat)))
         text = verdict(self.result)
         if num_failed:
             text += f" Tasks that failed are left out. {verdict(self.reason)}"
         return table("Learning over tasks", rows, text)
+
+
+def _count(num_steps: int, num_rows: int) -> str:
+    return f"{num_steps}" + ("" if num_rows == num_steps else f", {num_rows} of them now")
 
 
 def _mean(losses: np.ndarray) -> float:

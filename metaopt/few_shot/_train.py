@@ -250,6 +250,7 @@ def _solution(run: Run) -> TrainSolution:
         state=state,
         best=run.best,
         seconds=run.seconds,
+        ended_by=run.ended_by,
     )
 
 
