@@ -11,6 +11,7 @@ import optimistix as optx
 import pytest
 
 import metaopt as mo
+from metaopt._implicit._accuracy import Accuracy
 
 
 ROWS, SIZE = 30, 6
@@ -479,3 +480,29 @@ def test_bound_needs_a_loss_and_few_outer_variables():
             inner=mo.Descent(optax.sgd(0.5), 1),
             adjoint=mo.ImplicitAdjoint(error=bound),
         )
+
+
+# -- linear solves that stop improving
+
+
+@pytest.mark.parametrize(
+    "residual, error, passes",
+    [(9e-5, mo.accuracy.DualWeighted(), True), (2e-4, mo.accuracy.DualWeighted(), False)]
+    + [(9e-5, None, False)],
+)
+def test_a_stagnated_solve_passes_where_the_error_is_judged(residual, error, passes):
+    # A tenth of `rtol` is all that the judgement of the error needs.
+    accuracy = Accuracy(rtol=1e-3, inner_rtol=None, error=error, is_biased=False)
+
+    def passed(result):
+        vector, zero = jnp.ones(2, jnp.float32), jnp.asarray(0)
+        residuals = jnp.asarray(residual), jnp.asarray(1.0)
+        linear = mo.linear.LinearSolution(
+            vector, result, residuals[0], zero, zero, residuals[1]
+        )
+        return accuracy.passed(linear, vector).result
+
+    stagnated, exhausted = mo.RESULTS.linear_stagnation, mo.RESULTS.linear_max_steps
+    assert (passed(stagnated) == mo.RESULTS.successful) == passes
+    assert passes or passed(stagnated) == stagnated
+    assert passed(exhausted) == exhausted

@@ -328,12 +328,10 @@ def test_floats_are_trained_in_containers_and_kept_in_modules(adjoint):
         return kept**2 + (params.offset - 3.0) ** 2
 
     start = {"weight": 0.0, "offset": (0.5,)}
-    for problem, options in (
-        (mo.InnerProblem(of_dict), {"params": start}),
-        (mo.InnerProblem(of_dict, init_fn=lambda hyper, key: start), {}),
-    ):
+    drawn = mo.InnerProblem(of_dict, init_fn=lambda hyper, key: start)
+    for problem, params in ((mo.InnerProblem(of_dict), start), (drawn, None)):
         found = mo.solve_inner(
-            problem, 1.0, solver=solver, adjoint=adjoint, **options
+            problem, 1.0, params=params, solver=solver, adjoint=adjoint
         ).value
         np.testing.assert_allclose([found["weight"], found["offset"][0]], [1.0, 3.0])
     found = mo.solve_inner(

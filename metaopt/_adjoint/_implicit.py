@@ -179,6 +179,8 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
         system = self._prepared(here.system, inner, outcome, carry.preconditioner)
         here = dataclasses.replace(here, system=system)
         linear = self._linear_solution(here, carry.solution, inner.tolerance)
+        if inner.tolerance is None:
+            linear = self._accuracy.passed(linear, here.system.params)
         through_solution = here.through_solution(linear.value)
         gradient = tree_add(through_solution, here.direct)
         estimate = None

@@ -167,6 +167,8 @@ def _(primals, tangents, *, static_rule, throw):
         linear = checked_solve(accuracy.tightened(solver, vector), operator, vector)
         error = inner_error.relative(linear.value, vector)
         judged = judge_inner(error, accuracy.own_inner_rtol)
+        if reverse:
+            linear = accuracy.passed(linear, vector)
         result = first_failure(inner_result, judged, linear.result)
         if reverse and accuracy.judges_error:
             seen = rule.judge_pullback(condition, widened, read, moving, linear, vector)
