@@ -244,7 +244,7 @@ FAULTS = [
         "diagnostics/_smoothness.py",
         "jnp.sum(weights * jnp.sign(first) * jnp.sign(second))",
         "jnp.mean(jnp.sign(first) * jnp.sign(second))",
-        "test_check.py",
+        "test_check.py::test_params_that_move_far_count_for_more",
     ),
     Fault(
         "smoothness-of-a-direction-of-any-length",
