@@ -50,6 +50,13 @@ FAULTS = [
         LINEAR + "test_minres_sees_more_curvature_than_along_residuals",
     ),
     Fault(
+        "minres-sees-basis-vectors-only",
+        "_linear/_minres.py",
+        "curvature=jnp.minimum(-c.cosine * gamma_bar, alpha)",
+        "curvature=alpha",
+        LINEAR + "test_minres_minimises_the_residual_in_each_step",
+    ),
+    Fault(
         "minres-keeps-the-last-iterate",
         "_linear/_minimal_residual.py",
         "falls_back = stops & ~within & ~better",
