@@ -49,14 +49,14 @@ FAULTS = [
         "_implicit/_inner_error.py",
         "jnp.where(size > 0, self._compared(along, weighed), 0.0)",
         "0.0",
-        "test_implicit_system.py test_faults.py",
+        "test_faults.py::test_slow_direction_is_not_taken_for_solved",
     ),
     Fault(
         "inner-error-of-the-whole-way",
         "_implicit/_inner_error.py",
         "_OF_THE_WAY = 1e-3",
         "_OF_THE_WAY = 1e3",
-        "test_faults.py test_trust.py",
+        "test_faults.py::test_unconverged_inner_problem",
     ),
     Fault(
         "linear-solver-is-not-tightened",
