@@ -497,6 +497,23 @@ def test_losses_that_take_a_key(optimistix):
     mo.check_hypergradient(**arguments, key=jax.random.key(1))
 
 
+def test_the_inner_residual_is_that_of_the_last_batch_and_key():
+    # Steps of the whole way: each ends where its own gradient is zero, and no other's.
+    def inner_loss(params, hyper, batch, key):
+        noise = jax.random.normal(key, params.shape)
+        return 0.5 * jnp.sum((params - hyper * batch - noise) ** 2)
+
+    _, report = mo.hypergradient(
+        mo.BilevelProblem(inner_loss, lambda params, hyper, batch: jnp.sum(params**2)),
+        1.0,
+        mo.BatchSequence(jnp.arange(3.0)),
+        params=jnp.zeros(2),
+        inner=mo.Descent(optax.sgd(1.0), num_steps=3),
+        adjoint=mo.UnrolledAdjoint(),
+    )
+    assert report.inner.residual is not None and report.inner.residual < 1e-14
+
+
 @pytest.mark.parametrize("optimistix", [False, True])
 def test_auxiliary_output(optimistix):
     def inner_loss(params, hyper, batch):
@@ -630,6 +647,30 @@ def test_batches_made_beforehand():
         np.testing.assert_allclose(report.outer.loss, value(-1.0), rtol=1e-12)
         difference = (value(-1.0 + 1e-5) - value(-1.0 - 1e-5)) / 2e-5
         np.testing.assert_allclose(gradient, difference, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "adjoint, num_steps",
+    [(mo.UnrolledAdjoint(), 4), (mo.TruncatedAdjoint(2), 2), (mo.OneStepAdjoint(), 1)],
+    ids=["unrolled", "truncated", "one step"],
+)
+def test_the_steps_that_are_differentiated_see_their_own_batches(adjoint, num_steps):
+    # Each step halves the way to `hyper` times its batch.
+    batches = np.array([1.0, -2.0, 4.0, 8.0])
+    shares = batches * 0.5 ** np.arange(4, 0, -1)
+    gradient, report = mo.hypergradient(
+        mo.BilevelProblem(
+            lambda params, hyper, batch: 0.5 * (params - hyper * batch) ** 2,
+            lambda params, hyper, batch: params,
+        ),
+        3.0,
+        mo.BatchSequence(batches),
+        params=jnp.array(0.0),
+        inner=mo.Descent(optax.sgd(0.5), num_steps=4),
+        adjoint=adjoint,
+    )
+    np.testing.assert_allclose(report.outer.loss, 3 * np.sum(shares), rtol=1e-12)
+    np.testing.assert_allclose(gradient, np.sum(shares[-num_steps:]), rtol=1e-12)
 
 
 def test_minibatches():

@@ -73,6 +73,19 @@ def test_steps_see_different_batches():
     assert len(np.unique(losses)) == 8
 
 
+def test_outer_steps_have_keys_of_their_own():
+    # Where neither `hyper` nor the data move, a loss differs by what it draws.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+        lambda params, hyper, batch, key: jnp.sum(params * jax.random.normal(key, (2,))),
+    )
+    frozen = mo.NestedSolver(
+        mo.Descent(optax.sgd(0.2), 1), mo.UnrolledAdjoint(), optax.sgd(0.0)
+    )
+    losses = solve(4, problem, frozen, steps_per_call=2).history.outer_loss
+    assert len(np.unique(losses)) == 4
+
+
 def test_iterators_feed_every_step_of_a_call():
     batches = lambda: ((ROWS[i : i + 5],) * 2 for i in itertools.cycle(range(30)))
     split = lambda: zip(*itertools.islice(batches(), 9))

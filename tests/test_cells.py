@@ -96,6 +96,14 @@ def test_a_norm_is_bounded_in_any_precision(dtype):
     assert np.all(np.isnan(nan))
 
 
+def test_a_norm_is_at_most_two_per_cent_too_large():
+    # Furthest from it where all singular values are the same.
+    bounded = mo.nn.bound_spectral_norm(3 * jnp.eye(40), 1.0)
+    found = np.diag(bounded)
+    np.testing.assert_array_equal(bounded, np.diag(found))
+    assert np.all((0.98 < found) & (found <= 1))
+
+
 def test_norms_are_bounded_in_a_pytree():
     layer = eqx.nn.MLP(3, 4, 16, 2, key=jax.random.key(0))
     bounded = mo.nn.bound_spectral_norm(blown_up(layer), 0.7)
@@ -116,6 +124,17 @@ def test_a_monotone_cell_has_the_fixed_point_of_relu():
         assert 0 < int(jnp.sum(z > 0)) < SIZE
     # The norm of this matrix is no obstacle.
     assert float(jnp.linalg.norm(cell.matrix, 2)) > 3
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 30.0])
+def test_a_monotone_cell_is_monotone_whatever_its_weights(factor):
+    cell = mo.nn.MonotoneCell(INPUTS, SIZE, margin=0.5, key=jax.random.key(0))
+    cell = blown_up(cell, factor)
+    outside = jnp.eye(SIZE) - cell.matrix
+    values = jnp.linalg.eigvalsh((outside + outside.T) / 2)
+    assert values[0] >= 0.5 - 1e-12 * values[-1]
+    turned = (cell.matrix - cell.matrix.T) / 2
+    np.testing.assert_allclose(turned, cell.skew - cell.skew.T, atol=1e-12 * factor**2)
 
 
 def test_derivatives_of_a_monotone_cell():

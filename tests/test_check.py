@@ -127,6 +127,25 @@ def test_smooth_training_scores_one():
         score(solver=solver, step=0.0)
 
 
+def test_params_that_move_far_count_for_more():
+    # One step of the whole way to a target: the first of the params moves by 4 and by 4,
+    # and the second by 1 and back.
+    def loss(params, hyper, data):
+        target = jnp.stack([4 * hyper, 1 - (1 - hyper) ** 2])
+        return 0.5 * jnp.sum((params - target) ** 2)
+
+    check = mo.diagnostics.check_smoothness(
+        mo.InnerProblem(loss),
+        0.0,
+        params=jnp.zeros(2),
+        solver=mo.Descent(optax.sgd(1.0), num_steps=1),
+        direction=1.0,
+        step=1.0,
+    )
+    np.testing.assert_allclose(check.score, (4 - 1) / 5, rtol=1e-12)
+    np.testing.assert_allclose(check.movements, 17**0.5, rtol=1e-12)
+
+
 def test_chaotic_training_scores_about_zero():
     problem = mo.FixedPointProblem(lambda z, hyper, data: hyper * z * (1 - z))
     starts = jnp.linspace(0.1, 0.9, 400)

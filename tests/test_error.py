@@ -222,6 +222,38 @@ def test_bound_is_never_below_the_error(family, num_steps, linear_steps):
     assert np.median(bound / true) < 2e4 and np.median(true) > 1e-12
 
 
+def test_bound_covers_the_steps_that_its_corrections_stop_short_of():
+    # The derivatives of the optimality are constant, so that the corrected params are wrong
+    # in nothing but the right-hand side of the linear system.
+    values = jnp.geomspace(1e-2, 1.0, 6)
+    bound = mo.accuracy.StrongConvexity(
+        1e-2, hessian_lipschitz=0.0, cross_lipschitz=0.0, outer_lipschitz=1.0
+    )
+    adjoint = mo.ImplicitAdjoint(mo.CG(rtol=1e-10), inner_rtol=jnp.inf, error=bound)
+
+    def one(key):
+        *basis, hyper, wish = jax.random.normal(key, (8, 6))
+        basis = jnp.linalg.qr(jnp.stack(basis))[0]
+        matrix = (basis * values) @ basis.T
+        gradient, report = mo.hypergradient(
+            mo.BilevelProblem(
+                lambda p, h, batch: 0.5 * p @ matrix @ p - p @ h,
+                lambda p, h, batch: 0.5 * jnp.sum((p - wish) ** 2),
+            ),
+            hyper,
+            params=jnp.zeros(6),
+            inner=mo.Descent(optax.sgd(0.5), 5),
+            adjoint=adjoint,
+            throw=False,
+        )
+        inverse = (basis / values) @ basis.T
+        exact = inverse @ (inverse @ hyper - wish)
+        return jnp.linalg.norm(gradient - exact), report.derivative.error
+
+    true, bound = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 40))
+    assert np.all(bound >= true) and np.median(bound / true) < 3
+
+
 def test_wrong_curvature_is_contradicted():
     hyper, start, train, valid = draw("ridge", jax.random.key(1))
     bound = mo.accuracy.StrongConvexity(

@@ -351,6 +351,15 @@ def test_last_state_after_an_early_stop():
         assert jnp.all(jnp.isfinite(losses))
 
 
+def test_the_tolerance_of_descent_is_that_of_the_gradient_and_not_of_the_step():
+    # A gradient of 2 (params - 1), each step leaving 0.8 of it; steps are a tenth of it.
+    _, report = call(
+        inner=mo.Descent(optax.sgd(0.1), 50, atol=0.5), adjoint=mo.UnrolledAdjoint()
+    )
+    sizes = 2 * np.sqrt(3) * 0.8 ** np.arange(50)
+    assert report.inner.num_steps == 1 + np.argmax(sizes <= 0.5)
+
+
 def test_unmet_tolerance_of_the_inner_solver():
     for adjoint in (mo.ImplicitAdjoint(), mo.UnrolledAdjoint()):
         with pytest.raises(mo.SolveError, match="reached its step limit before its toler"):

@@ -3,8 +3,10 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 import metaopt as mo
 from cells import normal
@@ -148,6 +150,21 @@ def test_broyden_by_its_definition():
     np.testing.assert_allclose(found.transposed().apply(some), some @ inverse, rtol=1e-7)
 
 
+def test_broyden_goes_back_by_half_of_a_step_that_is_too_long():
+    # From 1 the plain iteration goes to -4, where the residual is four times as large. Half
+    # of that step says all about a linear map in one dimension.
+    problem = mo.FixedPointProblem(lambda z, hyper, _: hyper * z)
+    inner = mo.extend.InnerSolve(
+        problem, mo.Broyden(3, rtol=1e-30), mo.FullBatch(None), jax.random.key(0)
+    )
+    loop, hyper = inner.loop(jnp.ones(1)), jnp.asarray(-4.0)
+    state, found = loop.start(jnp.ones(1), hyper, None), []
+    for step in range(3):
+        state, _ = loop.run_primal(hyper, state, step, step + 1)
+        found.append(float(state.params[0]))
+    np.testing.assert_allclose(found, [-4.0, -1.5, 0.0], atol=1e-14)
+
+
 def test_a_small_memory_starts_anew():
     weight = CONTRACTING["symmetric .95"]
     few, many = (
@@ -185,6 +202,18 @@ def test_examples_of_a_batch_converge_each_for_itself(kind):
     # The plain iteration goes on, the others hold an example that has converged.
     rtol = 1e-6 if kind is mo.Picard else 1e-9
     np.testing.assert_allclose(together.value, expected, rtol=rtol, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [mo.Anderson, mo.Broyden])
+def test_an_example_that_has_converged_is_held(kind):
+    # The tolerance is loose, so that a step more would be seen.
+    weight, x = jnp.array([[0.5, 0.4], [-0.4, 0.5]]), jnp.array([[0.01, 0.0], [2.0, 1.0]])
+    together = solve(weight, kind(50, rtol=1e-2, per_example=True), x)
+    alone = [solve(weight, kind(50, rtol=1e-2), row[None]) for row in x]
+    counts = [int(one.stats["num_steps"]) for one in alone]
+    assert int(together.stats["num_steps"]) == max(counts) > min(counts)
+    expected = jnp.concatenate([one.value for one in alone])
+    np.testing.assert_allclose(together.value, expected, rtol=1e-12)
 
 
 @pytest.mark.one_of(2)
@@ -303,8 +332,6 @@ def test_a_shared_inverse_for_each_example_of_a_batch():
 @pytest.mark.parametrize("kind", [mo.Picard, mo.Anderson, mo.Broyden])
 @pytest.mark.parametrize("structure", ["vector", "pytree"])
 def test_linear_systems_as_fixed_points(kind, structure):
-    import lineax as lx
-
     matrix = jnp.eye(WIDTH) - random(0.6)
     b = normal((WIDTH,), 4)
     split = lambda x: {"a": x[:10], "b": x[10:].reshape(5, 6)}
@@ -336,8 +363,6 @@ def test_linear_systems_as_fixed_points(kind, structure):
 
 
 def test_linear_systems_that_are_not_solved():
-    import lineax as lx
-
     b = normal((WIDTH,), 4)
     operator = lambda matrix: lx.MatrixLinearOperator(matrix)
     expanding = mo.linear.LinearFixedPoint(mo.Picard(5000, rtol=1e-6)).solve(
@@ -420,6 +445,39 @@ def test_a_shared_inverse_is_never_worse_than_one_step():
         assert report.derivative.linear_residual is not None and report.left_out
         residuals.append(float(report.derivative.linear_residual))
     assert residuals[0] <= residuals[1]
+
+
+class Multiple(mo.extend.AbstractInverse):
+    """A number for each fixed point that a matrix of them holds, instead of the inverse."""
+
+    factors: Array
+
+    def apply(self, vector):
+        return self.factors[:, None] * vector
+
+    def transposed(self):
+        return self
+
+    def norm(self, vector):
+        return jnp.linalg.norm(vector, axis=1)
+
+    def choose(self, condition, x, y):
+        return jnp.where(condition[:, None], x, y)
+
+
+def test_the_better_of_a_shared_inverse_and_one_step_is_taken_for_each_example():
+    # I - J is 1.5 I: of b, 1 leaves a half, 0.8 leaves a fifth, and 3 leaves 3.5.
+    struct = jax.ShapeDtypeStruct((2, 4), float)
+    operator = lx.FunctionLinearOperator(lambda x: 1.5 * x, struct)
+    b = normal((2, 4), 5)
+    solver = mo.linear.SHINE(inverse=Multiple(jnp.array([0.8, 3.0])))
+    found = solver.solve(operator, b)
+    assert found.result == mo.RESULTS.successful
+    expected = jnp.array([[0.8], [1.0]]) * b
+    np.testing.assert_allclose(found.value, expected, rtol=1e-12)
+    left = jnp.array([[0.2], [0.5]]) * b
+    expected = jnp.linalg.norm(left) / jnp.linalg.norm(b)
+    np.testing.assert_allclose(found.residual, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

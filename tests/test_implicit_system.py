@@ -129,6 +129,35 @@ def test_root_solutions_by_the_unsymmetric_jacobian(dtype, transposed):
     assert np.linalg.norm(flat(left)) <= RTOL[dtype] * np.linalg.norm(flat(b))
 
 
+class Inverse(mo.extend.AbstractInverse):
+    """The exact inverse, as a matrix."""
+
+    matrix: jax.Array
+
+    def apply(self, vector):
+        return {"z": self.matrix @ vector["z"]}
+
+    def transposed(self):
+        return Inverse(self.matrix.T)
+
+    def norm(self, vector):
+        return jnp.linalg.norm(vector["z"])
+
+    def choose(self, condition, x, y):
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_shared_inverse_is_transposed_with_the_system(transposed):
+    system, dense, _ = at_root(jnp.float64)
+    shared = mo.linear.SHINE(inverse=Inverse(jnp.asarray(np.linalg.inv(dense))))
+    b = like(system.params, 10)
+    solution = system.prepare(shared).solve(b, transposed=transposed)
+    matrix = dense.T if transposed else dense
+    assert_near(flat(solution.value), np.linalg.solve(matrix, flat(b)), jnp.float64)
+    assert solution.residual < 1e-12
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_many_right_hand_sides(transposed, batch_size):

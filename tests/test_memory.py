@@ -221,7 +221,9 @@ def deep_problem():
     return mo.BilevelProblem(loss, loss)
 
 
-def temporary_bytes(adjoint, batch_size=128) -> tuple[int, str]:
+def temporary_bytes(
+    adjoint, batch_size=128, transform: Any = optax.sgd(0.1)
+) -> tuple[int, str]:
     def gradient(hyper, params, train, valid):
         return mo.hypergradient(
             deep_problem(),
@@ -229,7 +231,7 @@ def temporary_bytes(adjoint, batch_size=128) -> tuple[int, str]:
             train,
             valid,
             params=params,
-            inner=mo.Descent(optax.sgd(0.1), NUM_STEPS),
+            inner=mo.Descent(transform, NUM_STEPS),
             adjoint=adjoint,
             throw=False,
         )
@@ -258,6 +260,16 @@ def test_each_plan_keeps_what_it_says():
     assert size["blocks"] < 25 * params + one_step
     assert size["blocks of blocks"] < 14 * params + one_step
     assert size["online"] < 20 * params + one_step
+
+
+def test_steps_made_again_keep_no_updates():
+    # Few rows, so that params and updates take most of the memory; and the derivative in
+    # the rate is made from the updates.
+    kept, again = (
+        temporary_bytes(mo.UnrolledAdjoint(plan), 4, lambda hyper: optax.sgd(hyper))[0]
+        for plan in (mo.memory.StoreUpdates(), mo.memory.RecomputeSteps())
+    )
+    assert again < 0.7 * kept
 
 
 @pytest.mark.one_of(3)

@@ -240,6 +240,30 @@ def test_slope_that_says_something_is_kept():
     assert branch(optax.sgd(0.1))[1].derivative.num_flat is None
 
 
+def test_slope_of_a_gradient_that_has_not_always_been_zero_is_kept():
+    # The second entry is zero in the second step, after a small one. Its slope is steep,
+    # and right as far as that reaches.
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: params @ batch + hyper * params[1],
+        lambda params, hyper, batch: params[1],
+    )
+
+    def run(hyper):
+        return mo.hypergradient(
+            problem,
+            hyper,
+            mo.BatchSequence(np.array([[1.0, 3e-3], [1.0, 0.0]])),
+            params=jnp.zeros(2),
+            inner=mo.Descent(optax.adam(0.1), num_steps=2),
+            adjoint=mo.UnrolledAdjoint(),
+        )
+
+    gradient, report = run(0.0)
+    ends = [run(hyper)[1].outer.loss for hyper in (1e-7, -1e-7)]
+    np.testing.assert_allclose(gradient, (ends[0] - ends[1]) / 2e-7, rtol=1e-6)
+    assert report.derivative.num_flat == 0
+
+
 def test_gradient_that_is_zero_but_for_rounding():
     def loss(params, hyper, batch):
         # A bias before a normalisation, and a scale that needs the network.

@@ -419,6 +419,18 @@ def test_nan_is_not_kept(make):
     assert taken == 0
 
 
+@pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
+def test_an_approximation_serves_as_many_solves_as_asked_for(make):
+    linear_solver = mo.CG(preconditioner=make(4, refresh_every=3))
+    operator = operator_of(definite(np.linspace(1, 100, SIZE)))
+    prepared = jax.jit(lambda state: prepare(linear_solver, operator, state)[1:])
+    state, counts = None, []
+    for _ in range(5):
+        state, taken = prepared(state)
+        counts.append(int(taken))
+    assert counts == [4, 0, 0, 4, 0]
+
+
 def test_damping_is_part_of_what_is_approximated():
     matrix = definite(np.full(SIZE, 1.0))
     vector = jax.tree.map(lambda s: jnp.arange(1.0, 1 + s.size).reshape(s.shape), STRUCTURE)

@@ -614,7 +614,7 @@ class Normalised(mo.extend.AbstractInnerProblem):
     has_state = True
 
     def init(self, hyper, key):
-        return jnp.ones(2), jnp.array([0.5, 2.0])
+        return jnp.ones(2), jnp.array([0.5, 2.0]) + hyper**2
 
     def loss(self, params, hyper, batch, *, state):
         value = jnp.sum((params * state - hyper) ** 2)

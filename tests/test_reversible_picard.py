@@ -333,7 +333,7 @@ class Normalised(mo.extend.AbstractFixedPointProblem):
     has_state = True
 
     def init(self, hyper, key):
-        return jnp.ones(2), jnp.array([0.5, 2.0])
+        return jnp.ones(2), jnp.array([0.5, 2.0]) + hyper**2
 
     def step(self, params, hyper, batch, *, state):
         return jnp.tanh(0.5 * params * state + hyper), 0.9 * state + 0.1 * params

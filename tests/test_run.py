@@ -259,6 +259,22 @@ def test_reproducible_by_key():
     assert not jnp.array_equal(run(1), run(2))
 
 
+@pytest.mark.parametrize("start, steps", [(mo.ColdStart(), 2), (mo.WarmStart(), 3 * 2)])
+def test_model_state_is_carried_over_with_the_params(start, steps):
+    # Model state that counts inner steps, of which each outer step takes two.
+    problem = mo.BilevelProblem(
+        mo.InnerProblem(
+            lambda params, hyper, batch, state: (jnp.sum((params - hyper) ** 2), state + 1),
+            has_state=True,
+        ),
+        lambda params, hyper, batch, state: jnp.sum(params) * state,
+    )
+    inner = mo.Descent(optax.sgd(0.2), 2, state_policy=mo.nn.CarriedState())
+    solver = mo.NestedSolver(inner, mo.UnrolledAdjoint(), optax.sgd(0.0), start)
+    solution = solve(problem, solver=solver, num_steps=3, model_state=jnp.array(0.0))
+    assert solution.state.model_state == steps
+
+
 @pytest.mark.parametrize("start", [mo.ColdStart(), mo.WarmStart()])
 def test_warm_start_goes_on_from_the_last_solution(start):
     # Five steps are not enough from scratch; warm starts get there together.

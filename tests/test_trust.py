@@ -75,6 +75,40 @@ def test_bounds_from_data_hold_and_are_close(trust, name):
     assert products <= 2.2
 
 
+def one_row(name):
+    """The losses of a linear model of one row, the constants by the formulas, and the part
+    of the rate at which the Hessian changes that is reached. Logits are zero at zero."""
+    row, valid_row = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+    logistic = lambda z: jax.nn.softplus(z) - 0.3 * z
+    fit, make, share = {
+        "ridge": (lambda z: 0.5 * (z - 0.3) ** 2, mo.accuracy.ridge_bound, 1.0),
+        "logistic": (logistic, mo.accuracy.logistic_bound, 0.99),
+        # Two classes reach 0.27 of |v|^2; the constant, 0.71, is right for any number.
+        "softmax": (jax.nn.logsumexp, mo.accuracy.softmax_bound, 0.38),
+    }[name]
+    bound = make(row[None], valid_row[None], 0.1)
+    shape = (2, 2) if name == "softmax" else (2,)
+    inner = lambda p: fit(row @ p.reshape(shape))
+    outer = lambda p: fit(valid_row @ p.reshape(shape))
+    return inner, outer, np.prod(shape), bound, share
+
+
+@pytest.mark.parametrize("name", ["ridge", "logistic", "softmax"])
+def test_constants_from_one_row_are_hardly_larger_than_they_must_be(name):
+    inner, outer, size, bound, share = one_row(name)
+    slope = jnp.linalg.eigvalsh(jax.hessian(outer)(jnp.zeros(size)))[-1]
+    np.testing.assert_allclose(bound.outer_lipschitz, slope, rtol=1e-10)
+    # Along the direction in which the logits change most.
+    along = jnp.linalg.eigh(jax.hessian(inner)(jnp.zeros(size)))[1][:, -1]
+
+    def change(distance):
+        at = lambda t: jax.hessian(inner)(t * along)
+        return jnp.linalg.norm(jax.jvp(at, (distance,), (1.0,))[1], 2)
+
+    rate = jnp.max(jax.vmap(change)(jnp.linspace(-2, 2, 400)))
+    assert share * bound.hessian_lipschitz <= rate <= bound.hessian_lipschitz * (1 + 1e-10)
+
+
 @pytest.mark.parametrize(
     "call, text",
     [
@@ -241,6 +275,33 @@ def test_an_inaccurate_linear_system_is_named():
     exact = jnp.array([1.0, 1e-6])
     wrong = jnp.linalg.norm(gradient - exact)
     assert report.result != mo.RESULTS.successful or wrong <= 1e-8
+
+
+@pytest.mark.parametrize(
+    "linear_solver, aside, blamed",
+    [
+        # What the tolerance leaves is all that there is of the flat direction.
+        (mo.CG(atol=0.2), 0.0, "linear_inaccurate"),
+        (mo.CG(), 0.5, "inner_not_converged"),
+        (mo.CG(), 0.0, "successful"),
+    ],
+)
+def test_an_error_is_blamed_on_the_system_that_was_solved_badly(
+    linear_solver, aside, blamed
+):
+    curvatures, hyper = jnp.array([1.0, 1e-2]), jnp.ones(2)
+    _, report = mo.hypergradient(
+        mo.BilevelProblem(
+            lambda p, h, b: 0.5 * jnp.sum(curvatures * (p - h) ** 2),
+            lambda p, h, b: p[0] + 0.1 * p[1] + 0.01 * p[1] ** 2,
+        ),
+        hyper,
+        params=hyper + jnp.array([0.0, aside]),
+        inner=mo.Descent(optax.sgd(1e-9), 1),
+        adjoint=mo.ImplicitAdjoint(linear_solver),
+        throw=False,
+    )
+    assert report.result == getattr(mo.RESULTS, blamed)
 
 
 SADDLE = jnp.array([2.0, 1.0, -1.0])

@@ -60,11 +60,11 @@ FAULTS = [
     ),
     # Driver, callbacks and nested solves
     Fault(
-        "same-batches-in-every-outer-step",
+        "same-key-in-every-outer-step",
         "_bilevel/_nested.py",
         "key = jax.random.fold_in(state.key, state.num_steps)",
         "key = state.key",
-        CALLBACKS + "test_steps_see_different_batches",
+        CALLBACKS + "test_outer_steps_have_keys_of_their_own",
     ),
     Fault(
         "linear-system-starts-cold",
@@ -85,7 +85,7 @@ FAULTS = [
         "_bilevel/_start.py",
         "return last, now",
         "return last, first",
-        "test_run.py test_windows.py test_agreement.py::test_model_state",
+        "test_run.py::test_model_state_is_carried_over_with_the_params",
     ),
     Fault(
         "windows-never-begin",
