@@ -299,7 +299,10 @@ def test_a_function_made_anew_is_named_once(caplog):
     solve_anew(0.1)
     (record,) = caplog.records
     assert record.name == "metaopt" and record.levelname == "WARNING"
-    assert "compiled again" in record.message and "test_compiled_once.py" in record.message
+    assert (
+        "compiles the same program again" in record.message
+        and "test_compiled_once.py" in record.message
+    )
     assert "<lambda>" in record.message and "kept_loss" not in record.message
     solve_anew(0.1)
     assert len(caplog.records) == 1

@@ -51,9 +51,9 @@ class Programs:
         if self._alike[alike] >= _COUNT and new:
             _told.update(new)
             _LOGGER.warning(
-                "The program is compiled again, for %s: made anew, and a function of yours "
-                "is equal to itself alone, since it may read what has changed. Where "
-                "nothing has, make it once, outside of the loop. (Said once for each.)",
+                "metaopt compiles the same program again, because %s is a new function "
+                "object at every call. Define it once, outside of the loop. (Logged once "
+                "for each function.)",
                 " and ".join(sorted(new)),
             )
 

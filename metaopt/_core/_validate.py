@@ -222,6 +222,9 @@ def _check_lists(tree: Any, name: str) -> None:
             )
 
 
+_MAX_SHOWN = 200  # characters of an object in a message
+
+
 def check_kind(value: Any, kind: type, name: str, example: str) -> None:
     """Raise a `ValueError` unless `value` is an object of this kind."""
     if isinstance(value, type) and issubclass(value, kind):
@@ -230,7 +233,10 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
             f"`{value.__name__}(...)`."
         )
     if not isinstance(value, kind):
-        raise ValueError(f"`{name}` must be something like `{example}`; got {value!r}.")
+        given = repr(value)
+        if len(given) > _MAX_SHOWN:
+            given = f"a `{type(value).__name__}`"
+        raise ValueError(f"`{name}` must be something like `{example}`; got {given}.")
 
 
 def check_not_compiled(hyper: Any, params: Any) -> None:
@@ -266,15 +272,15 @@ def check_key(key: Any) -> None:
         raise ValueError(f"`key` must come from `jax.random.key(0)`; got {key!r}.")
 
 
-def canonical_params(params: Any) -> Params:
+def canonical_params(params: Any, name: str = "params") -> Params:
     """`params` with NumPy arrays moved to JAX, checked for something to train.
 
     **Raises:**
 
     `ValueError` naming the array.
     """
-    params = canonical_arrays(floats_as_arrays(params), "params", only_arrays=False)
-    check_params(params)
+    params = canonical_arrays(floats_as_arrays(params), name, only_arrays=False)
+    check_params(params, name)
     return params
 
 
@@ -290,13 +296,13 @@ def floats_as_arrays(tree: Any) -> Any:
     return tree
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any, name: str = "params") -> None:
     """Raise a `ValueError` unless `params` holds something to train."""
-    names = leaf_names(params, "params")
+    names = leaf_names(params, name)
     leaves = jax.tree.leaves(params)
     if not any(eqx.is_inexact_array(leaf) for leaf in leaves):
         raise ValueError(
-            "`params` holds no floating-point array, so there is nothing to train."
+            f"`{name}` holds no floating-point array, so there is nothing to train."
         )
     _check_not_empty(*_inexact(leaves, names))
     for name, leaf in zip(names, leaves):

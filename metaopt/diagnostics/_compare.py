@@ -168,6 +168,12 @@ def compare_hypergradients(
     cannot serve the problem.
     """
     check_count(repeats, "repeats")
+    if not isinstance(adjoints, Mapping):
+        raise ValueError(
+            "`adjoints` must be a dictionary of adjoints by the names to show, such as "
+            "`{'implicit': metaopt.ImplicitAdjoint()}`; got "
+            f"{type(adjoints).__name__}."
+        )
     if not adjoints:
         raise ValueError("`adjoints` is empty: there is nothing to compare.")
     if reference is None:

@@ -296,8 +296,8 @@ def canonical_meta(meta: Any) -> Any:
     """The learned variables, moved to JAX and checked for something to train."""
     if isinstance(meta, Learned):
         settings = canonical_hyper(meta.settings, "settings")
-        return Learned(canonical_params(meta.model), settings)
-    return canonical_params(meta)
+        return Learned(canonical_params(meta.model, "meta.model"), settings)
+    return canonical_params(meta, "meta")
 
 
 def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None:
