@@ -73,8 +73,8 @@ def solve_inner(
     - `solver`: how the problem is solved.
     - `adjoint`: how the derivative passes through the solve.
     - `params`: where to start, any pytree with a floating-point array in it; by default
-        the problem's own `init`. A Python float is trained in a dictionary, list or
-        tuple; inside of a module it is a setting.
+        the problem's own `init`. A Python float inside of a model is a setting, and is
+        not trained.
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: where the model state starts; with `params` only.
     - `solver_state`: the `solver_state` of an earlier [`metaopt.Solution`][], to go on

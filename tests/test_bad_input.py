@@ -450,7 +450,8 @@ def test_float_is_params_and_a_setting_inside_of_a_model():
     np.testing.assert_allclose(solve(lambda p, h, b: (p - h) ** 2, 0.0), 1.0, rtol=1e-6)
     # Once the temperature was trained along with the rest.
     model = {"a": jnp.array(0.0), "temperature": 2.0}
-    value = solve(lambda p, h, b: (p["a"] / p["temperature"] - h) ** 2, model)
+    with pytest.warns(UserWarning, match=r"`params\['temperature'\]` = 2.0 is not trained"):
+        value = solve(lambda p, h, b: (p["a"] / p["temperature"] - h) ** 2, model)
     assert value["temperature"] == 2.0
     np.testing.assert_allclose(value["a"], 2.0, rtol=1e-2)
 

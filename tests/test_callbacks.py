@@ -329,11 +329,9 @@ def test_logs_every_step_of_every_call():
 
 
 def test_progress_says_that_it_compiles(capsys):
-    outer_loss = lambda params, hyper, batch: jnp.sum((params - 2.5) ** 2)
-    problem = mo.BilevelProblem(PROBLEM.inner, outer_loss)  # that nobody has compiled
-    solve(4, problem, callbacks=[mo.callbacks.Progress()])
+    solve(4, callbacks=[mo.callbacks.Progress()])
     shown = capsys.readouterr().err
-    assert "compiling" in shown and "with compilation, took" in shown and "4/4" in shown
+    assert "compiling" in shown and "with any compilation" in shown and "4/4" in shown
 
 
 def test_callbacks_are_opened_and_closed_once():

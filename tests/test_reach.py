@@ -317,29 +317,37 @@ EVERY = [
 
 
 @pytest.mark.parametrize("adjoint", EVERY, ids=lambda adjoint: type(adjoint).__name__)
-def test_floats_are_trained_in_containers_and_kept_in_modules(adjoint):
+def test_floats_in_the_params_are_settings(adjoint):
     solver = mo.Descent(optax.sgd(0.25), 60)
 
-    def of_dict(params, hyper, batch):
-        return (params["weight"] - hyper) ** 2 + (params["offset"][0] - 3.0) ** 2
-
-    def of_module(params, hyper, batch):
+    def loss(params, hyper, batch):
         kept = params.dropout(params.weight) - hyper
         return kept**2 + (params.offset - 3.0) ** 2
 
-    start = {"weight": 0.0, "offset": (0.5,)}
-    drawn = mo.InnerProblem(of_dict, init_fn=lambda hyper, key: start)
-    for problem, params in ((mo.InnerProblem(of_dict), start), (drawn, None)):
+    start = Line(jnp.zeros(()))
+    drawn = mo.InnerProblem(loss, init_fn=lambda hyper, key: start)
+    for problem, params in ((mo.InnerProblem(loss), start), (drawn, None)):
         found = mo.solve_inner(
             problem, 1.0, params=params, solver=solver, adjoint=adjoint
         ).value
-        np.testing.assert_allclose([found["weight"], found["offset"][0]], [1.0, 3.0])
-    found = mo.solve_inner(
-        mo.InnerProblem(of_module),
-        1.0,
-        params=Line(jnp.zeros(())),
-        solver=solver,
-        adjoint=adjoint,
-    ).value
-    np.testing.assert_allclose(found.weight, 1.0)
-    assert type(found.offset) is float and found.offset == 0.5
+        np.testing.assert_allclose(found.weight, 1.0)
+        assert type(found.offset) is float and found.offset == 0.5
+
+
+def test_floats_that_may_have_been_meant_as_params_are_named():
+    def loss(params, hyper, batch):
+        return (params["weights"][0] - hyper) ** 2 + (params["weights"][1] - 3.0) ** 2
+
+    start = {"weights": (jnp.zeros(()), 0.5)}
+    drawn = mo.InnerProblem(loss, init_fn=lambda hyper, key: start)
+    options: Any = {
+        "solver": mo.Descent(optax.sgd(0.25), 60),
+        "adjoint": mo.ImplicitAdjoint(inner_rtol=jnp.inf),
+    }
+    for problem, params, root in (
+        (mo.InnerProblem(loss), start, "params"),
+        (drawn, None, r"init\(...\)"),
+    ):
+        with pytest.warns(UserWarning, match=rf"`{root}\['weights'\]\[1\]` = 0.5 is not"):
+            found = mo.solve_inner(problem, 1.0, params=params, **options).value
+        assert found["weights"][1] == 0.5

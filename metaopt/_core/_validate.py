@@ -279,21 +279,38 @@ def canonical_params(params: Any, name: str = "params") -> Params:
 
     `ValueError` naming the array.
     """
-    params = canonical_arrays(floats_as_arrays(params), name, only_arrays=False)
+    params = float_as_array(params, name)
+    params = canonical_arrays(params, name, only_arrays=False)
     check_params(params, name)
     return params
 
 
-def floats_as_arrays(tree: Any) -> Any:
-    """`tree` with the Python floats in dictionaries, lists and tuples made arrays.
+def float_as_array(params: Any, name: str) -> Any:
+    """`params` as an array if it is a Python float.
 
-    Inside of a module a Python float is a setting, as everywhere in Equinox.
+    Inside of a model a Python float is a setting, as everywhere in Equinox. Warns where it
+    stands in a dictionary, list or tuple of arrays, and may have been meant as one.
     """
-    if isinstance(tree, float):
-        return jnp.asarray(tree)
-    if isinstance(tree, dict | list | tuple):
-        return jax.tree.map(floats_as_arrays, tree, is_leaf=lambda part: part is not tree)
-    return tree
+    if isinstance(params, float):
+        return jnp.asarray(params)
+    held = _floats_beside_arrays(params, name)
+    if held:
+        warn(
+            f"{', '.join(held)} is not trained: a Python float among the params is a "
+            "setting. Write `jnp.asarray(...)` to train it; a field of a module to hold it "
+            "without this warning."
+        )
+    return params
+
+
+def _floats_beside_arrays(tree: Any, name: str) -> list[str]:
+    if type(tree) is float:
+        return [f"`{name}` = {tree!r}"]
+    if not isinstance(tree, dict | list | tuple):
+        return []
+    parts = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+    keys = jax.tree_util.keystr
+    return [out for path, x in parts for out in _floats_beside_arrays(x, name + keys(path))]
 
 
 def check_params(params: Any, name: str = "params") -> None:

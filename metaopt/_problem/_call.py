@@ -12,7 +12,7 @@ import numpy as np
 from .._core._trace_once import call_once
 from .._core._tree import leaf_names, split_trainable
 from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params
-from .._core._validate import floats_as_arrays
+from .._core._validate import float_as_array
 from ._base import AbstractProblem, Evaluation
 from ._model_state import StepStates
 
@@ -34,8 +34,8 @@ def initialise(
     out = problem.init(hyper, key)
     if problem.has_state:
         params, state = unpack(out, "`init`", ("params", "state"))
-        return floats_as_arrays(params), state
-    return floats_as_arrays(out), None
+        return float_as_array(params, "init(...)"), state
+    return float_as_array(out, "init(...)"), None
 
 
 def start(init_fn: Callable[..., Any] | None, hyper: Hyper, key: Key) -> Any:

@@ -7,14 +7,11 @@ from tqdm import tqdm
 from ._base import AbstractCallback
 
 
-_SECONDS = 0.2  # less than any compilation of a run takes
-
-
 class Progress(AbstractCallback):
     """Shows a progress bar on standard error.
 
-    It says how long the first call took, where that was long enough for a compilation; then
-    the same of the evaluation of the last outer variables.
+    It says how long the first call took, with the compilation if there was one; then the
+    same of the evaluation of the last outer variables.
     """
 
     def __init__(self):
@@ -34,9 +31,8 @@ class Progress(AbstractCallback):
         self._bar.update(run.num_steps - self._bar.n)
         if not self._compiled:
             self._compiled = True
-            if run.seconds > _SECONDS:
-                text = f"The first call, with compilation, took {run.seconds:.1f} s."
-                self._bar.write(text, file=sys.stderr)
+            text = f"The first call took {run.seconds:.1f} s, with any compilation."
+            self._bar.write(text, file=sys.stderr)
         self._bar.set_postfix(
             loss=f"{run.last['outer_loss'][-1]:.4g}",
             gradient=f"{run.last['hypergradient_norm'][-1]:.2g}",
@@ -54,6 +50,5 @@ class Progress(AbstractCallback):
     def end(self, run, solution):
         if self._evaluates is not None:
             seconds = run.seconds - self._evaluates
-            if seconds > _SECONDS:
-                text = f"The evaluation, with compilation, took {seconds:.1f} s.\n"
-                sys.stderr.write(text)
+            text = f"The evaluation took {seconds:.1f} s, with any compilation.\n"
+            sys.stderr.write(text)

@@ -159,10 +159,10 @@ FAULTS = [
     ),
     Fault(
         "best-step-is-the-worst",
-        "callbacks/_keep_best.py",
-        "loss < run.best.outer_loss",
-        "loss > run.best.outer_loss",
-        CALLBACKS + "test_best_step_is_kept",
+        "_outer/_program.py",
+        "best = tree_where_arrays(new[0] < best[0], new, best)",
+        "best = tree_where_arrays(new[0] <= jnp.inf, new, best)",
+        CALLBACKS + "test_best_step_may_lie_within_a_call",
     ),
     Fault(
         "patience-without-least-decrease",
