@@ -19,6 +19,7 @@ from metaopt._core._files import fetch, parse_idx, write_atomically
 from metaopt.datasets import (
     DataError,
     ImageData,
+    k_fold,
     load_digits,
     load_fashion_mnist,
     load_mnist,
@@ -526,3 +527,47 @@ def test_real_fashion_mnist():
     bound = 2e-3 if subset else 1e-4
     assert abs(data[:train].x.mean(dtype=np.float64) - 0.2860) < bound
     assert abs(data[:train].x.std(dtype=np.float64) - 0.3530) < bound
+
+
+# Proportions of classes
+
+
+def labelled(counts: list[int]) -> ImageData:
+    y = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    x = np.arange(len(y), dtype=np.float32)[:, None] / 1000  # tells the images apart
+    return ImageData(x, y, len(counts), "labelled")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_parts_have_the_proportions_of_the_whole(seed):
+    counts = [300, 50, 7, 1]
+    data = labelled(counts)
+    parts = split(data, (100, 58, 200), seed, stratified=True)
+    for part in parts:
+        found = np.bincount(part.y, minlength=4)
+        expected = len(part) * np.array(counts) / len(data)
+        assert np.all(np.abs(found - expected) < 2)
+    images = np.concatenate([part.x.ravel() for part in parts])
+    assert len(np.unique(images)) == len(data)
+    again = split(data, (100, 58, 200), seed, stratified=True)
+    np.testing.assert_array_equal(again[1].x, parts[1].x)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_folds_validate_each_image_once(stratified):
+    data = labelled([30, 20, 3])
+    folds = k_fold(data, 4, seed=0, stratified=stratified)
+    assert [len(valid) for _, valid in folds] == [14, 13, 13, 13]
+    for train, valid in folds:
+        both = np.concatenate([train.x.ravel(), valid.x.ravel()])
+        np.testing.assert_array_equal(np.sort(both), data.x.ravel())
+        if stratified:
+            assert np.all(np.abs(np.bincount(valid.y, minlength=2)[:2] - [7.5, 5]) < 2)
+    valid = np.concatenate([valid.x.ravel() for _, valid in folds])
+    np.testing.assert_array_equal(np.sort(valid), data.x.ravel())
+
+
+@pytest.mark.parametrize("num_folds", [1, 54, 2.0, True])
+def test_numbers_of_folds_that_do_not_fit_are_refused(num_folds):
+    with pytest.raises(ValueError, match="`num_folds`"):
+        k_fold(labelled([30, 20, 3]), num_folds, seed=0)

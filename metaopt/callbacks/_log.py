@@ -15,13 +15,21 @@ class _DictWriter(Protocol):
     def log(self, row: dict[str, float], /, *, step: int) -> Any: ...
 
 
+@runtime_checkable
+class _File(Protocol):
+    def begin(self, step: int) -> None: ...
+
+
 class Log(AbstractCallback):
     """Hands the columns of the history to a writer, for each outer step.
 
     **Arguments:**
 
-    - `writer`: an object with `add_scalar(name, value, step)`, such as a `SummaryWriter` of
+    - `writer`: a [`metaopt.callbacks.CSV`][] or [`metaopt.callbacks.JSONLines`][], or an
+        object with `add_scalar(name, value, step)`, such as a `SummaryWriter` of
         tensorboardX, or with `log(dict, step=step)`, such as a run of Weights & Biases.
+        A method `begin(step)`, if it has one, is called with the number of the first step
+        to come.
 
     **Raises:**
 
@@ -35,6 +43,10 @@ class Log(AbstractCallback):
                 f"`log(dict, step=step)`; got {type(writer).__name__}."
             )
         self.writer = writer
+
+    def open(self, run):
+        if isinstance(self.writer, _File):
+            self.writer.begin(run.num_steps)
 
     def see(self, run):
         columns = {name: column.tolist() for name, column in run.last.items()}

@@ -76,13 +76,13 @@ def _check_count(value: object, argument: str, lowest: int) -> int:
     return int(value)
 
 
-def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, ...]:
+def split(
+    data: ImageData, sizes: Sequence[int], seed: int, *, stratified: bool = False
+) -> tuple[ImageData, ...]:
     """Divide data at random into parts that have no image in common.
 
-    The images are shuffled, whatever their class, and dealt out in turn; images beyond
-    the sum of `sizes` are left out. The same seed gives the same parts on every
-    machine. The classes are not balanced: use it where each part has at least some
-    dozens of images per class.
+    The images are shuffled and dealt out in turn; images beyond the sum of `sizes` are
+    left out. The same seed gives the same parts on every machine.
 
     !!! example
 
@@ -99,6 +99,8 @@ def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, 
     - `sizes`: how many images each part gets, at least 1 each and `len(data)` in all at
         most.
     - `seed`: a non-negative integer that fixes the shuffle.
+    - `stratified`: whether each part has the classes in the proportions of the whole, to
+        within two images of a class, which matters for parts of few images per class.
 
     **Returns:**
 
@@ -116,13 +118,68 @@ def split(data: ImageData, sizes: Sequence[int], seed: int) -> tuple[ImageData, 
     checked = [
         _check_count(size, f"`sizes[{i}]`", lowest=1) for i, size in enumerate(sizes)
     ]
-    seed = _check_count(seed, "`seed`", lowest=0)
     if sum(checked) > len(data):
         raise ValueError(
             f"`sizes` sum to {sum(checked)}, but {data.name} has only {len(data)} images."
         )
-    order = np.random.default_rng(seed).permutation(len(data))
+    order = _shuffled(data, seed, stratified)
     ends = np.cumsum(checked)
     return tuple(
         data[order[end - size : end]] for end, size in zip(ends, checked, strict=True)
     )
+
+
+def k_fold(
+    data: ImageData, num_folds: int, seed: int, *, stratified: bool = True
+) -> list[tuple[ImageData, ImageData]]:
+    """Divide data at random into folds, each of which validates what is trained on the
+    others.
+
+    !!! example
+
+        ```python
+        import metaopt as mo
+
+        digits = mo.datasets.load_digits()
+        for train, valid in mo.datasets.k_fold(digits, 5, seed=0):
+            print(len(train), len(valid))
+        ```
+
+    **Arguments:**
+
+    - `data`: what to divide.
+    - `num_folds`: the number of folds, from 2 to `len(data)`. Their sizes differ by one
+        image at most.
+    - `seed`, `stratified`: as for [`metaopt.datasets.split`][].
+
+    **Returns:**
+
+    A pair for each fold: the images of all others, and its own.
+
+    **Raises:**
+
+    `ValueError` that names the argument, if the number of folds or the seed is no such
+    number.
+    """
+    num_folds = _check_count(num_folds, "`num_folds`", lowest=2)
+    if num_folds > len(data):
+        raise ValueError(
+            f"`num_folds` is {num_folds}, but {data.name} has only {len(data)} images."
+        )
+    folds = np.array_split(_shuffled(data, seed, stratified), num_folds)
+    others = lambda index: np.concatenate(folds[:index] + folds[index + 1 :])
+    return [(data[others(index)], data[fold]) for index, fold in enumerate(folds)]
+
+
+def _shuffled(data: ImageData, seed: int, stratified: bool) -> np.ndarray:
+    seed = _check_count(seed, "`seed`", lowest=0)
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(data))
+    if not stratified:
+        return order
+    # The images of each class are spread evenly over the order.
+    places = np.empty(len(data))
+    for label in np.unique(data.y):
+        mine = np.flatnonzero(data.y[order] == label)
+        places[mine] = (np.arange(len(mine)) + random.uniform()) / len(mine)
+    return order[np.argsort(places, kind="stable")]

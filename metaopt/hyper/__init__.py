@@ -3,4 +3,7 @@
 from ._base import AbstractHyper as AbstractHyper, values as values
 from ._integer import Integer as Integer
 from ._interval import Interval as Interval
+from ._ordered import Ordered as Ordered
 from ._positive import Positive as Positive
+from ._schedules import PiecewiseLinear as PiecewiseLinear, WarmupCosine as WarmupCosine
+from ._simplex import Simplex as Simplex

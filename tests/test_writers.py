@@ -1,0 +1,164 @@
+"""Files of scalars, and runs that are taken back before a failure."""
+
+import csv
+import json
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metaopt as mo
+from metaopt.callbacks import Checkpoint, CSV, JSONLines, Log, RollBack
+
+
+PROBLEM = mo.BilevelProblem(
+    lambda params, hyper, batch: jnp.sum((params - hyper) ** 2),
+    lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2),
+)
+
+
+def solve(num_steps: int, callbacks: Any, problem=PROBLEM, outer=None, **options: Any):
+    return mo.solve_bilevel(
+        problem,
+        jnp.zeros(2),
+        params=jnp.zeros(2),
+        solver=mo.NestedSolver(
+            mo.Descent(optax.sgd(0.2), 3),
+            mo.UnrolledAdjoint(),
+            optax.sgd(0.1) if outer is None else outer,
+        ),
+        num_steps=num_steps,
+        callbacks=callbacks,
+        **options,
+    )
+
+
+def rows_of(path) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        number = lambda text: math.nan if text == "" else float(text)
+        return [{name: number(text) for name, text in row.items()} for row in rows]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+WRITERS = {"run.csv": CSV, "run.jsonl": JSONLines}
+each_writer = pytest.mark.parametrize("name", list(WRITERS))
+
+
+@each_writer
+def test_files_have_the_history(tmp_path, name):
+    path = tmp_path / "folder" / name
+    solution = solve(5, [Log(WRITERS[name](path))], steps_per_call=2)
+    rows = rows_of(path)
+    assert [row["step"] for row in rows] == list(range(5))
+    for column, values in solution.history.columns.items():
+        found = np.array([row[column] for row in rows], values.dtype)
+        np.testing.assert_array_equal(found, values)
+
+
+@each_writer
+def test_steps_that_are_taken_again_are_replaced(tmp_path, name):
+    path = tmp_path / name
+
+    def callbacks():
+        checkpoint = Checkpoint(tmp_path / "checkpoint", every=4)
+        return [checkpoint, Log(WRITERS[name](path)), fails]
+
+    def fails(run):
+        if run.num_steps == 6 and not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            (tmp_path / "kept").write_bytes((tmp_path / "checkpoint").read_bytes())
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        solve(8, callbacks())
+    assert len(rows_of(path)) == 6
+    # A crash leaves the checkpoint of step 4 behind, and half a line.
+    (tmp_path / "checkpoint").write_bytes((tmp_path / "kept").read_bytes())
+    path.write_bytes(path.read_bytes()[:-7])
+    solution = solve(8, callbacks())
+    rows = rows_of(path)
+    assert [row["step"] for row in rows] == list(range(8))
+    losses = [row["outer_loss"] for row in rows]
+    np.testing.assert_array_equal(losses, solution.history.outer_loss)
+
+
+@each_writer
+def test_the_file_of_another_run_is_kept(tmp_path, name):
+    path = tmp_path / name
+    solve(3, [Log(WRITERS[name](path))])
+    content = path.read_bytes()
+    solve(2, [Log(WRITERS[name](path))])
+    assert len(rows_of(path)) == 2
+    assert path.with_name(f"{name}.previous").read_bytes() == content
+
+
+@each_writer
+def test_columns_that_come_later_and_numbers_that_are_not_finite(tmp_path, name):
+    path = tmp_path / name
+    writer = WRITERS[name](path)
+    writer.begin(0)
+    writer.log({"a": 1.0}, step=0)
+    writer.log({"a": math.inf, "b": 2.0}, step=1)
+    writer.log({"a": 3.0, "b": math.nan}, step=2)
+    first, second, third = rows_of(path)
+    assert first["a"] == 1.0 and second["b"] == 2.0 and third["a"] == 3.0
+    if name == "run.csv":
+        assert math.isnan(first["b"]) and second["a"] == math.inf and math.isnan(third["b"])
+    else:
+        assert "b" not in first and second["a"] is None and third["b"] is None
+
+
+@each_writer
+def test_files_that_cannot_be_written_are_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        WRITERS[name](tmp_path / "file" / name)
+
+
+# -- runs that are taken back
+
+
+RATE = optax.inject_hyperparams(optax.sgd)(learning_rate=3.0)
+
+# Not finite beyond 3: a rate that is too large leads there, a smaller one to 2.
+WALLED = mo.BilevelProblem(
+    PROBLEM.inner,
+    lambda params, hyper, batch: jnp.sum(
+        jnp.where(jnp.abs(params) < 3, (params - 2.0) ** 2, jnp.nan)
+    ),
+)
+
+
+def test_a_run_is_taken_back_to_before_the_last_good_step():
+    stuck = solve(30, [], WALLED, RATE, throw=False)
+    assert stuck.num_skipped > 20 and stuck.result != mo.RESULTS.successful
+    callback = RollBack(factor=0.25)
+    solution = solve(30, [callback], WALLED, RATE, throw=False)
+    assert 0 < callback.times <= 5
+    assert solution.result == mo.RESULTS.successful
+    np.testing.assert_allclose(solution.params, 2.0, atol=0.2)
+    rate = solution.state.outer_state.hyperparams["learning_rate"]
+    np.testing.assert_allclose(rate, 3.0 * 0.25**callback.times, rtol=1e-6)
+
+
+def test_a_run_that_goes_on_failing_ends():
+    hopeless = mo.BilevelProblem(
+        PROBLEM.inner, lambda params, hyper, batch: jnp.sum(params) * jnp.nan
+    )
+    callback = RollBack(max_times=2)
+    solution = solve(30, [callback], hopeless, RATE, throw=False)
+    assert callback.times == 2 and solution.ended_by == "`RollBack`"
+    assert len(solution.history) == 3 and solution.result != mo.RESULTS.successful
+
+
+def test_what_cannot_be_taken_back_is_named():
+    with pytest.raises(ValueError, match="optax.inject_hyperparams"):
+        solve(3, [RollBack()])
+    for factor in (0, 1, "half"):
+        with pytest.raises(ValueError, match="`factor` must lie between 0 and 1"):
+            RollBack(factor)  # pyright: ignore[reportArgumentType]
