@@ -145,6 +145,28 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, whole, monkeypatch):
     assert_whole(solve(6, path), whole)
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    path = tmp_path / "run"
+
+    class Second(mo.callbacks.AbstractCallback):
+        def see(self, run):
+            if run.num_steps == 2:
+                with pytest.raises(ValueError, match="Another run writes the checkpoint"):
+                    solve(6, path)
+
+    solve(3, path, more=[Second()])
+    solve(4, path)  # after its end
+
+
+def test_remains_of_a_process_that_was_killed_are_removed(tmp_path):
+    path, other = tmp_path / "run", tmp_path / ".other.abc"
+    for name in (".run.abc", ".run.previous.new"):
+        (tmp_path / name).write_text("half")
+    other.write_text("of another file")
+    solve(2, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abc", "run"]
+
+
 def test_written_after_a_time(tmp_path):
     steps = []
 

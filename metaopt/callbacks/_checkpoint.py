@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import equinox as eqx
 import jax
@@ -27,6 +27,7 @@ from .._core._validate import check_count, check_flag, check_tolerance
 from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
+from ._lock import locked, unlocked
 
 
 class Checkpoint(AbstractCallback):
@@ -55,8 +56,8 @@ class Checkpoint(AbstractCallback):
 
     **Raises:**
 
-    Before the first step `ValueError` for a file that cannot be written, and for one that
-    is there beside a `state=` to go on from; [`metaopt.CheckpointError`][] for one of
+    Before the first step `ValueError` for a file that cannot be written, for one that
+    another run is writing, and for one that is there beside a `state=` to go on from; [`metaopt.CheckpointError`][] for one of
     another run, and where all that is there is damaged.
     """
 
@@ -81,6 +82,7 @@ class Checkpoint(AbstractCallback):
         self._written_at = 0.0  # seconds of the run
         self._is_sound = False  # the file, which may then be kept as the previous one
         self._settings = b""
+        self._lock: TextIO | None = None
         self._terminated = False
         self._sigterm: Any = None  # the handler of before
         # Of the steps to be written.
@@ -107,6 +109,7 @@ class Checkpoint(AbstractCallback):
             self._take_up(run, there)
         if run.num_steps < run.total or not there:
             check_writable(self.path)
+            self._lock = locked(self.path)
         self._written = run.num_steps
         self._kept = run.num_skipped, run.result, run.reason
         if threading.current_thread() is threading.main_thread():
@@ -125,6 +128,9 @@ class Checkpoint(AbstractCallback):
             if run.num_steps - run.failed > self._written:
                 self._write(run)
         finally:
+            if self._lock is not None:
+                unlocked(self._lock)
+                self._lock = None
             if self._sigterm is not None:
                 signal.signal(signal.SIGTERM, self._sigterm)
                 self._sigterm = None
