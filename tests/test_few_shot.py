@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -941,7 +942,9 @@ def test_a_run_that_is_interrupted_keeps_what_it_reached(tmp_path):
     assert int(solution.state.num_steps) == len(solution.history.outer_loss) == 3
     assert_same(trained(callbacks=[Checkpoint(path)]).state, trained().state)
     text = str(solution)
-    assert "3, of which 3 now" in text and "interrupted" in text
+    assert re.search(r"meta-steps +3\n", text) and "ended by  " in text
+    assert "an interrupt\n" in text and "interrupted" in text
+    assert "6, 3 of them now" in str(trained(state=solution.state))
 
 
 def test_callback_ends_the_run_or_loses_nothing(tmp_path):
