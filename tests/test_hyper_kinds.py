@@ -10,7 +10,14 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt.hyper import Interval, Ordered, PiecewiseLinear, Positive, Simplex, WarmupCosine
+from metaopt.hyper import (
+    Interval,
+    Ordered,
+    PiecewiseLinear,
+    Positive,
+    Simplex,
+    WarmupCosine,
+)
 
 
 ADJOINTS = {
@@ -58,13 +65,18 @@ def test_ordered_comes_back(dtype):
     assert jnp.all(jnp.diff(moved(numbers, raw).value, axis=-1) > 0)
 
 
+array = jnp.array
 REFUSED: dict[str, tuple[Any, str]] = {
     "scalar": (lambda: Simplex(1.0), "must have an axis, along which the shares"),
-    "zero": (lambda: Simplex([0.0, 1.0]), r"`value\[0\]` must be positive, and sum"),
-    "sum": (lambda: Simplex([0.2, 0.2]), "must be positive, and sum to 1"),
+    "zero": (lambda: Simplex(array([0.0, 1.0])), r"`value\[0\]` must be positive, and sum"),
+    "sum": (lambda: Simplex(array([0.2, 0.2])), "must be positive, and sum to 1"),
+    "list": (lambda: Simplex([0.5, 0.5]), "must be a number or an array"),  # pyright: ignore
     "scalar in order": (lambda: Ordered(1.0), "must have an axis, along which the numbers"),
-    "not in order": (lambda: Ordered([1.0, 3.0, 2.0]), r"`value\[2\]` must be larger"),
-    "equal": (lambda: Ordered([1.0, 1.0]), r"`value\[1\]` must be larger than the number"),
+    "not in order": (
+        lambda: Ordered(array([1.0, 3.0, 2.0])),
+        r"`value\[2\]` must be larger",
+    ),
+    "equal": (lambda: Ordered(array([1.0, 1.0])), r"`value\[1\]` must be larger than"),
     "knots": (lambda: PiecewiseLinear(0.1, 5), "`knots` must be something like"),  # pyright: ignore
     "shape of knots": (lambda: PiecewiseLinear(Positive(0.1), 5), r"got \(\)"),
     "steps": (lambda: WarmupCosine(0.1, 0), "`num_steps`"),
@@ -96,7 +108,7 @@ def test_piecewise_linear_is_numpy_interpolation():
     expected = np.interp(np.arange(9), [0, 4, 8], knots)
     np.testing.assert_allclose(schedule.value, expected, rtol=1e-12)
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(9)), expected, rtol=1e-12)
-    np.testing.assert_allclose(schedule(20), 0.2, rtol=1e-12)
+    np.testing.assert_allclose(schedule(jnp.asarray(20)), 0.2, rtol=1e-12)
     # A number for each step.
     each = PiecewiseLinear(Positive(knots), 3)
     np.testing.assert_allclose(each.value, knots, rtol=1e-12)
@@ -109,7 +121,7 @@ def test_warmup_cosine_by_its_formula():
     expected = 0.5 * np.minimum((steps + 1) / 5, 1)
     expected *= 0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2
     np.testing.assert_allclose(schedule.value, expected, rtol=1e-10)
-    assert schedule(100) == schedule(19)
+    assert schedule(jnp.asarray(100)) == schedule(jnp.asarray(19))
     assert len(jax.tree.leaves(schedule)) == 3
 
 
@@ -153,7 +165,9 @@ def test_hypergradient_of_shares_and_of_ordered_numbers(adjoint):
 
     def inner_loss(params, hyper, batch):
         mixed = jnp.sum(hyper["mix"].value * targets)
-        return (params["a"] - mixed) ** 2 + jnp.sum((params["b"] - hyper["edges"].value) ** 2)
+        return (params["a"] - mixed) ** 2 + jnp.sum(
+            (params["b"] - hyper["edges"].value) ** 2
+        )
 
     def outer_loss(params, hyper, batch):
         return params["a"] ** 2 + jnp.sum(jnp.sin(params["b"]))
@@ -177,7 +191,8 @@ def test_hypergradient_of_shares_and_of_ordered_numbers(adjoint):
 
 
 def test_values_of_a_tree():
-    tree = {"mix": Simplex([0.5, 0.5]), "rate": PiecewiseLinear(Positive([0.1, 0.2]), 5)}
+    rate = PiecewiseLinear(Positive(jnp.array([0.1, 0.2])), 5)
+    tree = {"mix": Simplex(jnp.array([0.5, 0.5])), "rate": rate}
     found = mo.hyper.values(tree)
     np.testing.assert_allclose(found["mix"], [0.5, 0.5])
     np.testing.assert_allclose(found["rate"].knots, [0.1, 0.2], rtol=1e-6)

@@ -57,8 +57,9 @@ class Checkpoint(AbstractCallback):
     **Raises:**
 
     Before the first step `ValueError` for a file that cannot be written, for one that
-    another run is writing, and for one that is there beside a `state=` to go on from; [`metaopt.CheckpointError`][] for one of
-    another run, and where all that is there is damaged.
+    another run is writing, and for one that is there beside a `state=` to go on from;
+    [`metaopt.CheckpointError`][] for one of another run, and where all that is there is
+    damaged.
     """
 
     opens_first = True

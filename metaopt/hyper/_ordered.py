@@ -1,6 +1,7 @@
 """Numbers in increasing order."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -41,7 +42,7 @@ class Ordered(AbstractHyper):
     raw: Float[Array, "..."]
 
     def __init__(self, value: ArrayLike):
-        if jnp.ndim(value) == 0:
+        if np.ndim(value) == 0:
             raise ValueError("`value` must have an axis, along which the numbers increase.")
 
         def invert(value):

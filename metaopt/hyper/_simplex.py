@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -47,7 +48,7 @@ class Simplex(AbstractHyper):
     raw: Float[Array, "..."]
 
     def __init__(self, value: ArrayLike):
-        if jnp.ndim(value) == 0:
+        if np.ndim(value) == 0:
             raise ValueError("`value` must have an axis, along which the shares sum to 1.")
 
         def invert(value):
