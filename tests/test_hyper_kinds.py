@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"`value\[2\]` must be larger",
     ),
     "equal": (lambda: Ordered(array([1.0, 1.0])), r"`value\[1\]` must be larger than"),
-    "knots": (lambda: PiecewiseLinear(0.1, 5), "`knots` must be something like"),  # pyright: ignore
+    "knots": (lambda: PiecewiseLinear(0.1, 5), "`knots` must be some"),  # pyright: ignore
     "shape of knots": (lambda: PiecewiseLinear(Positive(0.1), 5), r"got \(\)"),
     "steps": (lambda: WarmupCosine(0.1, 0), "`num_steps`"),
     "share": (lambda: WarmupCosine(0.1, 5, warmup=1.0), "must lie between"),
