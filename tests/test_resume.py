@@ -18,7 +18,7 @@ import pytest
 import kill_runs
 import metaopt as mo
 from metaopt._core._description import description
-from metaopt._outer._interrupts import held_back
+from metaopt._outer._interrupts import Interrupts
 
 
 PROBLEM = mo.BilevelProblem(
@@ -257,10 +257,15 @@ def test_an_interrupt_waits_until_a_step_is_recorded():
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            with held_back():
-                signal.raise_signal(signal.SIGINT)
-                done.append("recorded")
+            with (interrupts := Interrupts()).caught():
+                with interrupts.held_back():
+                    signal.raise_signal(signal.SIGINT)
+                    done.append("recorded")
+                done.append("not reached")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):
+            with Interrupts().caught():
+                signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, old)
     assert done == ["recorded"]

@@ -20,7 +20,7 @@ from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._feed import AbstractFeed
 from ._function import name_of
-from ._interrupts import held_back
+from ._interrupts import Interrupts
 from ._program import advance, Program, Steps
 
 
@@ -68,6 +68,7 @@ class Run:
         self.reason: Any = RESULTS.successful
         self.failed = False
         self.interrupted = False
+        self.interrupts = Interrupts()
         self.ended_by = ""
         self.num_skipped = 0
         self.updated = False
@@ -189,7 +190,7 @@ class Run:
         numbers = self._on_device(count), self._on_device(limit)
         begin = time.perf_counter()
         out = advance(program, body, self._arrays, data, *numbers)
-        with held_back():
+        with self.interrupts.held_back():
             self._arrays, self._shown, steps = out
             # The last step is taken again, to full accuracy.
             again = steps.is_rough and steps.converged
@@ -295,6 +296,8 @@ def _take_all(
                 if ends_run(callback.open, run):
                     run.ended_by = name_of(callback)
                 opened.callback(callback.close, run)
+            # Around the handlers that a callback may have installed.
+            opened.enter_context(run.interrupts.caught())
             if run.has_converged(atol):
                 run.ended_by = _CONVERGED
             for feed in run.feeds:
