@@ -192,7 +192,8 @@ def _solution(
     # The last `hyper` has not been solved for before.
     lost = mask_result(~jnp.isfinite(last.outer_loss), RESULTS.outer_nonfinite)
     best, loss = run.best, float(last.outer_loss)
-    if best is not None and loss < best.outer_loss:
+    solved = bool(jnp.isfinite(loss) & (last.result == RESULTS.successful))
+    if run.keeps_best and solved and (best is None or loss < best.outer_loss):
         best = Best(run.hyper, last.params, loss, run.num_steps)
     return BilevelSolution(
         hyper=run.hyper,

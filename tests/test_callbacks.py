@@ -242,6 +242,27 @@ def test_best_step_may_lie_within_a_call(steps_per_call):
     np.testing.assert_allclose(loss, best.outer_loss, rtol=1e-6)
 
 
+def test_best_step_outlives_a_cut_whoever_asks_for_it(tmp_path):
+    solver = mo.NestedSolver(SOLVER.inner, mo.ImplicitAdjoint(), optax.sgd(-0.05))
+    keep = mo.callbacks.KeepBest
+    run = lambda num_steps, *callbacks: solve(
+        num_steps,
+        solver=solver,
+        callbacks=[*callbacks, mo.callbacks.Checkpoint(tmp_path / "run")],
+    )
+    # The loss rises, so that the first step is the best.
+    assert run(2, keep()).best.step == 0
+    assert run(4).best.step == 0
+    (tmp_path / "run").unlink()
+    (tmp_path / "run.previous").unlink()
+    run(2)
+    with pytest.warns(UserWarning, match="without `metaopt.callbacks.KeepBest`"):
+        assert run(4, keep()).best.step == 2
+    # With no step to take, there is the evaluation.
+    done = solve(4, solver=solver, state=solve(4, solver=solver).state, callbacks=[keep()])
+    assert done.best.step == 4 and done.best.outer_loss == done.outer_loss
+
+
 def test_end_of_a_run_is_named():
     early = lambda **options: [mo.callbacks.StopEarly(**options)]
     ends = {

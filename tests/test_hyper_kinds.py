@@ -114,6 +114,15 @@ def test_piecewise_linear_is_numpy_interpolation():
     np.testing.assert_allclose(each.value, knots, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_counts_all_steps(dtype):
+    knots = Positive(jnp.linspace(0.1, 0.9, 3000).astype(dtype))
+    schedule = PiecewiseLinear(knots, 3000)
+    assert schedule.value.dtype == dtype
+    np.testing.assert_array_equal(schedule.value, knots.value)
+    assert WarmupCosine(jnp.asarray(0.5, dtype), 3000).value.dtype == dtype
+
+
 def test_warmup_cosine_by_its_formula():
     schedule = WarmupCosine(0.5, 20, warmup=0.25, end=0.1)
     steps = np.arange(20)

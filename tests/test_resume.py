@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -33,15 +34,16 @@ def solve(
     every: int = 2,
     rate: float = 0.1,
     more: Any = (),
+    hyper: Any = None,
     **options: Any,
-):
+) -> Any:
     solver = mo.NestedSolver(
         mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(rate)
     )
     checkpoint = mo.callbacks.Checkpoint(path, every=every, **options)
     return mo.solve_bilevel(
         PROBLEM,
-        jnp.zeros(2),
+        jnp.zeros(2) if hyper is None else hyper,
         params=jnp.zeros(2),
         solver=solver,
         num_steps=num_steps,
@@ -61,7 +63,7 @@ def assert_whole(solution, whole):
 
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[content.index(b"solver.outer")] ^= 1  # within an array
     path.write_bytes(bytes(content))
 
 
@@ -91,13 +93,10 @@ def test_a_damaged_file_is_passed_over(tmp_path, whole, kind):
         path.write_bytes(b"")
     else:
         path.unlink()
-    if kind == "gone":
-        again = solve(6, path)
-    else:
-        with pytest.warns(UserWarning, match="goes on from .*run.previous, which"):
-            again = solve(6, path, every=100)
-        # The sound file has not given its place to the damaged one.
-        assert previous.read_bytes() == before
+    with pytest.warns(UserWarning, match="goes on from .*run.previous, which"):
+        again = solve(6, path, every=100)
+    # The sound file has not given its place to the damaged one.
+    assert previous.read_bytes() == before
     assert_whole(again, whole)
 
 
@@ -109,7 +108,7 @@ def test_damage_of_all_files_is_named(tmp_path):
     contents = path.read_bytes(), previous.read_bytes()
     with pytest.raises(mo.CheckpointError, match="run is no sound checkpoint") as caught:
         solve(6, path)
-    assert "Move the file away" in caught.value.__notes__[0]
+    assert f"move away {path} and {previous}" in caught.value.__notes__[0]
     assert contents == (path.read_bytes(), previous.read_bytes())
 
 
@@ -159,12 +158,21 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
 
 def test_remains_of_a_process_that_was_killed_are_removed(tmp_path):
-    path, other = tmp_path / "run", tmp_path / ".other.abc"
-    for name in (".run.abc", ".run.previous.new"):
-        (tmp_path / name).write_text("half")
-    other.write_text("of another file")
+    path = tmp_path / "run"
+    others = [".run.b.lock", ".run.b.abcd_123.part", ".run.yaml", ".runs.abcd_123.part"]
+    for name in (".run.abcd_123.part", *others):
+        (tmp_path / name).write_text("text")
+    (tmp_path / ".run.d").mkdir()
     solve(2, path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abc", "run"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == sorted([*others, ".run.d", "run"])
+
+
+def test_another_start_is_named(tmp_path):
+    path = tmp_path / "run"
+    solve(2, path)
+    with pytest.raises(mo.CheckpointError, match="`hyper` was array .* and is array"):
+        solve(4, path, hyper=jnp.ones(2))
 
 
 def test_written_after_a_time(tmp_path):
@@ -224,6 +232,9 @@ def test_a_loader_goes_on_where_it_was(tmp_path):
     first = run(7, Loader(), checkpoint())
     assert_whole(run(13, Loader(), checkpoint(), steps_per_call=4), whole)
     np.testing.assert_array_equal(run(13, Loader(), state=first.state).hyper, whole.hyper)
+    # With nothing left to do, the evaluation at the end sees the same batch.
+    again = run(13, Loader(), checkpoint())
+    assert again.outer_loss == whole.outer_loss
     # An iterator is where its owner has left it.
     batches = lambda: (batch for _ in range(3) for batch in Loader())
     begun = batches()
@@ -243,10 +254,28 @@ def test_settings_are_described_as_in_another_process():
     assert "array of shape (2,)" in rows["x['loss'].rate"]
     assert "-0.1" in rows.values()
     assert not any("0x" in value for value in rows.values())  # an address
+    defaults = lambda params, weight=2.0, *, shift=3.0: params
+    rows_of_defaults = description(jax.jit(defaults), "f")
+    assert rows_of_defaults["f.__wrapped__.__defaults__[0]"] == "2.0"
+    assert rows_of_defaults["f.__wrapped__.shift"] == "3.0"
     other = description({"transform": optax.sgd(0.2), "loss": loss, "text": "a"}, "x")
     assert {name for name in rows if rows[name] != other[name]} != set()
     unhashed = description(rate, "data", hashed=False)
     assert unhashed == {"data": f"array of shape (2,), {rate.dtype}"}
+
+
+def test_functions_that_call_each_other_are_described_once():
+    def first(x):
+        return second(x) + first(x)
+
+    def second(x):
+        return first(x) + second(x) + third(x)
+
+    def third(x):
+        return first(x) + second(x)
+
+    rows = description([first, second, third], "functions")
+    assert len(rows) < 60 and "itself" in rows.values()
 
 
 # -- signals
@@ -309,6 +338,27 @@ _RUN = textwrap.dedent(
     print("returned", flush=True)
     """
 )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_sigterm_during_the_last_write_is_passed_on(tmp_path, whole, monkeypatch):
+    received = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    fsync = os.fsync
+
+    def interrupted(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        signal.raise_signal(signal.SIGTERM)
+        fsync(descriptor)
+
+    try:
+        monkeypatch.setattr(os, "fsync", interrupted)
+        solution = solve(6, tmp_path / "run", every=100)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert received == [signal.SIGTERM]
+    assert_whole(solution, whole)
+    assert_whole(solve(6, tmp_path / "run"), whole)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -1,4 +1,4 @@
-"""Files of scalars, and runs that are taken back before a failure."""
+"""Files of scalars."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt.callbacks import Checkpoint, CSV, JSONLines, Log, RollBack
+from metaopt.callbacks import Checkpoint, CSV, JSONLines, Log
 
 
 PROBLEM = mo.BilevelProblem(
@@ -20,15 +20,13 @@ PROBLEM = mo.BilevelProblem(
 )
 
 
-def solve(num_steps: int, callbacks: Any, problem=PROBLEM, outer=None, **options: Any):
+def solve(num_steps: int, callbacks: Any, **options: Any):
     return mo.solve_bilevel(
-        problem,
+        PROBLEM,
         jnp.zeros(2),
         params=jnp.zeros(2),
         solver=mo.NestedSolver(
-            mo.Descent(optax.sgd(0.2), 3),
-            mo.UnrolledAdjoint(),
-            optax.sgd(0.1) if outer is None else outer,
+            mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.sgd(0.1)
         ),
         num_steps=num_steps,
         callbacks=callbacks,
@@ -88,6 +86,31 @@ def test_steps_that_are_taken_again_are_replaced(tmp_path, name):
 
 
 @each_writer
+def test_rows_that_an_error_of_another_callback_hides_are_written(tmp_path, name):
+    path = tmp_path / name
+
+    def fails(run):
+        if run.num_steps == 4:
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        solve(8, [fails, Log(WRITERS[name](path))], steps_per_call=2)
+    assert [row["step"] for row in rows_of(path)] == [0, 1, 2, 3]
+
+
+@each_writer
+def test_a_row_that_was_cut_short_is_dropped(tmp_path, name):
+    path = tmp_path / name
+    writer = WRITERS[name](path)
+    writer.begin(0)
+    for step in range(3):
+        writer.log({"a": 123.456}, step=step)
+    path.write_bytes(path.read_bytes()[:-3])  # within the last number, or the last line
+    WRITERS[name](path).begin(3)
+    assert [row["step"] for row in rows_of(path)] == [0, 1]
+
+
+@each_writer
 def test_the_file_of_another_run_is_kept(tmp_path, name):
     path = tmp_path / name
     solve(3, [Log(WRITERS[name](path))])
@@ -118,47 +141,5 @@ def test_files_that_cannot_be_written_are_named(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         WRITERS[name](tmp_path / "file" / name)
-
-
-# -- runs that are taken back
-
-
-RATE = optax.inject_hyperparams(optax.sgd)(learning_rate=3.0)
-
-# Not finite beyond 3: a rate that is too large leads there, a smaller one to 2.
-WALLED = mo.BilevelProblem(
-    PROBLEM.inner,
-    lambda params, hyper, batch: jnp.sum(
-        jnp.where(jnp.abs(params) < 3, (params - 2.0) ** 2, jnp.nan)
-    ),
-)
-
-
-def test_a_run_is_taken_back_to_before_the_last_good_step():
-    stuck = solve(30, [], WALLED, RATE, throw=False)
-    assert stuck.num_skipped > 20 and stuck.result != mo.RESULTS.successful
-    callback = RollBack(factor=0.25)
-    solution = solve(30, [callback], WALLED, RATE, throw=False)
-    assert 0 < callback.times <= 5
-    assert solution.result == mo.RESULTS.successful
-    np.testing.assert_allclose(solution.params, 2.0, atol=0.2)
-    rate = solution.state.outer_state.hyperparams["learning_rate"]
-    np.testing.assert_allclose(rate, 3.0 * 0.25**callback.times, rtol=1e-6)
-
-
-def test_a_run_that_goes_on_failing_ends():
-    hopeless = mo.BilevelProblem(
-        PROBLEM.inner, lambda params, hyper, batch: jnp.sum(params) * jnp.nan
-    )
-    callback = RollBack(max_times=2)
-    solution = solve(30, [callback], hopeless, RATE, throw=False)
-    assert callback.times == 2 and solution.ended_by == "`RollBack`"
-    assert len(solution.history) == 3 and solution.result != mo.RESULTS.successful
-
-
-def test_what_cannot_be_taken_back_is_named():
-    with pytest.raises(ValueError, match="optax.inject_hyperparams"):
-        solve(3, [RollBack()])
-    for factor in (0, 1, "half"):
-        with pytest.raises(ValueError, match="`factor` must lie between 0 and 1"):
-            RollBack(factor)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="it is a folder"):
+        WRITERS[name](tmp_path)

@@ -11,6 +11,7 @@ import http.client
 import importlib
 import math
 import os
+import re
 import tempfile
 import tokenize
 import urllib.parse
@@ -129,6 +130,36 @@ def fetch(url: str, checksum: str, max_bytes: int, timeout: float = 30.0) -> byt
     return content
 
 
+_PART = ".part"  # ends the names of files that are being written
+
+
+def check_writable(path: Path, kind: str = "file") -> None:
+    """Raise a `ValueError` for a file that cannot be written, which would be seen after
+    hours otherwise."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Permission bits say little of what the superuser and network disks may do.
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{path.name}.", suffix=_PART, dir=path.parent
+        ):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"The {kind} {path} cannot be written: {error}. Name a file in a folder that you may "
+            "write to."
+        ) from error
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what processes that were killed while they wrote a file have left behind."""
+    part = re.compile(re.escape(f".{path.name}.") + r"\w{8}" + re.escape(_PART))
+    for name in os.listdir(path.parent):
+        if part.fullmatch(name):
+            path.with_name(name).unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there complete or not at all.
 
@@ -138,7 +169,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     - `content`: the whole content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(_PART, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -51,8 +51,8 @@ class Run:
     - `reason`: the first failure within a step that itself did not fail, or that failure.
     - `num_skipped`: the steps that failed and left the outer variables alone.
     - `seconds`: the wall time since the run began.
-    - `settings`: the settings of problem and solver and the shapes of the data: texts by
-        their names, the same in another process.
+    - `settings`: the settings of problem and solver, `hyper` as it is, and the shapes of
+        the data: texts by their names, the same in another process.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Run:
     @property
     def settings(self) -> dict[str, str]:
         """The settings of problem and solver and the shapes of the data, by their names."""
-        rows = description(self.body, "")
+        rows = description(self.body, "") | description(self.hyper, "hyper")
         for feed, name in zip(self.feeds, ("train", "valid")):
             if not feed.is_pulled:
                 rows |= description(feed.now, name, hashed=False)
@@ -172,6 +172,9 @@ class Run:
         if atol is None or not self.num_taken:
             return False
         last = self._chunks[-1]
+        # A small rough hypergradient is checked by an exact step, whose tolerance is NaN.
+        if "tolerance" in last and np.isfinite(last["tolerance"][-1]):
+            return False
         # The second of a solver without inner solve.
         names = [name for name in ("hypergradient_norm", "change") if name in last]
         return all(bool(last[name][-1] <= atol) for name in names)
@@ -260,7 +263,7 @@ def drive(
 
     The solution. An error of a callback or of the data has it as an attribute.
     """
-    # Of two that are alike in this, the first opens first.
+    # A stable sort: the others keep their order.
     opening = sorted(callbacks, key=lambda callback: not callback.opens_first)
     callbacks = sorted(callbacks, key=lambda callback: callback.opens_first)
     try:

@@ -113,7 +113,10 @@ class Pulled(AbstractFeed):
         if self.source is None:
             self.source = self.start(num_steps)
         elif num_steps and self.restarts:
-            self.source, self.waiting = self.start(num_steps), []
+            # The batch of the last step that was taken, and those after it.
+            self.source, self.waiting = self.start(num_steps - 1), []
+            if self.pull(1):
+                self.use(1)
 
     def peek(self) -> bool:
         """Pull the data of the first outer step before the run, into `now`.

@@ -50,7 +50,7 @@ class Solution(eqx.Module):
 
 
 class Best(eqx.Module):
-    """The best outer step that [`metaopt.callbacks.KeepBest`][] saw.
+    """The outer step of the lowest outer loss, under [`metaopt.callbacks.KeepBest`][].
 
     **Attributes:**
 

@@ -19,8 +19,8 @@ class AbstractCallback:
     """
 
     opens_first: ClassVar[bool] = False
-    """Whether it opens before the others, and sees and closes after them, as a checkpoint
-    has to, which keeps their part of the run as well."""
+    """Whether it opens before the others, and sees and closes after them. A checkpoint
+    does, because it keeps their part of the run as well."""
 
     def open(self, run: Any) -> bool | None:
         """Called once before the first step. May set `run.state`, to go on from it.

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +21,7 @@ from .._core._checkpoint import (
     save,
     UnsoundCheckpointError,
 )
+from .._core._files import check_writable, remove_parts
 from .._core._results import RESULTS
 from .._core._validate import check_count, check_flag, check_tolerance
 from .._core._warn import warn
@@ -43,7 +43,7 @@ class Checkpoint(AbstractCallback):
     A file is written whole or not at all, and the one before it is kept beside it as
     `path` with `.previous` added: a run goes on from that one, with a warning, where the
     newer is damaged. Ctrl-C writes the file. So does SIGTERM, which batch systems send
-    before they end a process; it then does what it did without the checkpoint.
+    before they end a process, and which then ends it.
 
     **Arguments:**
 
@@ -84,7 +84,7 @@ class Checkpoint(AbstractCallback):
         self._is_sound = False  # the file, which may then be kept as the previous one
         self._settings = b""
         self._lock: TextIO | None = None
-        self._terminated = False
+        self._terminated = self._closing = False
         self._sigterm: Any = None  # the handler of before
         # Of the steps to be written.
         self._kept: tuple[int, Any, Any] = 0, RESULTS.successful, RESULTS.successful
@@ -95,9 +95,11 @@ class Checkpoint(AbstractCallback):
         return self.path.with_name(self.path.name + ".previous")
 
     def open(self, run):
-        self._written, self._written_at, self._terminated = 0, run.seconds, False
+        self._written, self._written_at = 0, run.seconds
+        self._terminated = self._closing = False
         self._kept = run.num_skipped, run.result, run.reason
-        self._settings = json.dumps(run.settings).encode()
+        settings = run.settings
+        self._settings = json.dumps(settings).encode()
         # `Path.exists` raises where it may not look.
         there = [path for path in (self.path, self.previous) if os.path.exists(path)]
         if there and run.num_steps:
@@ -107,10 +109,12 @@ class Checkpoint(AbstractCallback):
             )
         self._is_sound = False
         if there:
-            self._take_up(run, there)
+            self._take_up(run, there, settings)
         if run.num_steps < run.total or not there:
-            check_writable(self.path)
+            check_writable(self.path, "checkpoint")
             self._lock = locked(self.path)
+            if self._lock is not None:
+                remove_parts(self.path)
         self._written = run.num_steps
         self._kept = run.num_skipped, run.result, run.reason
         if threading.current_thread() is threading.main_thread():
@@ -125,6 +129,7 @@ class Checkpoint(AbstractCallback):
             self._write(run)
 
     def close(self, run):
+        self._closing = True
         try:
             if run.num_steps - run.failed > self._written:
                 self._write(run)
@@ -135,23 +140,15 @@ class Checkpoint(AbstractCallback):
             if self._sigterm is not None:
                 signal.signal(signal.SIGTERM, self._sigterm)
                 self._sigterm = None
-
-    def evaluate(self, run):
-        self._pass_on()
-
-    def end(self, run, solution):
-        self._pass_on()
+            # The other callbacks are closed, and the handler is the one of before.
+            if self._terminated:
+                self._terminated = False
+                signal.raise_signal(signal.SIGTERM)
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
-        if not self._terminated:  # a second one finds the run at its end
-            self._terminated = True
+        first, self._terminated = not self._terminated, True
+        if first and not self._closing:
             raise KeyboardInterrupt
-
-    def _pass_on(self) -> None:
-        # All callbacks are closed, and the handler is the one of before.
-        if self._terminated:
-            self._terminated = False
-            signal.raise_signal(signal.SIGTERM)
 
     def _write(self, run: Any) -> None:
         history, state = run.history, run.state
@@ -168,29 +165,30 @@ class Checkpoint(AbstractCallback):
         self._written = run.num_steps - run.failed
         self._written_at = run.seconds
 
-    def _take_up(self, run: Any, there: list[Path]) -> None:
+    def _take_up(self, run: Any, there: list[Path], settings: dict[str, str]) -> None:
         """Go on from the first of these files that is sound."""
         damage: list[UnsoundCheckpointError] = []
         for path in there:
             try:
-                content = self._content(run, path)
+                content = self._content(run, path, settings)
             except UnsoundCheckpointError as error:
                 damage.append(error)
                 continue
             self._is_sound = path == self.path
-            if damage:
-                warn(f"{damage[0]} The run goes on from {path}, which was written before.")
+            if not self._is_sound:
+                cause = str(damage[0]) if damage else f"{self.path} is not there."
+                warn(f"{cause} The run goes on from {path}, which was written before.")
             self._go_on(run, path, content)
             return
         damage[0].add_note(
-            "There is no other checkpoint of this run that is sound. Move the file away to "
-            "begin anew."
+            "There is no other checkpoint of this run that is sound. To begin anew, move "
+            f"away {self.path} and {self.previous}."
         )
         raise damage[0]
 
-    def _content(self, run: Any, file: Path) -> "_Content":
+    def _content(self, run: Any, file: Path, settings: dict[str, str]) -> "_Content":
         found = read_entry(file, ".settings")
-        change = _changed(file, found, run.settings)
+        change = _changed(file, found, settings)
         if change and self.allow_changes:
             warn(f"{change}. The run goes on with that.")
         elif change:
@@ -229,7 +227,7 @@ class Checkpoint(AbstractCallback):
         best = content.best
         if best.step >= 0:
             loss, step = float(best.outer_loss), int(best.step)
-            run.best = Best(best.hyper, best.params, loss, step)
+            run.best, run.keeps_best = Best(best.hyper, best.params, loss, step), True
 
 
 class _Content(eqx.Module):
@@ -257,7 +255,7 @@ def _keep(path: Path, previous: Path) -> None:
     """Give the content of a file another name as well, at once."""
     if previous.exists() and os.path.samefile(path, previous):
         return  # after a write that failed; to rename one onto the other does nothing
-    new = previous.with_name(f".{previous.name}.new")
+    new = previous.with_name(f".{previous.name}.part")
     new.unlink(missing_ok=True)
     try:
         os.link(path, new)
@@ -278,18 +276,3 @@ def _changed(file: Path, content: np.ndarray, here: dict[str, str]) -> str:
         if was != now:
             return f"{file} is of another run: `{name}` was {was} and is {now}"
     return ""
-
-
-def check_writable(path: Path) -> None:
-    """Raise a `ValueError` for a file that cannot be written, which would be seen after
-    hours otherwise."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Permission bits say little of what the superuser and network disks may do.
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"The checkpoint {path} cannot be written: {error}. Name a file in a folder "
-            "that you may write to."
-        ) from error

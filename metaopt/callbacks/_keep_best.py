@@ -1,5 +1,6 @@
 """The best step of a run."""
 
+from .._core._warn import warn
 from ._base import AbstractCallback
 
 
@@ -16,3 +17,8 @@ class KeepBest(AbstractCallback):
 
     def open(self, run):
         run.keeps_best = True
+        if run.num_taken and run.best is None:
+            warn(
+                "The checkpoint was written without `metaopt.callbacks.KeepBest`: "
+                "`solution.best` is the best of the steps from now on."
+            )

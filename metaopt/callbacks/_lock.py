@@ -14,8 +14,6 @@ except ImportError:  # not on this system
 def locked(path: Path) -> TextIO | None:
     """Lock a file until `unlocked`, or until the process ends in whatever way.
 
-    Removes what a process that was killed while it wrote has left behind.
-
     **Arguments:**
 
     - `path`: the file, which need not be there; its folder is.
@@ -30,22 +28,26 @@ def locked(path: Path) -> TextIO | None:
     """
     if fcntl is None:
         return None
-    lock = path.with_name(f".{path.name}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    place = path.with_name(f".{path.name}.lock")
+    while True:
+        lock = place.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise ValueError(
+                f"Another run writes the checkpoint {path}. Wait for its end, or name "
+                "another file."
+            ) from error
+        except FileNotFoundError:
+            pass
+        except OSError:
+            lock.close()
+            return None
+        # The run that had it removed its file in between.
         lock.close()
-        raise ValueError(
-            f"Another run writes the checkpoint {path}. Wait for its end, or name another "
-            "file."
-        ) from error
-    except OSError:
-        lock.close()
-        return None
-    for name in os.listdir(path.parent):
-        if name.startswith(f".{path.name}.") and name != os.path.basename(lock.name):
-            path.with_name(name).unlink(missing_ok=True)
-    return lock
 
 
 def unlocked(lock: TextIO) -> None:

@@ -1,6 +1,9 @@
 """Scalars of a run for a writer of logs."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from ._base import AbstractCallback
 
@@ -43,16 +46,30 @@ class Log(AbstractCallback):
                 f"`log(dict, step=step)`; got {type(writer).__name__}."
             )
         self.writer = writer
+        self._first = self._next = 0  # steps: the first of the history, the next to write
 
     def open(self, run):
+        self._next = run.num_steps
+        self._first = run.num_steps - run.num_taken
         if isinstance(self.writer, _File):
             self.writer.begin(run.num_steps)
 
     def see(self, run):
-        columns = {name: column.tolist() for name, column in run.last.items()}
+        self._write(run.last, run.num_steps)
+
+    def close(self, run):
+        # The steps of a call that another callback has ended by an error.
+        end = self._first + run.num_taken
+        if end > self._next:
+            rows = {name: a[self._next - end :] for name, a in run.history.columns.items()}
+            self._write(rows, end)
+
+    def _write(self, rows: Mapping[str, np.ndarray], end: int) -> None:
+        columns = {name: column.tolist() for name, column in rows.items()}
         count = len(columns["outer_loss"])
-        for index, step in enumerate(range(run.num_steps - count, run.num_steps)):
+        for index, step in enumerate(range(end - count, end)):
             row = {name: column[index] for name, column in columns.items()}
+            self._next = step + 1
             if isinstance(self.writer, _ScalarWriter):
                 for name, value in row.items():
                     self.writer.add_scalar(name, value, step)

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .._core._files import write_atomically
-from ._checkpoint import check_writable
+from .._core._files import check_writable, write_atomically
 
 
 class JSONLines:
@@ -35,7 +34,12 @@ class JSONLines:
         check_writable(self.path)
 
     def begin(self, step: int) -> None:
-        """Drop the rows of this step and of later ones."""
+        """Drop the rows of this step and of later ones.
+
+        **Arguments:**
+
+        - `step`: the number of the next step.
+        """
         lines = [line for line, number in _numbered(self.path) if number < step]
         _replace(self.path, "".join(lines))
 
@@ -89,7 +93,12 @@ class CSV:
         check_writable(self.path)
 
     def begin(self, step: int) -> None:
-        """Drop the rows of this step and of later ones."""
+        """Drop the rows of this step and of later ones.
+
+        **Arguments:**
+
+        - `step`: the number of the next step.
+        """
         rows = [row for row in self._rows() if _step_of(row) < step]
         self._names = list(dict.fromkeys(name for row in rows for name in row))
         self._write(rows)
@@ -114,9 +123,11 @@ class CSV:
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
-            # A row that was cut short by a crash lacks fields.
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+        text = self.path.read_bytes().decode("utf-8", errors="replace")
+        # A crash may have cut the last row short.
+        whole = text[: text.rfind("\n") + 1]
+        rows = csv.DictReader(io.StringIO(whole, newline=""))
+        return [row for row in rows if None not in row.values()]
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from .._core._tree import tree_widened
 from .._core._types import FloatScalar, IntScalar
 from .._core._validate import check_count, check_kind
 from ._base import AbstractHyper
@@ -51,10 +52,22 @@ class PiecewiseLinear(eqx.Module):
             raise ValueError(f"`knots` must have shape (num_knots,); got {shape}.")
 
     def __call__(self, step: IntScalar) -> FloatScalar:
-        """The number at a step, the first of which is 0."""
+        """The number at a step.
+
+        **Arguments:**
+
+        - `step`: the number of the step, an array of ints; the first is 0.
+
+        **Returns:**
+
+        An array of the shape of `step`.
+        """
         knots = self.knots.value
-        places = jnp.linspace(0, self.num_steps - 1, knots.size, dtype=knots.dtype)
-        return jnp.interp(jnp.asarray(step, knots.dtype), places, knots)
+        # Half precision cannot count the steps.
+        wide = tree_widened(knots)
+        places = jnp.linspace(0, self.num_steps - 1, knots.size, dtype=wide.dtype)
+        out = jnp.interp(jnp.asarray(step, wide.dtype), places, wide)
+        return out.astype(knots.dtype)
 
     @property
     def value(self) -> Float[Array, " num_steps"]:
@@ -112,14 +125,26 @@ class WarmupCosine(eqx.Module):
         self.num_steps = num_steps
 
     def __call__(self, step: IntScalar) -> FloatScalar:
-        """The number at a step, the first of which is 0."""
-        peak, end = self.peak.value, self.end.value
-        rising = self.warmup.value * self.num_steps
+        """The number at a step.
+
+        **Arguments:**
+
+        - `step`: the number of the step, an array of ints; the first is 0.
+
+        **Returns:**
+
+        An array of the shape of `step`.
+        """
+        dtype = self.peak.raw.dtype
+        parts = self.peak.value, self.end.value, self.warmup.value
+        peak, end, warmup = map(tree_widened, parts)
+        rising = warmup * self.num_steps
         step = jnp.minimum(jnp.asarray(step, peak.dtype), self.num_steps - 1)
         rise = jnp.minimum((step + 1) / rising, 1)
         falling = jnp.maximum(self.num_steps - rising, 1e-3)
         share = jnp.clip((step - rising) / falling, 0, 1)
-        return peak * rise * (end + (1 - end) * (1 + jnp.cos(jnp.pi * share)) / 2)
+        fall = end + (1 - end) * (1 + jnp.cos(jnp.pi * share)) / 2
+        return (peak * rise * fall).astype(dtype)
 
     @property
     def value(self) -> Float[Array, " num_steps"]:
