@@ -147,8 +147,8 @@ def check_writable(path: Path, kind: str = "file") -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"The {kind} {path} cannot be written: {error}. Name a file in a folder that you may "
-            "write to."
+            f"The {kind} {path} cannot be written: {error}. Name a file in a folder that "
+            "you may write to."
         ) from error
 
 
