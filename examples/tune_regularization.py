@@ -117,7 +117,7 @@ def tune(inner, hyper, train, valid, test, steps, key):
         valid,
         solver=mo.NestedSolver(
             inner=inner_solver(),
-            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3, max_steps=5000)),
+            adjoint=mo.ImplicitAdjoint(mo.CG(rtol=1e-3, max_steps=5000), newton_steps=1),
             outer=optax.adam(0.1),
             start=mo.WarmStart(),
         ),
