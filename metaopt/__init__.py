@@ -12,6 +12,7 @@ from . import (
     memory as memory,
     nn as nn,
     plot as plot,
+    study as study,
 )
 from ._adjoint import (
     FirstOrderAdjoint as FirstOrderAdjoint,

@@ -65,8 +65,10 @@ from ._report import (
     AbstractDerivativeInfo as AbstractDerivativeInfo,
     AbstractInfo as AbstractInfo,
     Best as Best,
+    CountsWork as CountsWork,
     InnerInfo as InnerInfo,
     OuterInfo as OuterInfo,
+    Work as Work,
 )
 from ._solver import (
     AbstractBestIterateSolver as AbstractBestIterateSolver,

@@ -72,7 +72,8 @@ class AbstractAdjoint(eqx.Module):
 
     An adjoint receives the solve as a value, [`metaopt.extend.InnerSolve`][], and never
     imports a function that solves. It checks a solver, solves differentiably, computes
-    hypergradients, and states two values: its reach and its bias.
+    hypergradients, and states two values: its reach and its bias. One with a method `work`
+    counts its work as well, as a [`metaopt.extend.CountsWork`][].
     """
 
     reach: AbstractClassVar[AbstractReach]

@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core._tree import split_trainable, tree_sub
 from .._jaxpr._detach import stop_gradient
 from .._problem import AbstractProblem, AbstractWrappedProblem, Evaluation, returned
+from .._report import inner_steps, Work
 from ._bias import Bias
 from ._path import AbstractPathAdjoint, check_iterative
 from ._reach import AbstractReach, InnerGradientsHeld
@@ -32,6 +34,11 @@ class FirstOrderAdjoint(AbstractPathAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        return Work(gradients=steps + 1, products=np.zeros_like(steps))
 
     def solve(self, inner, params, hyper, model_state, throw):
         if not inner.problem.has_loss:

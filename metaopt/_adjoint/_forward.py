@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from .._core._tree import split_trainable
 from .._core._types import Vector
 from .._jaxpr._dependence import influences, passes_loop
+from .._report import inner_steps, Work
 from ._base import AbstractAdjoint
 from ._bias import Bias
 from ._path import (
@@ -41,6 +42,11 @@ class ForwardAdjoint(AbstractAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        return Work(gradients=steps + 1, products=num_hyper * steps)
 
     def solve(self, inner, params, hyper, model_state, throw):
         loop = inner.loop(params)

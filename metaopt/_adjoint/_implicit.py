@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core._results import first_failure, RESULTS
 from .._core._tree import (
@@ -44,6 +45,7 @@ from .._linear import (
     initial_state,
     LinearSolution,
 )
+from .._report import inner_steps, Work
 from .._solver import InnerSolve, Optimality, Outcome
 from ._base import AbstractSystemAdjoint, HypergradientOutput, OuterLoss, Start
 from ._bias import Bias
@@ -137,6 +139,17 @@ class ImplicitAdjoint(AbstractSystemAdjoint):
 
     def check(self, solver, data):
         data.full()
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        solves = np.asarray(columns["num_products"], float)
+        # A Newton step solves a system that is as hard as that of the derivative.
+        products = (1 + self.newton_steps) * solves + 1
+        if "num_error_products" in columns:
+            products = products + columns["num_error_products"]
+        # The optimality, and the slope of the outer loss, at the solution.
+        return Work(gradients=steps + 2 + self.newton_steps, products=products)
 
     def init(self, params):
         trainable = tree_widened(split_trainable(params)[0])

@@ -165,6 +165,6 @@ class ImplicitInfo(AbstractDerivativeInfo):
 
     def scalars(self):
         names = "inner_error", "linear_residual", "num_linear_steps", "num_products"
-        optional = "error", "tolerance"
+        optional = "error", "num_error_products", "tolerance"
         known = {name: getattr(self, name) for name in (*names, *optional)}
         return {name: value for name, value in known.items() if value is not None}

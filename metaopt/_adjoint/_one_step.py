@@ -5,9 +5,11 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core._tree import padding
 from .._jaxpr._detach import detached
+from .._report import inner_steps, Work
 from .._solver import AbstractMixingSolver
 from ._bias import Bias
 from ._path import AbstractPathAdjoint, check_iterative, counted_anew
@@ -38,6 +40,11 @@ class OneStepAdjoint(AbstractPathAdjoint):
                 "`metaopt.Picard()`, or `metaopt.ImplicitAdjoint(metaopt.Neumann(0))`, "
                 "which is the same estimate after any solver."
             )
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        return Work(gradients=steps + 1, products=np.ones_like(steps))
 
     def solve(self, inner, params, hyper, model_state, throw):
         loop = inner.loop(params)

@@ -11,6 +11,7 @@ from .._core._results import first_failure, mask_result, RESULTS
 from .._core._tree import split_trainable, tree_add
 from .._core._types import FloatScalar, Vector
 from .._core._validate import check_tolerance
+from .._report import inner_steps, Work
 from .._solver import (
     AbstractReversibleSolver,
     InnerSolve,
@@ -96,6 +97,11 @@ class ReversibleAdjoint(AbstractAdjoint):
                 "`state_policy=metaopt.nn.FrozenState()`, or use "
                 "`metaopt.UnrolledAdjoint()`."
             )
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        return Work(gradients=2 * steps + 1, products=steps)
 
     def solve(self, inner, params, hyper, model_state, throw):
         solver = self._reversible(inner)

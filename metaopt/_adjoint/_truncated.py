@@ -6,11 +6,13 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core._types import FloatScalar, Hyper
 from .._core._validate import check_count, check_tolerance
 from .._implicit import Constant, constant
 from .._jaxpr._detach import detached
+from .._report import inner_steps, Work
 from .._solver import AbstractIterativeSolver
 from ._bias import Bias
 from ._memory import AbstractMemoryPlan, StoreAll
@@ -117,6 +119,13 @@ class TruncatedAdjoint(AbstractPathAdjoint):
                 "`TruncatedAdjoint` needs a fixed number of steps, and this solver may "
                 "stop before. Drop the tolerance, or use `metaopt.OneStepAdjoint`."
             )
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps = inner_steps(columns)
+        last = np.minimum(steps, self.num_steps)
+        gradients = steps + self.memory.num_repeats * last + 1
+        return Work(gradients=gradients, products=last)
 
     def solve(self, inner, params, hyper, model_state, throw):
         loop = self.memory.prepare(inner.loop(params))

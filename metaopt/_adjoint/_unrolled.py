@@ -9,6 +9,7 @@ import jax
 
 from .._core._tree import split_trainable, tree_num_bytes
 from .._core._types import Hyper, ModelState, Params
+from .._report import inner_steps, Work
 from .._solver import (
     AbstractExactMomentum,
     AbstractIterativeSolver,
@@ -82,6 +83,13 @@ class UnrolledAdjoint(AbstractAdjoint):
 
     def check(self, solver, data):
         check_iterative(self, solver)
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        steps, memory = inner_steps(columns), self.memory
+        # The plan that a budget chooses is known to the compiled program alone.
+        again = memory.num_repeats if isinstance(memory, AbstractMemoryPlan) else 0
+        return Work(gradients=(1 + again) * steps + 1, products=steps)
 
     def solve(self, inner, params, hyper, model_state, throw):
         if isinstance(self.memory, AbstractMemoryPlan):

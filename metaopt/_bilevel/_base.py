@@ -60,6 +60,8 @@ class AbstractBilevelSolver(eqx.Module):
     A state is a pytree with the attributes `key` and `num_steps`: the randomness of the
     run, and the outer steps taken. It keeps the cursors of both sources of batches, too, so
     that each step goes on where the last one stopped.
+
+    A solver with a method `work` counts its work, as a [`metaopt.extend.CountsWork`][].
     """
 
     @abc.abstractmethod

@@ -15,7 +15,7 @@ from .._core._validate import ADJOINT_EXAMPLE, check_kind, check_params, DESCENT
 from .._objective import check_sources, Continued, Objective
 from .._problem import BilevelProblem, initialise
 from .._promises import all_finite, keep_where
-from .._report import InnerInfo
+from .._report import CountsWork, InnerInfo
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._drawn import Cursors, draw, DrawnBatches, first_cursors
@@ -177,6 +177,12 @@ class NestedSolver(AbstractBilevelSolver):
             result=outcome.result,
             warm_started=self.start.goes_on,
         )
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        adjoint = self.adjoint
+        counts = isinstance(adjoint, CountsWork)
+        return adjoint.work(columns, num_hyper) if counts else None
 
     def hyper(self, state):
         return state.hyper

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._best_response import best_responses, ordinary, self_tuning
@@ -16,7 +17,14 @@ from .._core._validate import check_count, check_kind, check_params, check_toler
 from .._data import AbstractData
 from .._problem import initialise
 from .._promises import BothLosses, judged
-from .._report import AbstractDerivativeInfo, InnerInfo, OuterInfo, Report
+from .._report import (
+    AbstractDerivativeInfo,
+    inner_steps,
+    InnerInfo,
+    OuterInfo,
+    Report,
+    Work,
+)
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
 from ._best_response_method import AbstractBestResponseMethod, STN
 from ._drawn import check_drawn, Cursors, draw, draw_one, DrawnBatches, first_cursors
@@ -264,6 +272,13 @@ class SelfTuningSolver(AbstractBilevelSolver):
             params, state.hyper, drawn[0], key, state.model_state
         )
         return BilevelEvaluation(value, params, state.model_state)
+
+    def work(self, columns, num_hyper):
+        """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
+        # Each step takes the gradient of one of the losses.
+        train = inner_steps(columns)
+        gradients = train + self.num_rounds * self.valid_steps
+        return Work(gradients=gradients, products=np.zeros_like(train))
 
     def hyper(self, state):
         return state.hyper

@@ -50,6 +50,7 @@ class Run:
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
     - `reason`: the first failure within a step that itself did not fail, or that failure.
     - `num_skipped`: the steps that failed and left the outer variables alone.
+    - `num_failed`: the steps that failed since the run began, or began again.
     - `seconds`: the wall time since the run began.
     - `settings`: the settings of problem and solver, `hyper` as it is, and the shapes of
         the data: texts by their names, the same in another process.
@@ -71,6 +72,7 @@ class Run:
         self.interrupts = Interrupts()
         self.ended_by = ""
         self.num_skipped = 0
+        self.num_failed = 0
         self.updated = False
         self.begun = time.perf_counter()
         self._chunks: list[dict[str, np.ndarray]] = []
@@ -235,6 +237,7 @@ class Run:
         marks = steps.marks
         self.updated = bool(marks.updated[-1])
         if np.any(marks.failed):
+            self.num_failed += int(np.sum(marks.failed > 0))
             self.num_skipped += int(np.sum((marks.failed > 0) & (marks.updated == 0)))
             self.result = _first(self.result, marks.result)
         self.reason = _first(self.reason, marks.reason)

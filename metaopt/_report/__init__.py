@@ -28,3 +28,9 @@ from ._table import (
     verdict as verdict,
     yes_or_no as yes_or_no,
 )
+from ._work import (
+    Columns as Columns,
+    CountsWork as CountsWork,
+    inner_steps as inner_steps,
+    Work as Work,
+)

@@ -4,6 +4,7 @@ import abc
 
 import equinox as eqx
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .._core._types import PyTree
@@ -17,8 +18,8 @@ class AbstractHyper(eqx.Module):
     derivatives are taken with respect to it, and self-tuning networks perturb it: nothing
     in metaopt treats these classes differently from other pytrees of arrays.
 
-    To write one, add a floating-point field `raw` and the property `value`, which must be
-    defined at every finite `raw`.
+    To write one, add a floating-point field `raw`, the property `value`, which must be
+    defined at every finite `raw`, and the method `with_value`.
     """
 
     raw: eqx.AbstractVar[Float[Array, "..."]]
@@ -27,6 +28,23 @@ class AbstractHyper(eqx.Module):
     @abc.abstractmethod
     def value(self) -> Float[Array, "..."]:
         """The value that a loss reads, of the shape and dtype of `raw`."""
+
+    @abc.abstractmethod
+    def with_value(self, value: ArrayLike) -> "AbstractHyper":
+        """Make one of the same kind and range that represents another value.
+
+        **Arguments:**
+
+        - `value`: as for the constructor.
+
+        **Returns:**
+
+        A new hyperparameter; this one stays as it is.
+
+        **Raises:**
+
+        `ValueError` if the value is out of range.
+        """
 
 
 def values(tree: PyTree) -> PyTree:

@@ -80,6 +80,9 @@ class Integer(AbstractHyper):
         requirement = f"must be a whole number from {low} to {high}"
         self.raw = initial_raw(value, invert, requirement, wide=True)
 
+    def with_value(self, value):
+        return Integer(value, self.low, self.high)
+
     @property
     def value(self) -> Float[Array, "..."]:
         """The whole number that a loss reads, as a floating-point array.

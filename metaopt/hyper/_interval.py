@@ -54,6 +54,9 @@ class Interval(AbstractHyper):
             "where its derivative is zero",
         )
 
+    def with_value(self, value):
+        return Interval(value, self.low, self.high)
+
     @property
     def value(self) -> Float[Array, "..."]:
         """The number that a loss reads, between `low` and `high`."""

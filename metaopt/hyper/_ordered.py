@@ -51,6 +51,9 @@ class Ordered(AbstractHyper):
 
         self.raw = initial_raw(value, invert, "must be larger than the number before it")
 
+    def with_value(self, value):
+        return Ordered(value)
+
     @property
     def value(self) -> Float[Array, "..."]:
         """The numbers that a loss reads, in increasing order."""

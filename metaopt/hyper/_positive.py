@@ -44,6 +44,9 @@ class Positive(AbstractHyper):
         requirement = "must be positive (where it may be 0, use `metaopt.hyper.Interval`)"
         self.raw = initial_raw(value, jnp.log, requirement)
 
+    def with_value(self, value):
+        return Positive(value)
+
     @property
     def value(self) -> Float[Array, "..."]:
         """The positive number that a loss reads."""

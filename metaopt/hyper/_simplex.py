@@ -58,6 +58,9 @@ class Simplex(AbstractHyper):
         requirement = "must be positive, and sum to 1 along the last axis"
         self.raw = initial_raw(value, invert, requirement)
 
+    def with_value(self, value):
+        return Simplex(value)
+
     @property
     def value(self) -> Float[Array, "..."]:
         """The shares that a loss reads."""

@@ -53,6 +53,12 @@ class AbstractMemoryPlan(eqx.Module):
         The state after the last step, and the losses, `(length,)`.
         """
 
+    @property
+    @abc.abstractmethod
+    def num_repeats(self) -> int:
+        """The number of times that the gradient of each step is computed again, beside
+        what its derivative computes."""
+
     @abc.abstractmethod
     def num_stored(self, length: int) -> int:
         """The least number of states that are stored at the same time.

@@ -43,6 +43,10 @@ class Blocks(AbstractMemoryPlan):
     def scan(self, body, state, draws, length):
         return self._scan(body, state, draws, length, self.num_levels)
 
+    @property
+    def num_repeats(self):
+        return self.num_levels + self.steps.num_repeats
+
     def num_stored(self, length):
         total = 0
         for level in range(self.num_levels, 0, -1):

@@ -72,5 +72,9 @@ class OnlineCheckpoints(AbstractMemoryPlan):
         )
         return state, losses
 
+    @property
+    def num_repeats(self):
+        return 2  # with the default number of checkpoints
+
     def num_stored(self, length):
         return self.num_checkpoints or math.isqrt(2 * length)

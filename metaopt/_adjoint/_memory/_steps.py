@@ -30,6 +30,10 @@ class StoreAll(AbstractMemoryPlan):
     def scan(self, body, state, draws, length):
         return jax.lax.scan(body, state, draws, length, unroll=min(self.unroll, length))
 
+    @property
+    def num_repeats(self):
+        return 0
+
     def num_stored(self, length):
         return length
 
@@ -49,6 +53,10 @@ class StoreUpdates(AbstractMemoryPlan):
     def scan(self, body, state, draws, length):
         return jax.lax.scan(body, state, draws, length)
 
+    @property
+    def num_repeats(self):
+        return 0
+
     def num_stored(self, length):
         return length
 
@@ -67,6 +75,10 @@ class RecomputeSteps(AbstractMemoryPlan):
 
     def scan(self, body, state, draws, length):
         return jax.lax.scan(remade(body), state, draws, length)
+
+    @property
+    def num_repeats(self):
+        return 1
 
     def num_stored(self, length):
         return length

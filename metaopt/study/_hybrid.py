@@ -1,0 +1,109 @@
+"""Searches whose trials tune the rest by gradients."""
+
+import time
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._bilevel import AbstractBilevelSolver
+from .._core._results import RESULTS
+from .._core._types import Hyper
+from .._core._validate import check_count, check_kind
+from .._report import Work
+from .._solve_bilevel import solve_bilevel
+from ..hyper import freeze, Integer, thaw
+from ._method import AbstractMethod, least_work, Task, unknown_work, work_of
+from ._search import AbstractSearch
+from ._trace import too_small
+
+
+class Hybrid(AbstractMethod):
+    """A search over whole numbers and starts, each trial of which tunes the rest.
+
+    The search draws what its space names. Every [`metaopt.hyper.Integer`][] is then frozen
+    at what was drawn, and all other leaves are tuned by the bilevel solver for a few outer
+    steps. The search is told the outer loss that these reach.
+
+    **Arguments:**
+
+    - `search`: the search, such as [`metaopt.study.OptunaSearch`][].
+    - `solver`: the bilevel solver.
+    - `num_steps`: the outer steps of each trial.
+    """
+
+    search: AbstractSearch
+    solver: AbstractBilevelSolver
+    num_steps: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_kind(self.search, AbstractSearch, "search", "metaopt.study.RandomSearch()")
+        example = "metaopt.NestedSolver(...)"
+        check_kind(self.solver, AbstractBilevelSolver, "solver", example)
+        check_count(self.num_steps, "num_steps")
+
+    def check(self, task, trace):
+        """Check the space, and that the budget pays for a trial."""
+        self.search.session(task)
+        least = least_work(self.solver, task.hyper)
+        cost = trace.budget.cost(least, np.zeros(1))
+        if cost is not None and not trace.fits(float(cost[0]) * self.num_steps):
+            step = f"a trial of {self.num_steps} outer steps"
+            raise too_small(trace.budget, float(cost[0]) * self.num_steps, step)
+
+    def run(self, task, trace):
+        session = self.search.session(task)
+        if trace.budget.cost(None, np.zeros(1)) is not None:
+            self._tune(task, task.hyper, 0)  # compiles, which the budget leaves out
+        best_loss, best_hyper, number = np.inf, task.hyper, 0
+
+        def count(hyper: Hyper, loss: float, work: Work | None, seconds: float) -> bool:
+            nonlocal best_loss, best_hyper, number
+            number += 1
+            if loss < best_loss:
+                best_loss, best_hyper = loss, hyper
+            return trace.add(work, seconds, best_loss, best_hyper)
+
+        # The trials of other processes have their starts in the journal, and no more.
+        while trace.fits(trace.spent / number if number else 0.0):
+            asked = session.ask(1)
+            if not asked:
+                return
+            [(token, start)] = asked
+            begin = time.perf_counter()
+            hyper, loss, work, failure = self._tune(task, start, number)
+            if work is None and trace.budget.cost(None, np.zeros(1)) is None:
+                raise ValueError(unknown_work(self.solver, trace))
+            if failure:
+                trace.fail(failure)
+            nothing = Work(np.zeros(()), np.zeros(()))
+            session.tell(token, loss, nothing if work is None else work)
+            if not count(hyper, loss, work, time.perf_counter() - begin):
+                return
+
+    def _tune(
+        self, task: Task, start: Hyper, number: int
+    ) -> tuple[Hyper, float, Work | None, str]:
+        """The tuned settings, their outer loss, the work, and a failure in words."""
+        solution = solve_bilevel(
+            task.problem,
+            freeze(start, Integer),
+            task.train,
+            task.valid,
+            solver=self.solver,
+            num_steps=self.num_steps,
+            params=task.params,
+            model_state=task.model_state,
+            key=jax.random.fold_in(task.key, number),
+            steps_per_call=self.num_steps,
+            throw=False,
+        )
+        columns = solution.history.columns
+        work = work_of(self.solver, columns, solution.hyper)
+        if work is not None:
+            # The inner solve that the loss is evaluated at.
+            last = Work(np.asarray(columns["num_inner_steps"][-1:], float), np.zeros(1))
+            work = work.total() + last.total()
+        loss = float(solution.outer_loss)
+        loss = loss if np.isfinite(loss) else np.inf
+        return thaw(solution.hyper), loss, work, RESULTS[solution.result]

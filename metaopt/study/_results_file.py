@@ -1,0 +1,138 @@
+"""The file that a study keeps its results in, and goes on from."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._core._description import description
+from .._core._files import check_writable, write_atomically
+from ._comparison import Record
+
+
+_VERSION = 1
+
+
+def digest(x: Any) -> str:
+    """A text that is the same for equal settings, in another process as well."""
+    rows = json.dumps(description(x, ""), sort_keys=True)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+class ResultsFile:
+    """`results.json` of a study: its settings, and the records of what is finished.
+
+    **Arguments:**
+
+    - `folder`: the folder of the study; `None` keeps nothing.
+    - `settings`: digests of the settings that all records share, by their names.
+    - `methods`: a digest of each method, by its name.
+
+    **Raises:**
+
+    `ValueError` for a file that cannot be written, is damaged, or is of another study.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        settings: Mapping[str, str],
+        methods: Mapping[str, str],
+    ):
+        self.path = None if folder is None else Path(folder) / "results.json"
+        self.settings = dict(settings)
+        self.methods = dict(methods)
+        self.records: dict[str, dict[int, Record]] = {}
+        if self.path is None:
+            return
+        check_writable(self.path, "file")
+        if self.path.exists():
+            self._read(self.path)
+
+    def get(self, method: str, seed: int) -> Record | None:
+        """The record of a method and a seed, if it is finished."""
+        return self.records.get(method, {}).get(seed)
+
+    def put(self, method: str, seed: int, record: Record) -> None:
+        """Keep a record, and write the file."""
+        self.records.setdefault(method, {})[seed] = record
+        self.write({})
+
+    def write(self, summary: Mapping[str, Any]) -> None:
+        """Write all records, and what else there is to say.
+
+        **Arguments:**
+
+        - `summary`: more entries of the file.
+        """
+        if self.path is None:
+            return
+        records = {
+            method: {str(s): dataclasses.asdict(record) for s, record in rows.items()}
+            for method, rows in self.records.items()
+        }
+        content = {
+            "version": _VERSION,
+            "settings": self.settings,
+            "methods": self.methods,
+            **summary,
+            "records": records,
+        }
+        text = json.dumps(_finite(content), indent=1)
+        write_atomically(self.path, (text + "\n").encode())
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["version"]
+            settings, methods = content["settings"], content["methods"]
+            found = content["records"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no file of results of a study, or is damaged ({error!r}). Name "
+                "another folder as `out`, or remove it."
+            ) from error
+        if version != _VERSION:
+            raise ValueError(
+                f"{path} is of version {version} of the format, and this metaopt reads "
+                f"version {_VERSION}. Name another folder as `out`."
+            )
+        for name, value in self.settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"{path} holds results of another study: `{name}` was another one. "
+                    "Name another folder as `out`, or remove the file."
+                )
+        for name, value in self.methods.items():
+            if methods.get(name, value) != value:
+                raise ValueError(
+                    f"{path} holds results of another method under the name {name!r}. "
+                    "Name this one otherwise, or name another folder as `out`."
+                )
+        # Methods that are asked for no longer stay in the file.
+        self.methods = methods | self.methods
+        for method, rows in found.items():
+            self.records[method] = {int(s): _record(row) for s, row in rows.items()}
+
+
+def _finite(x: Any) -> Any:
+    """`x` with `None` for numbers that are not finite, which JSON does not have."""
+    match x:
+        case float():
+            return x if math.isfinite(x) else None
+        case Mapping():
+            return {key: _finite(value) for key, value in x.items()}
+        case list() | tuple():
+            return [_finite(value) for value in x]
+    return x
+
+
+def _record(row: Mapping[str, Any]) -> Record:
+    number = lambda x: math.nan if x is None else x
+    values = {name: [number(x) for x in xs] for name, xs in row["values"].items()}
+    amounts = {name: number(row[name]) for name in ("gradients", "products", "seconds")}
+    return Record(**{**row, "values": values, **amounts})

@@ -1,0 +1,263 @@
+"""Searches: settings are drawn, tried and compared."""
+
+import abc
+import itertools
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._core._types import Hyper, PyTree
+from .._core._validate import check_count
+from .._report import Work
+from ._method import AbstractMethod, least_steps, Task
+from ._space import Shares, Space
+from ._trace import too_small
+from ._trials import trial_losses
+
+
+class AbstractSession(abc.ABC):
+    """A search that is going on: it proposes settings, and is told their losses."""
+
+    @abc.abstractmethod
+    def ask(self, count: int) -> list[tuple[Any, Hyper]]:
+        """Propose settings.
+
+        **Arguments:**
+
+        - `count`: how many at most.
+
+        **Returns:**
+
+        Pairs of a token and the outer variables; none at the end of the search.
+        """
+
+    def news(self) -> list[tuple[Hyper, float, Work, float]]:
+        """The trials of other processes, and of those before, since it was asked last.
+
+        **Returns:**
+
+        The outer variables, loss, work and seconds of each.
+        """
+        return []
+
+    @abc.abstractmethod
+    def tell(self, token: Any, loss: float, work: Work) -> None:
+        """Tell the search the loss of settings that it proposed.
+
+        **Arguments:**
+
+        - `token`: the token of the proposal.
+        - `loss`: the outer loss; infinite for a failure.
+        - `work`: the work that it took.
+        """
+
+
+class AbstractSearch(AbstractMethod):
+    """A search by trials, each of which solves the inner problem once.
+
+    The first trial is `hyper` as it is given. The settings of a search are those of the
+    lowest outer loss so far. Trials that are tried together are vectorised.
+
+    **Attributes:**
+
+    - `batch_size`: how many trials are tried together.
+    """
+
+    batch_size: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def session(self, task: Task) -> AbstractSession:
+        """Begin the search.
+
+        **Arguments:**
+
+        - `task`: the task.
+        """
+
+    def check(self, task, trace):
+        """Check the space, and that the budget pays for a trial."""
+        self.session(task)
+        least = _work(least_steps(task.inner))
+        cost = trace.budget.cost(least, np.zeros(()))
+        if cost is not None and not trace.fits(float(cost)):
+            raise too_small(trace.budget, float(cost), "one trial")
+        if trace.budget.cost(_work(1.0), np.ones(())) == 0:
+            raise ValueError(
+                f"`{type(self).__name__}` takes no {trace.budget.unit}, and would never "
+                "end. Give `budget=metaopt.study.GradientBudget(...)`."
+            )
+
+    def run(self, task, trace):
+        session = self.session(task)
+        if trace.budget.cost(None, np.zeros(())) is not None:
+            # Compiles, which the budget leaves out.
+            trial_losses(task, [task.hyper] * self.batch_size, range(self.batch_size))
+        best, number = _Best(task.hyper), 0
+
+        def count(hyper: Hyper, loss: float, work: Work, seconds: float) -> bool:
+            nonlocal number
+            number += 1
+            best.see(loss, hyper)
+            added = trace.add(work, seconds, best.loss, best.hyper)
+            if added and not np.isfinite(loss):
+                trace.fail("The outer loss at the inner solution is not finite.")
+            return added
+
+        while all(count(*trial) for trial in session.news()):
+            each = trace.spent / number if number else 0.0
+            if not trace.fits(each):
+                return
+            # No more than are paid for.
+            left = (trace.budget.amount - trace.spent) / each if each else np.inf
+            asked = session.ask(int(min(self.batch_size, max(1.0, left))))
+            if not asked:
+                return
+            # One shape is compiled once.
+            hypers = [hyper for _, hyper in asked]
+            hypers += [hypers[-1]] * (self.batch_size - len(hypers))
+            begin = time.perf_counter()
+            numbers = range(number, number + self.batch_size)
+            losses, steps = trial_losses(task, hypers, numbers)
+            seconds = (time.perf_counter() - begin) / len(asked)
+            fits = True
+            for (token, hyper), loss, taken in zip(asked, losses, steps):
+                session.tell(token, float(loss), _work(taken))
+                fits = fits and count(hyper, float(loss), _work(taken), seconds)
+            if not fits:
+                return
+
+
+class _Best:
+    """The settings of the lowest loss."""
+
+    def __init__(self, hyper: Hyper):
+        self.loss = float("inf")
+        self.hyper = hyper
+
+    def see(self, loss: float, hyper: Hyper) -> None:
+        if loss < self.loss:
+            self.loss, self.hyper = loss, hyper
+
+
+def _work(steps: float) -> Work:
+    return Work(gradients=np.asarray(steps, float), products=np.zeros(()))
+
+
+class RandomSearch(AbstractSearch):
+    """Random search: each trial draws all values anew.
+
+    **Arguments:**
+
+    - `space`: the ranges, a pytree like `hyper` or like the top of it, with `None` for what
+        stays as it is. By default those of [`metaopt.hyper.Interval`][],
+        [`metaopt.hyper.Integer`][] and [`metaopt.hyper.Simplex`][].
+    - `batch_size`: how many trials are tried together.
+    """
+
+    space: PyTree
+    batch_size: int = eqx.field(static=True)
+
+    def __init__(self, space: PyTree = None, *, batch_size: int = 8):
+        check_count(batch_size, "batch_size")
+        self.space = space
+        self.batch_size = batch_size
+
+    def session(self, task):
+        return _RandomSession(Space(self.space, task.hyper), task)
+
+
+class _RandomSession(AbstractSession):
+    def __init__(self, space: Space, task: Task):
+        self.space = space
+        self.random = np.random.default_rng(numpy_seed(task))
+        self.given = [task.hyper]
+
+    def ask(self, count):
+        given, self.given = self.given, []
+        drawn = [self.space.at_uniforms(self._draw()) for _ in range(count - len(given))]
+        return [("", hyper) for hyper in given + drawn]
+
+    def tell(self, token, loss, work):
+        pass
+
+    def _draw(self) -> dict[str, np.ndarray]:
+        return {s.name: self.random.uniform(size=s.shape) for s in self.space.drawn}
+
+
+class GridSearch(AbstractSearch):
+    """Grid search: all combinations of evenly spaced values, in random order.
+
+    All entries of an array have one value in common.
+
+    **Arguments:**
+
+    - `space`: the ranges, as for [`metaopt.study.RandomSearch`][].
+    - `num_values`: how many values each leaf has.
+    - `batch_size`: how many trials are tried together.
+    """
+
+    space: PyTree
+    num_values: int = eqx.field(static=True)
+    batch_size: int = eqx.field(static=True)
+
+    def __init__(self, space: PyTree = None, *, num_values: int = 5, batch_size: int = 8):
+        check_count(num_values, "num_values", minimum=2)
+        check_count(batch_size, "batch_size")
+        self.space = space
+        self.num_values = num_values
+        self.batch_size = batch_size
+
+    def session(self, task):
+        return _GridSession(Space(self.space, task.hyper), self.num_values, task)
+
+
+_LARGEST_GRID = 1_000_000
+
+
+class _GridSession(AbstractSession):
+    def __init__(self, space: Space, num_values: int, task: Task):
+        size = num_values ** len(space.drawn)
+        if size > _LARGEST_GRID:
+            raise ValueError(
+                f"The grid has {size:,} points: {num_values} values of each of "
+                f"{len(space.drawn)} leaves. Give fewer `num_values`, or use "
+                "`metaopt.study.RandomSearch`."
+            )
+        for slot in space.drawn:
+            if isinstance(slot.range, Shares):
+                raise ValueError(
+                    f"`{slot.name}` is a simplex, which a grid has no points on. Use "
+                    "`metaopt.study.RandomSearch`."
+                )
+        values = np.linspace(0, 1, num_values)
+        points = list(itertools.product(values, repeat=len(space.drawn)))
+        np.random.default_rng(numpy_seed(task)).shuffle(points)
+        self.space = space
+        self.left = [task.hyper, *map(self._at, points)]
+
+    def ask(self, count):
+        taken, self.left = self.left[:count], self.left[count:]
+        return [("", hyper) for hyper in taken]
+
+    def tell(self, token, loss, work):
+        pass
+
+    def _at(self, point: tuple[float, ...]) -> Hyper:
+        slots = self.space.drawn
+        return self.space.at_uniforms(
+            {slot.name: np.full(slot.shape, u) for slot, u in zip(slots, point)}
+        )
+
+
+def numpy_seed(task: Task) -> list[int]:
+    """The randomness of a task, for NumPy."""
+    data = jax.random.key_data(task.key) if is_typed(task.key) else task.key
+    return np.asarray(data).ravel().tolist()
+
+
+def is_typed(key: Any) -> bool:
+    """Whether a key is one of `jax.random.key`."""
+    return jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
