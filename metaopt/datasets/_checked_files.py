@@ -37,6 +37,7 @@ class NpzSet(NamedTuple):
     - `file`: the name of the file there.
     - `sha256`: the checksum of the file.
     - `arrays`: the form of each array that is read from it.
+    - `or_else`: what may be there in its place, in words.
     - `max_packed`: the largest size that the file may have, in bytes.
     - `max_unpacked`: the largest size that one array may have, in bytes.
     """
@@ -46,12 +47,18 @@ class NpzSet(NamedTuple):
     file: str
     sha256: str
     arrays: Mapping[str, Expected]
+    or_else: str = ""
     max_packed: int = 32 * 1024**2
     max_unpacked: int = 64 * 1024**2
 
 
 def find_file(
-    root: str | os.PathLike | None, folder: str, file: str, name: str, content: str
+    root: str | os.PathLike | None,
+    folder: str,
+    file: str,
+    name: str,
+    content: str,
+    or_else: str = "",
 ) -> Path:
     """The path of a file of a data set.
 
@@ -61,6 +68,7 @@ def find_file(
     - `folder`, `file`: the subfolder and the name of the file.
     - `name`: what the data set is called in messages.
     - `content`: what must be in the file, in words.
+    - `or_else`: what may be there in its place, in words.
 
     **Raises:**
 
@@ -69,15 +77,15 @@ def find_file(
     place = data_folder(root) / folder
     if not (place / file).is_file():
         raise DataError(
-            f"{name} is not in {place}. Put `{file}` ({content}) into {place}, or name "
-            f"another folder that has it in its subfolder `{folder}` as `root=` or in the "
-            "environment variable METAOPT_DATA. It is not downloaded."
+            f"{name} is not in {place}. Put `{file}` ({content}){or_else} into {place}, or "
+            f"name another folder that has it in its subfolder `{folder}` as `root=` or in "
+            "the environment variable METAOPT_DATA. It is not downloaded."
         )
     return place / file
 
 
-def read_checked(path: Path, checksum: str, max_bytes: int) -> bytes:
-    """The content of a file, which has this checksum.
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """The content of a file.
 
     **Raises:**
 
@@ -90,6 +98,17 @@ def read_checked(path: Path, checksum: str, max_bytes: int) -> bytes:
         raise DataError(f"{path} cannot be read: {error!r}.") from error
     if len(content) > max_bytes:
         raise DataError(f"{path} is larger than the allowed {max_bytes:,} bytes.")
+    return content
+
+
+def read_checked(path: Path, checksum: str, max_bytes: int) -> bytes:
+    """The content of a file, which has this checksum.
+
+    **Raises:**
+
+    `DataError` naming the file and the reason.
+    """
+    content = read_bounded(path, max_bytes)
     try:
         check_checksum(content, checksum, str(path))
     except DataError as error:
@@ -130,7 +149,9 @@ def read_npz_set(
     """
     checksum = checksum_of(checksums, published.file, published.sha256)
     content = f"arrays {', '.join(published.arrays)}"
-    path = find_file(root, published.folder, published.file, published.name, content)
+    path = find_file(
+        root, published.folder, published.file, published.name, content, published.or_else
+    )
     read_checked(path, checksum, published.max_packed)
     arrays = read_npz(path, list(published.arrays), published.max_unpacked)
     for key, expected in published.arrays.items():

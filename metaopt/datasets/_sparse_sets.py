@@ -9,6 +9,7 @@ import numpy as np
 
 from .._core._files import DataError
 from ._checked_files import Expected, NpzSet, read_npz_set
+from ._libsvm import LIBSVM_URL, LibsvmText, read_libsvm
 from ._sparse_data import SparseData
 
 
@@ -44,6 +45,16 @@ _SECTOR = NpzSet(
     file="sector_scale.npz",
     sha256="3a7e61b5069a4fe196f854329db295dc9b6ba6504b5edfbdb3780861b848737d",
     arrays=_csr_arrays(np.float32, _SECTOR_COLUMNS, _SECTOR_CLASSES),
+    or_else=(
+        f", or `sector.scale.bz2` and `sector.t.scale.bz2` of {LIBSVM_URL}"
+        "multiclass/sector/,"
+    ),
+)
+_SECTOR_TEXT = LibsvmText(
+    ("sector.scale", "sector.t.scale"),
+    range(1, 106),
+    _SECTOR_COLUMNS,
+    "71688c63c46efd0f299bc800faf4a942c58cf99be86fa1a47299db1785519079",
 )
 
 
@@ -95,13 +106,16 @@ def load_sector(
     table would take 2.1 GB: `data.dense(data.most_frequent(5000))` takes 0.2, and
     `data.padded_rows(500)` keeps most of all rows in 40 MB.
 
-    Looks for `sector/sector_scale.npz` in `root`. Nothing is downloaded.
+    Looks in `root` for `sector/sector_scale.npz`, then for LIBSVM's own files,
+    `sector/sector.scale` and `sector/sector.t.scale`, or the same with `.bz2`. Nothing is
+    downloaded.
 
     **Arguments:**
 
     - `root`: the folder that has a subfolder `sector`. By default the folder named by the
         environment variable `METAOPT_DATA`, else `metaopt` in the user's cache folder.
-    - `checksums`: the SHA-256 of the file, by its name, if it is another one.
+    - `checksums`: the SHA-256 of each file, by its name, if they are others. By default
+        the numbers in text files are checked, not the files.
 
     **Returns:**
 
@@ -112,6 +126,9 @@ def load_sector(
 
     [`metaopt.datasets.DataError`][] naming the file and the reason.
     """
+    rows = read_libsvm(_SECTOR_TEXT, _SECTOR, root, checksums)
+    if rows is not None:
+        return rows
     path, arrays = read_npz_set(_SECTOR, root, checksums)
     return _as_sparse(path, arrays, _SECTOR_COLUMNS, _SECTOR_CLASSES, _SECTOR.name)
 

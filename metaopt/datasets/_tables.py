@@ -9,6 +9,7 @@ import numpy as np
 
 from .._core._files import DataError
 from ._checked_files import Expected, joined, NpzSet, read_npz_set
+from ._libsvm import LIBSVM_URL, LibsvmText, read_libsvm
 from ._table_data import TableData
 
 
@@ -27,6 +28,13 @@ _A9A = NpzSet(
             "y_test": _SIGNS,
         }
     ),
+    or_else=f", or `a9a` and `a9a.t` of {LIBSVM_URL}binary/,",
+)
+_A9A_TEXT = LibsvmText(
+    ("a9a", "a9a.t"),
+    range(-1, 3, 2),
+    123,
+    "4c155d8acc76b06eb37393d917590db59db3e58e52dc455577ec0d9d6f2756d0",
 )
 
 _IJCNN1 = NpzSet(
@@ -35,6 +43,13 @@ _IJCNN1 = NpzSet(
     file="ijcnn1.npz",
     sha256="591ddc3bc78c5173ebdf649678ecb8d3d7a31ae6d28088483dcb3842fc6bd56c",
     arrays=MappingProxyType({"x": Expected(np.float32, (None, 22)), "y": _SIGNS}),
+    or_else=(f", or `ijcnn1.tr.bz2` and `ijcnn1.val.bz2` of {LIBSVM_URL}binary/,"),
+)
+_IJCNN1_TEXT = LibsvmText(
+    ("ijcnn1.tr", "ijcnn1.val"),
+    range(-1, 3, 2),
+    22,
+    "8744a4907b970423f8bb65939a21cdd0ae17f24c20d50815eda30c98eac7ed5b",
 )
 
 _COVERTYPE_SUBSET = NpzSet(
@@ -59,13 +74,15 @@ def load_a9a(
     Whether a person earns more than 50,000 dollars a year, which is true of some 24 % and
     which a linear classifier gets right for 85 % of the test part.
 
-    Looks for `a9a/a9a.npz` in `root`. Nothing is downloaded.
+    Looks in `root` for `a9a/a9a.npz`, then for LIBSVM's own files, `a9a/a9a` and
+    `a9a/a9a.t`. Nothing is downloaded.
 
     **Arguments:**
 
     - `root`: the folder that has a subfolder `a9a`. By default the folder named by the
         environment variable `METAOPT_DATA`, else `metaopt` in the user's cache folder.
-    - `checksums`: the SHA-256 of the file, by its name, if it is another one.
+    - `checksums`: the SHA-256 of each file, by its name, if they are others. By default
+        the numbers in text files are checked, not the files.
 
     **Returns:**
 
@@ -77,6 +94,9 @@ def load_a9a(
 
     [`metaopt.datasets.DataError`][] naming the file and the reason.
     """
+    rows = read_libsvm(_A9A_TEXT, _A9A, root, checksums)
+    if rows is not None:
+        return rows.dense()
     path, arrays = read_npz_set(_A9A, root, checksums)
     x, y = joined(path, arrays, "x"), joined(path, arrays, "y")
     return _as_table(path, x, _from_signs(path, y), 2, _A9A.name)
@@ -93,13 +113,16 @@ def load_ijcnn1(
     For problems with classes of unequal size. A linear classifier is right for 93 %; to
     say class 0 always is right for 90 %.
 
-    Looks for `ijcnn1/ijcnn1.npz` in `root`. Nothing is downloaded.
+    Looks in `root` for `ijcnn1/ijcnn1.npz`, then for LIBSVM's own files,
+    `ijcnn1/ijcnn1.tr` and `ijcnn1/ijcnn1.val`, or the same with `.bz2`. Nothing is
+    downloaded.
 
     **Arguments:**
 
     - `root`: the folder that has a subfolder `ijcnn1`. By default the folder named by the
         environment variable `METAOPT_DATA`, else `metaopt` in the user's cache folder.
-    - `checksums`: the SHA-256 of the file, by its name, if it is another one.
+    - `checksums`: the SHA-256 of each file, by its name, if they are others. By default
+        the numbers in text files are checked, not the files.
 
     **Returns:**
 
@@ -111,6 +134,9 @@ def load_ijcnn1(
 
     [`metaopt.datasets.DataError`][] naming the file and the reason.
     """
+    rows = read_libsvm(_IJCNN1_TEXT, _IJCNN1, root, checksums)
+    if rows is not None:
+        return rows.dense()
     path, arrays = read_npz_set(_IJCNN1, root, checksums)
     y = _from_signs(path, arrays["y"])
     return _as_table(path, arrays["x"], y, 2, _IJCNN1.name)
