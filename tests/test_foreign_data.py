@@ -335,7 +335,7 @@ def test_loaders_of_other_libraries(kind, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [np.asarray, Tensor])
+@pytest.mark.parametrize("kind", [np.asarray, Tensor, Capsule])
 def test_inner_batches_of_other_libraries(kind, form):
     want = losses(mo.InnerBatches(Epochs(*batches("tuple")), 2))
     got = losses(mo.InnerBatches(Epochs(*batches(form, kind)), 2))
@@ -416,12 +416,75 @@ def test_ragged_batches_are_named(take):
     whole = lambda data: Epochs(data) if take is losses else data
     with pytest.raises(ValueError, match=r"12 rows in `train\['x'\]`, 11 rows"):
         take(whole({"x": Tensor(X), "y": Tensor(Y[:-1])}))
-    with pytest.raises(TypeError, match=r"`train\['x'\]` is a list of numbers"):
+    # Of a loader, lists are taken that are no ragged ones.
+    error, text = (ValueError, "is a list of lists of differing lengths. Pad them")
+    if take is not losses:
+        error, text = TypeError, "is a list of numbers"
+    with pytest.raises(error, match=rf"`train\['x'\]` {text}"):
         take(whole({"x": [[1.0, 2.0, 3.0], [1.0, 2.0]], "y": Y[:2]}))
     objects = np.empty(2, object)
     objects[:] = [np.ones(3), np.ones(2)]
     with pytest.raises(TypeError, match=r"`train\['x'\]` is an array of dtype object"):
         take(whole({"x": objects, "y": Y[:2]}))
+
+
+def test_lists_of_numbers_are_taken_from_loaders():
+    as_lists = [{"x": x.tolist(), "y": y.tolist()} for x, y in batches("tuple")]
+    want = losses(Epochs(*batches("tuple")))
+    np.testing.assert_allclose(losses(Epochs(*as_lists)), want, rtol=1e-6)
+    want = losses(mo.InnerBatches(Epochs(*batches("tuple")), 2))
+    got = losses(mo.InnerBatches(Epochs(*as_lists), 2))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    # Without a warning about float64, which the numbers of Python are not meant as.
+    with jax.enable_x64(False):
+        assert losses(Epochs(*as_lists)).dtype == np.float32
+
+
+def test_inner_batches_name_what_they_cannot_read():
+    inner = lambda data: next(iter(mo.InnerBatches([data, data], 2)))
+    with pytest.raises(TypeError, match=r"`batches\[0\]`.*requires grad\. Move it"):
+        inner((WithGradient(X), Y))
+    with pytest.raises(ValueError, match=r"`batches\['x'\]` is a list of lists of diff"):
+        inner({"x": [[1.0, 2.0], [1.0]]})
+
+
+def test_dtypes_that_numpy_has_not():
+    class Half(Capsule):
+        def __init__(self, values):
+            self.values = jnp.asarray(values, jnp.bfloat16)
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("Got unsupported ScalarType BFloat16")
+
+    want = solution((jnp.asarray(X, jnp.bfloat16), Y))
+    np.testing.assert_allclose(solution((Half(X), Y)), want, rtol=1e-6)
+
+
+def test_few_shot_takes_loaders():
+    maml = mo.few_shot.MAML(lambda w, batch: fit(w, 0.0, batch), INNER)
+    tasks = [
+        tuple({"x": c * X.reshape(2, 6, 3), "y": Y.reshape(2, 6)} for _ in range(2))
+        for c in (1, 2, 3)
+    ]
+    run = lambda tasks, num_steps=5, **kwargs: mo.few_shot.train(
+        maml,
+        WEIGHTS,
+        tasks,
+        outer=optax.sgd(0.1),
+        num_steps=num_steps,
+        steps_per_call=2,
+        **kwargs,
+    )
+    want = run(iter(tasks * 2))
+    got = run(Epochs(*tasks))
+    got_loss, want_loss = got.history.outer_loss, want.history.outer_loss
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    # A run that goes on passes over the batches of the steps that were taken.
+    first = run(Epochs(*tasks), num_steps=2)
+    rest = run(Epochs(*tasks), state=first.state)
+    np.testing.assert_allclose(rest.meta, want.meta, rtol=1e-6)
+    with pytest.raises(ValueError, match="iterator or loader of batches; got list"):
+        run(tasks)
 
 
 # The libraries themselves, where they are installed
@@ -440,6 +503,13 @@ def test_real_torch_loaders():
         want = losses(mo.InnerBatches(Epochs(*batches("tuple")), 2))
         np.testing.assert_allclose(got, want, rtol=1e-6)
     np.testing.assert_allclose(solution((x, y)), solution((X, Y)), rtol=1e-6)
+    half = solution((jnp.asarray(X, jnp.bfloat16), Y))
+    np.testing.assert_allclose(solution((x.bfloat16(), y)), half, rtol=1e-6)
+    maml = mo.few_shot.MAML(lambda w, batch: fit(w, 0.0, batch), INNER)
+    pair = (x.reshape(2, 6, 3), y.reshape(2, 6))
+    tasks = data.DataLoader([(pair, pair)] * 2, batch_size=None)
+    found = mo.few_shot.train(maml, WEIGHTS, tasks, outer=optax.sgd(0.1), num_steps=3)
+    assert found.history.outer_loss.shape == (3,)
     with pytest.raises(TypeError, match=r"`train\[0\]`, of type `Tensor`.*requires grad"):
         solution((x.clone().requires_grad_(), y))
     with pytest.raises(TypeError, match="`train` is a `DataLoader`, an iterable"):
@@ -460,5 +530,7 @@ def test_real_hugging_face_datasets():
     got = losses(by_batch(), num_steps=3)
     np.testing.assert_allclose(got, want[:3], rtol=1e-6)
     np.testing.assert_allclose(solution(arrays[:]), solution((X, Y)), rtol=1e-6)
-    with pytest.raises(TypeError, match=r"`train\['x'\]` is a list of numbers"):
-        losses(rows.iter(batch_size=4))
+    got = losses(rows.iter(batch_size=4), num_steps=3)
+    np.testing.assert_allclose(got, want[:3], rtol=1e-6)
+    with pytest.raises(TypeError, match=r"is a list of numbers.*with_format\("):
+        solution(rows[:])
