@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ._core._foreign import batch_on_host
 from ._core._shuffle import permuted
 from ._core._tree import leaf_names
 from ._core._types import Batch, IntScalar, Key
@@ -298,6 +299,7 @@ class InnerBatches:
         while rows := list(itertools.islice(source, self.num_steps)):
             if len(rows) < self.num_steps:
                 return
+            rows = [batch_on_host(row, "batches") for row in rows]
             _check_alike(rows)
             yield BatchSequence(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
 

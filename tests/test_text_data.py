@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from local_server import serving
-from metaopt.datasets import DataError, load_tiny_shakespeare, TextData
+from metaopt.datasets import DataError, load_tiny_shakespeare, TextData, TokenData
 
 
 TEXT = "First Citizen:\nBefore we proceed, hear me.\n\nAll:\nSpeak – speak.\n"
@@ -211,3 +211,54 @@ def test_real_tiny_shakespeare():
     assert (len(data), len(data.alphabet)) == (1_115_394, 65)
     assert data[:14].text() == "First Citizen:"
     assert [len(part) for part in data.split()] == [1_003_855, 55_769, 55_770]
+
+
+# Words
+
+
+def test_words_there_and_back():
+    data = TokenData.from_text("b a b\n\n b  c", "toy")
+    assert data.text() == "b a b\n\nb c" and data.name == "toy"
+    assert data.vocabulary == ("b", "<eos>", "a", "c", "<unk>")
+    assert data.tokens.tolist() == [0, 2, 0, 1, 1, 0, 3] and data.tokens.dtype == np.int32
+    assert data[1:3].text() == "a b" and data[1:3].vocabulary is data.vocabulary
+    assert len(jax.tree.leaves(data)) == 1 and len(TokenData.from_text("")) == 0
+
+
+def test_words_of_another_vocabulary():
+    data = TokenData.from_text("a b b a a", max_size=2)
+    assert data.vocabulary == ("a", "<unk>") and data.text() == "a <unk> <unk> a a"
+    other = TokenData.from_text("c a", vocabulary=data.vocabulary)
+    assert other.vocabulary == data.vocabulary and other.text() == "<unk> a"
+    assert TokenData.from_text("a a", vocabulary=["a"]).vocabulary == ("a",)
+    with pytest.raises(ValueError, match="neither the word 'c' of `text` nor '<unk>'"):
+        TokenData.from_text("a c", vocabulary=["a"])
+    with pytest.raises(ValueError, match="`max_size` must be at least 1"):
+        TokenData.from_text("a c", max_size=0)
+    # Room for all, `<unk>` included.
+    assert TokenData.from_text("a b", max_size=3).vocabulary == ("a", "b", "<unk>")
+
+
+def test_words_are_split_by_position():
+    data = TokenData.from_text("a b c d e f g h i j")
+    train, valid = data.split((0.8, 0.2))
+    assert (train.text(), valid.text()) == ("a b c d e f g h", "i j")
+    assert train.vocabulary == valid.vocabulary == data.vocabulary
+    with pytest.raises(ValueError, match="leave a part of the 10 tokens of text empty"):
+        data.split((0.9, 0.01))
+
+
+@pytest.mark.parametrize(
+    "tokens, vocabulary, message",
+    [
+        (np.zeros(3), ("a", "b"), "`tokens` must be int32"),
+        (np.zeros((3, 1), np.int32), ("a", "b"), r"of shape \(length,\)"),
+        (np.full(3, 2, np.int32), ("a", "b"), "must lie between 0 and 1"),
+        (np.full(3, -1, np.int32), ("a", "b"), "must lie between 0 and 1"),
+        (np.zeros(3, np.int32), ("a", "b", "a"), "each word once, got 'a' twice"),
+        (np.zeros(3, np.int32), ["a", "b"], "`vocabulary` must be a tuple"),
+    ],
+)
+def test_token_data_refuses(tokens, vocabulary, message):
+    with pytest.raises(ValueError, match=message):
+        TokenData(tokens, vocabulary, "toy")

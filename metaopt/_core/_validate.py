@@ -1,7 +1,7 @@
 """Checks of the user's arguments, made once at the public boundary."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from ._foreign import HasArray, HasDLPack, is_loader, is_number_list, on_host
 from ._tree import leaf_names, tree_strong
 from ._types import Hyper, Key, Params
 from ._warn import warn
@@ -137,60 +138,28 @@ def canonical_arrays(tree: Any, name: str, *, only_arrays: bool = True) -> Any:
 
 
 @runtime_checkable
-class _HasArray(Protocol):
-    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@runtime_checkable
-class _HasDLPack(Protocol):
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@runtime_checkable
 class _Indexed(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
     def __len__(self) -> int: ...
 
 
-def is_loader(data: Any) -> bool:
-    """Whether `data` is an iterable of batches that can be started anew: no pytree of
-    arrays, and no array."""
-    return (
-        isinstance(data, Iterable)
-        and not isinstance(data, str | bytes | _HasArray | _HasDLPack)
-        and jax.tree_util.all_leaves([data])
-    )
-
-
 def _from_elsewhere(leaf: Any, name: str) -> Any:
     """A leaf as a JAX array, if it is an array of any library."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    if isinstance(leaf, np.ndarray | np.generic):
-        return _to_jax(leaf, name)
-    if isinstance(leaf, _HasArray | _HasDLPack) and not isinstance(leaf, type):
-        convert: Any = np.asarray if isinstance(leaf, _HasArray) else np.from_dlpack
-        try:
-            array = convert(leaf)
-        except Exception as error:
-            raise TypeError(
-                f"`{name}`, of type `{type(leaf).__name__}`, cannot be read as an array: "
-                f"{error} Move it to the CPU, detach it, and hand over a NumPy array."
-            ) from error
-        return _to_jax(array, name)
-    return leaf
+    leaf = on_host(leaf, name)
+    return _to_jax(leaf, name) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def _check_no_loader(leaf: Any, name: str) -> None:
-    if isinstance(leaf, type | str | bytes | jax.Array | _HasArray | _HasDLPack):
+    if isinstance(leaf, type | str | bytes | jax.Array | HasArray | HasDLPack):
         return
     if is_loader(leaf):
         raise TypeError(
             f"`{name}` is a `{type(leaf).__name__}`, an iterable of batches. Hand over one "
-            "batch, such as `next(iter(loader))`, or a `metaopt.BatchSequence` of several "
-            "that are stacked. `metaopt.solve_bilevel` takes a loader as `train` or "
-            "`valid`, and pulls one batch for each outer step."
+            "batch, `next(iter(loader))`, or one for each step of the inner solver, "
+            "`next(iter(metaopt.InnerBatches(loader, num_steps)))`. "
+            "`metaopt.solve_bilevel` takes a loader as `train` or `valid`, and pulls one "
+            "batch for each outer step."
         )
     if isinstance(leaf, _Indexed):
         raise TypeError(
@@ -203,22 +172,16 @@ def _check_no_loader(leaf: Any, name: str) -> None:
 def _check_lists(tree: Any, name: str) -> None:
     """Raise a `TypeError` for an empty list, and for lists of numbers: to JAX each number
     is an array."""
-
-    def numbers(node: Any) -> bool:
-        if isinstance(node, list):
-            return bool(node) and all(map(numbers, node))
-        return isinstance(node, int | float | complex)
-
     if isinstance(tree, list) and not tree:
         raise TypeError(f"`{name}` is an empty list. Hand over arrays, or leave it out.")
-    is_list = lambda node: isinstance(node, list) and numbers(node)
-    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_list)[0]
+    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_number_list)[0]
     for path, node in paths:
-        if is_list(node):
+        if is_number_list(node):
             where = name + jax.tree_util.keystr(path)
             raise TypeError(
                 f"`{where}` is a list of numbers, of which each would be an array by "
-                f"itself. Write `numpy.asarray(...)` around it."
+                "itself. Write `numpy.asarray(...)` around it; a data set of Hugging Face "
+                'gives arrays after `.with_format("numpy")`.'
             )
 
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core._foreign import batch_on_host, is_loader
 from .._core._tree import same_structs
 from .._core._types import IntScalar, Key
-from .._core._validate import canonical_arrays, is_loader
+from .._core._validate import canonical_arrays
 from .._data import AbstractData, AbstractWrappedData, as_data, restarted
 
 
@@ -202,7 +203,7 @@ def data_feed(data: Any, name: str) -> Fixed | Pulled:
 
     if not isinstance(data, Iterator) and not is_loader(data):
         return Fixed(check(data))
-    anew = lambda data: _Anew(check(data))
+    anew = lambda data: _Anew(check(batch_on_host(data, name)))
     once = isinstance(data, Iterator)  # goes on by itself where it was
     start = lambda num_steps: itertools.islice(
         restarted(data), 0 if once else num_steps, None

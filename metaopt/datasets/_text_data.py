@@ -6,6 +6,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Int32
 
+from ._positions import part_bounds
+
 
 class TextData(eqx.Module):
     """A text, character by character, held on the host as a NumPy array.
@@ -94,24 +96,8 @@ class TextData(eqx.Module):
 
         `ValueError` where the fractions are no such numbers, or leave a part empty.
         """
-        if not isinstance(fractions, Sequence | np.ndarray) or len(fractions) == 0:
-            raise ValueError(
-                "`fractions` must be a sequence with one number for each part, for example "
-                f"(0.9, 0.05, 0.05), got {fractions!r}."
-            )
-        sums = np.cumsum(np.asarray(fractions, np.float64))
-        # Written so that NaN fails; decimal fractions do not add up to exactly 1.
-        if not (np.all(np.asarray(fractions) > 0) and sums[-1] <= 1 + 1e-9):
-            raise ValueError(
-                f"`fractions` must be positive and sum to at most 1, got {fractions!r}."
-            )
-        ends = [0, *(int(end) for end in np.rint(sums * len(self)))]
-        if any(begin >= end for begin, end in zip(ends, ends[1:])):
-            raise ValueError(
-                f"`fractions` leave a part of the {len(self)} characters of {self.name} "
-                f"empty, got {fractions!r}."
-            )
-        return tuple(self[begin:end] for begin, end in zip(ends, ends[1:]))
+        bounds = part_bounds(fractions, len(self), "characters", self.name)
+        return tuple(self[begin:end] for begin, end in bounds)
 
     def __len__(self) -> int:
         """The number of characters."""

@@ -1,6 +1,7 @@
 """Learning over tasks, step by step."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core._foreign import is_loader
 from .._core._results import mask_result, RESULTS
 from .._core._trace_once import tracing_once
 from .._core._tree import (
@@ -24,6 +26,7 @@ from .._core._validate import (
     check_kind,
     check_tolerance,
 )
+from .._data import restarted
 from .._outer import AbstractBody, as_callbacks, drive, Pulled, Run, StepRecord
 from .._report import raise_on_failure
 from ..callbacks import AbstractCallback
@@ -39,7 +42,7 @@ from ._task import Learned, model_of
 def train(
     learner: AbstractLearner,
     meta: Any,
-    tasks: Callable[[Key], Any] | Iterator[Any] | HostEpisodes,
+    tasks: Callable[[Key], Any] | Iterable[Any] | HostEpisodes,
     *,
     outer: optax.GradientTransformation,
     num_steps: int,
@@ -62,8 +65,9 @@ def train(
     - `meta`: where to start: a model, or a [`metaopt.few_shot.Learned`][].
     - `tasks`: [`metaopt.few_shot.Episodes`][] or another function `tasks(key)` that draws
         a batch of tasks, called inside the compiled loop;
-        [`metaopt.few_shot.HostEpisodes`][]; or an iterator over batches. A call ends where
-        the shapes of batches change, and each shape is compiled once.
+        [`metaopt.few_shot.HostEpisodes`][]; or an iterator or loader of batches, such as
+        pairs of support and query. A loader is started anew whenever it is exhausted. A
+        call ends where the shapes of batches change, and each shape is compiled once.
     - `outer`: the optax transform for what is learned.
     - `num_steps`: the number of meta-steps, those of `state` or of a checkpoint included.
     - `model_state`: the model state at the start.
@@ -204,7 +208,7 @@ class _Body(AbstractBody):
 
 
 def _feed(tasks: Any) -> Pulled:
-    """The batches that an iterator yields.
+    """The batches that an iterator or a loader yields.
 
     **Raises:**
 
@@ -212,13 +216,16 @@ def _feed(tasks: Any) -> Pulled:
     """
     if isinstance(tasks, HostEpisodes):
         return Pulled(tasks.starting_at, as_tasks)
-    if not isinstance(tasks, Iterator):
-        raise ValueError(
-            "`tasks` must be `metaopt.few_shot.Episodes` or another function of a key "
-            "that draws a batch of tasks, or an iterator over batches; got "
-            f"{type(tasks).__name__}. One batch over and over is `lambda key: tasks`."
-        )
-    return Pulled(lambda num_steps: tasks, as_tasks)
+    if isinstance(tasks, Iterator):  # goes on by itself where it was
+        return Pulled(lambda num_steps: tasks, as_tasks)
+    if is_loader(tasks):
+        start = lambda num_steps: itertools.islice(restarted(tasks), num_steps, None)
+        return Pulled(start, as_tasks, restarts=True)
+    raise ValueError(
+        "`tasks` must be `metaopt.few_shot.Episodes` or another function of a key that "
+        "draws a batch of tasks, or an iterator or loader of batches; got "
+        f"{type(tasks).__name__}. One batch over and over is `lambda key: tasks`."
+    )
 
 
 def _check_goes_on(state: Any, meta: Any, key: Key | None, model_state: ModelState) -> None:
