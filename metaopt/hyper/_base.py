@@ -1,9 +1,13 @@
 """The interface of hyperparameters with a range."""
 
 import abc
+import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -45,6 +49,31 @@ class AbstractHyper(eqx.Module):
 
         `ValueError` if the value is out of range.
         """
+
+    def __repr__(self) -> str:
+        settings = [
+            f"{field.name}={vars(self)[field.name]!r}"
+            for field in dataclasses.fields(self)
+            if field.name != "raw"
+        ]
+        known = isinstance(self.raw, jax.Array | np.ndarray)
+        parts = [_shown(self.value if known else self.raw), *settings]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+_MAX_SHOWN = 6  # numbers of an array
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words."""
+    if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, jax.core.Tracer):
+        return repr(value)
+    numbers = np.asarray(value, float)
+    if numbers.ndim == 0:
+        return f"{float(numbers):.4g}"
+    if numbers.size <= _MAX_SHOWN:
+        return np.array2string(numbers, precision=4, separator=", ").replace("\n", "")
+    return f"{numbers.min():.4g} to {numbers.max():.4g}, shape {numbers.shape}"
 
 
 def values(tree: PyTree) -> PyTree:

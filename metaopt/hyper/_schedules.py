@@ -51,6 +51,9 @@ class PiecewiseLinear(eqx.Module):
         if len(shape) != 1 or shape[0] == 0:
             raise ValueError(f"`knots` must have shape (num_knots,); got {shape}.")
 
+    def __repr__(self) -> str:
+        return f"PiecewiseLinear({self.knots!r}, num_steps={self.num_steps})"
+
     def __call__(self, step: IntScalar) -> FloatScalar:
         """The number at a step.
 
@@ -123,6 +126,11 @@ class WarmupCosine(eqx.Module):
         self.peak = Positive(peak)
         self.warmup, self.end = Interval(warmup, 0, 1), Interval(end, 0, 1)
         self.num_steps = num_steps
+
+    def __repr__(self) -> str:
+        names = "peak", "warmup", "end", "num_steps"
+        parts = ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
+        return f"WarmupCosine({parts})"
 
     def __call__(self, step: IntScalar) -> FloatScalar:
         """The number at a step.
