@@ -3,6 +3,7 @@
 `docs/faults.md` lists them, with the tests here and elsewhere that show the answers.
 """
 
+import ast
 import contextlib
 import errno
 import io
@@ -30,7 +31,7 @@ import pytest
 
 import metaopt as mo
 from metaopt.callbacks import Checkpoint, CSV, JSONLines, Log, Progress
-from our_source import MODULES
+from our_source import MODULES, parse
 
 
 PROBLEM = mo.BilevelProblem(
@@ -353,7 +354,9 @@ class Failing:
 def test_a_log_that_fails_ends_no_run(steps_per_call):
     # The error of the writer once ended a run of hours.
     writer = Failing({2, 5, 6})
-    with pytest.warns(UserWarning, match="log of step 2 .*`Failing`.*server is away") as seen:
+    with pytest.warns(
+        UserWarning, match="log of step 2 .*`Failing`.*server is away"
+    ) as seen:
         solution = solve(7, [Log(writer)], steps_per_call=steps_per_call)
     assert len(seen) == 1
     assert_same(solution, solve(7))
@@ -527,7 +530,7 @@ def test_a_run_with_every_callback_in_another_thread(tmp_path):
 
 
 def test_threads_draw_the_tasks_of_one(get_key):
-    data = mo.few_shot.ClassData(jax.random.normal(get_key(), (6, 8, 2)))
+    data = mo.datasets.ClassData(jax.random.normal(get_key(), (6, 8, 2)))
     episodes = mo.few_shot.HostEpisodes(data, 3, 2, 2, num_tasks=2, seed=5)
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(episodes.batch, range(12)))
@@ -639,12 +642,34 @@ def test_a_process_with_a_bad_jaxlib_no_jaxopt_strict_warnings_and_little_memory
 # -- nothing that runs code
 
 
-def test_no_module_unpickles_or_unpacks_archives_to_disk():
-    words = ("import pickle", "import tarfile", "extractall", "allow_pickle=True", "eval(")
-    found = [
-        f"{name}: {word}"
-        for name, path in MODULES.items()
-        for word in words
-        if word in path.read_text(encoding="utf-8")
+def dangers(tree: ast.AST) -> Iterator[str]:
+    """Where a module may run the content of a file, or unpack an archive to disk."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                imported = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(name)):
+                imported = [name]
+            case _:
+                imported = []
+        yield from {"pickle", "tarfile", "marshal", "shelve"}.intersection(imported)
+        match node:
+            case (
+                ast.Name(id="eval" | "exec" as name)
+                | ast.Attribute(attr="extractall" | "extract" as name)
+            ):
+                yield name
+            case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
+                yield "allow_pickle"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_run_no_content_of_files(name):
+    assert list(dangers(parse(MODULES[name]))) == []
+
+
+def test_dangers_are_seen():
+    text = "import os, pickle\neval(x)\nz.extractall()\nnp.load(x, allow_pickle=True)"
+    assert sorted(dangers(ast.parse(text))) == [
+        *("allow_pickle", "eval", "extractall", "pickle"),
     ]
-    assert found == []

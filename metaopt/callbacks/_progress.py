@@ -17,71 +17,75 @@ class Progress(AbstractCallback):
     """
 
     def __init__(self):
+        self._stream = _Stream(None)
         self._bar: tqdm | None = None
         self._compiled = False
         self._evaluates: float | None = None  # seconds of the run
 
     def open(self, run):
         self._compiled, self._evaluates = False, None
-        self._bar = None
+        self._stream, self._bar = _Stream(sys.stderr), None
         if sys.stderr is not None:
-            try:
-                self._begin(run)
-            except _GONE:
-                self._give_up()
+            self._bar = self._begin(run)
 
     def see(self, run):
-        if self._bar is not None:
-            try:
-                self._update(self._bar, run)
-            except _GONE:
-                self._give_up()
-
-    def close(self, run):
-        if self._bar is not None:
-            try:
-                self._bar.close()
-            except _GONE:
-                self._give_up()
-
-    def evaluate(self, run):
-        self._evaluates = run.seconds
-        self._say("Evaluating the last outer variables ...")
-
-    def end(self, run, solution):
-        if self._evaluates is not None:
-            seconds = run.seconds - self._evaluates
-            self._say(f"The evaluation took {seconds:.1f} s, with any compilation.")
-
-    def _begin(self, run: Any) -> None:
-        self._bar = tqdm(
-            total=run.total, initial=run.num_steps, unit="step", file=sys.stderr
-        )
-        self._bar.set_postfix_str("compiling")
-
-    def _update(self, bar: tqdm, run: Any) -> None:
-        bar.update(run.num_steps - bar.n)
+        if self._bar is None:
+            return
+        self._bar.update(run.num_steps - self._bar.n)
         if not self._compiled:
             self._compiled = True
             text = f"The first call took {run.seconds:.1f} s, with any compilation."
-            bar.write(text, file=sys.stderr)
-        bar.set_postfix(
+            self._bar.write(text, file=self._stream)
+        self._bar.set_postfix(
             loss=f"{run.last['outer_loss'][-1]:.4g}",
             gradient=f"{run.last['hypergradient_norm'][-1]:.2g}",
             refresh=False,
         )
 
-    def _say(self, text: str) -> None:
+    def close(self, run):
         if self._bar is not None:
+            self._bar.close()
+
+    def evaluate(self, run):
+        self._evaluates = run.seconds
+        self._stream.write("Evaluating the last outer variables ...\n")
+
+    def end(self, run, solution):
+        if self._evaluates is not None:
+            seconds = run.seconds - self._evaluates
+            text = f"The evaluation took {seconds:.1f} s, with any compilation.\n"
+            self._stream.write(text)
+
+    def _begin(self, run: Any) -> tqdm:
+        bar = tqdm(total=run.total, initial=run.num_steps, unit="step", file=self._stream)
+        bar.set_postfix_str("compiling")
+        return bar
+
+
+class _Stream:
+    """A stream that is silent once it has failed.
+
+    An error within tqdm would leave its lock held, at which other threads wait for ever.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._is_silent = stream is None
+
+    def write(self, text: str) -> int:
+        if not self._is_silent:
             try:
-                sys.stderr.write(text + "\n")
-            except _GONE:
-                self._give_up()
+                self._stream.write(text)
+            except (OSError, ValueError):  # no reader, or closed
+                self._is_silent = True
+        return len(text)
 
-    def _give_up(self) -> None:
-        if self._bar is not None:
-            self._bar.disable = True  # else it writes once more when it is deleted
-            self._bar = None
+    def flush(self) -> None:
+        if not self._is_silent:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._is_silent = True
 
-
-_GONE = OSError, ValueError  # of a pipe without reader, of a closed file
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # such as its encoding
