@@ -369,7 +369,7 @@ class MoreSlots(Slots):
 def test_objects_with_slots_are_described(tmp_path):
     # They have no dictionary of attributes, which was a `TypeError`.
     x = MoreSlots(1.5)
-    x.more, x.other = [3.5], "text"
+    x.more, vars(x)["other"] = [3.5], "text"
     rows = description(x, "x")
     assert rows == {
         "x": "MoreSlots",

@@ -70,12 +70,16 @@ def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
     _warn_of_settings(
         hyper,
         name,
-        lambda x: eqx.is_array(x) and x.dtype.kind in "iub",
+        lambda x: eqx.is_array(x) and _is_whole(x.dtype),
         "is not tuned: an array of integers or bools among the outer variables is a "
         "setting. Write it as floats to tune it; a field of a module to hold it without "
         "this warning.",
     )
     return tree_strong(hyper)
+
+
+def _is_whole(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
 
 
 def _canonical_leaf(name: str, leaf: Any) -> Any:
