@@ -6,6 +6,7 @@ what was given and what to write, raised before anything is compiled."""
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import optimistix as optx
 import pytest
 
 import metaopt as mo
+from metaopt._core._validate import canonical_hyper
 
 
 def inner_loss(params, hyper, batch):
@@ -410,6 +412,23 @@ def test_misuse_is_a_value_error_that_says_what_to_write(name):
 def test_hyper_that_cannot_be_tuned_is_a_type_error(hyper, message):
     with pytest.raises(TypeError, match=message):
         call(hyper=hyper)
+
+
+class Settings(eqx.Module):
+    rate: jax.Array
+    count: jax.Array
+
+
+def test_integers_beside_the_floats_of_hyper_are_named():
+    # They were left alone without a word.
+    rate, whole = jnp.asarray(0.1), jnp.arange(2)
+    hyper = {"rate": rate, "more": (whole, np.array([True])), "held": Settings(rate, whole)}
+    names = r"^`hyper\['more'\]\[0\]`, `hyper\['more'\]\[1\]` is not tuned: an array of"
+    with pytest.warns(UserWarning, match=names) as seen:
+        out = canonical_hyper(hyper)
+    assert len(seen) == 1
+    assert jnp.array_equal(out["more"][0], whole)
+    canonical_hyper({"rate": rate, "held": Settings(rate, whole), "key": jax.random.key(0)})
 
 
 @pytest.mark.parametrize(

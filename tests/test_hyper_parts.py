@@ -188,7 +188,6 @@ def test_every_kind_is_tuned_by_self_tuning():
     def flat(hyper):
         values = mo.hyper.values(hyper)
         values["per leaf"] = list(hyper["per leaf"].value.values())
-        values["frozen"] = hyper["frozen"].value
         order = ["positive", "interval", "simplex", "ordered", "per leaf", "frozen"]
         return jnp.concatenate([jnp.ravel(x) for n in order for x in _list(values[n])])
 

@@ -1,5 +1,6 @@
 """Runs that are cut off by kills, signals and damaged files, and go on."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -20,6 +21,8 @@ import kill_runs
 import metaopt as mo
 from metaopt._core._description import description
 from metaopt._outer._interrupts import Interrupts
+from metaopt.callbacks import Checkpoint
+from metaopt.callbacks._lock import locked
 
 
 PROBLEM = mo.BilevelProblem(
@@ -35,6 +38,7 @@ def solve(
     rate: float = 0.1,
     more: Any = (),
     hyper: Any = None,
+    state: Any = None,
     **options: Any,
 ) -> Any:
     solver = mo.NestedSolver(
@@ -48,6 +52,7 @@ def solve(
         solver=solver,
         num_steps=num_steps,
         callbacks=[checkpoint, *more],
+        state=state,
     )
 
 
@@ -155,6 +160,70 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
     solve(3, path, more=[Second()])
     solve(4, path)  # after its end
+
+
+def test_the_file_is_locked_before_it_is_read(tmp_path, whole, monkeypatch):
+    # Another run could replace it in between, and was then overwritten.
+    path, tries = tmp_path / "run", []
+    solve(2, path)
+    content = Checkpoint._content
+
+    def looks(self, run, file, settings):
+        with pytest.raises(ValueError, match="Another run writes the checkpoint"):
+            with locked(path):
+                tries.append("locked twice")
+        tries.append("locked")
+        return content(self, run, file, settings)
+
+    monkeypatch.setattr(Checkpoint, "_content", looks)
+    assert_whole(solve(6, path), whole)
+    assert tries == ["locked"]
+
+
+def test_the_lock_is_released_where_a_run_does_not_begin(tmp_path, whole):
+    # It was held until the end of the process.
+    path = tmp_path / "run"
+    solve(2, path)
+    content = path.read_bytes()
+    handler = signal.getsignal(signal.SIGTERM)
+    state = solve(2, tmp_path / "other").state
+    with pytest.raises(mo.CheckpointError, match="of another run"):
+        solve(6, path, rate=0.2)
+    with pytest.raises(ValueError, match="Both `state` and the checkpoint"):
+        solve(6, path, state=state)
+    with pytest.raises(ZeroDivisionError):
+        solve(6, path, more=[FailsToOpen()])
+    path.write_bytes(b"")
+    with pytest.raises(mo.CheckpointError, match="no sound checkpoint"):
+        solve(6, path)
+    path.write_bytes(content)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not (tmp_path / ".run.lock").exists()
+    with locked(path):
+        pass
+    assert_whole(solve(6, path), whole)
+
+
+class FailsToOpen(mo.callbacks.AbstractCallback):
+    def open(self, run):
+        raise ZeroDivisionError
+
+
+def test_a_run_that_has_ended_is_read_beside_one_that_writes(tmp_path):
+    path = tmp_path / "run"
+    ended = solve(2, path)
+    with locked(path):
+        assert_whole(solve(2, path), ended)
+        with pytest.raises(ValueError, match="Another run writes the checkpoint"):
+            solve(4, path)
+    assert len(solve(4, path).history) == 4
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / ".run.lock").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be locked: .*\.run\.lock.*Remove that"):
+        solve(2, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == [".run.lock"]
 
 
 def test_remains_of_a_process_that_was_killed_are_removed(tmp_path):
@@ -276,6 +345,79 @@ def test_functions_that_call_each_other_are_described_once():
 
     rows = description([first, second, third], "functions")
     assert len(rows) < 60 and "itself" in rows.values()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlottedLoss:
+    weight: float
+
+    def __call__(self, params, hyper, batch):
+        return self.weight * jnp.sum((params - 2.0) ** 2)
+
+
+class Slots:
+    __slots__ = "__hidden", "late", "value"
+
+    def __init__(self, value: float):
+        self.__hidden, self.value = 2 * value, value
+
+
+class MoreSlots(Slots):
+    __slots__ = ("more", "__dict__")
+
+
+def test_objects_with_slots_are_described(tmp_path):
+    # They have no dictionary of attributes, which was a `TypeError`.
+    x = MoreSlots(1.5)
+    x.more, vars(x)["other"] = [3.5], "text"
+    rows = description(x, "x")
+    assert rows == {
+        "x": "MoreSlots",
+        "x._Slots__hidden": "3.0",
+        "x.value": "1.5",
+        "x.more": "list of length 1",
+        "x.more[0]": "3.5",
+        "x.other": "'text'",
+    }
+    assert description(SlottedLoss(0.5), "x") == {"x": "SlottedLoss", "x.weight": "0.5"}
+
+    def run(weight: float, num_steps: int) -> Any:
+        return mo.solve_bilevel(
+            mo.BilevelProblem(PROBLEM.inner, SlottedLoss(weight)),
+            jnp.zeros(2),
+            params=jnp.zeros(2),
+            solver=mo.NestedSolver(
+                mo.Descent(optax.sgd(0.2), 3), mo.UnrolledAdjoint(), optax.adam(0.1)
+            ),
+            num_steps=num_steps,
+            callbacks=[Checkpoint(tmp_path / "run")],
+        )
+
+    run(1.0, 1)
+    assert len(run(1.0, 2).history) == 2
+    with pytest.raises(mo.CheckpointError, match="weight` was 1.0 and is 2.0"):
+        run(2.0, 2)
+
+
+def test_long_chains_of_objects_are_described_to_some_depth():
+    # Deeper than the stack of Python, which was a `RecursionError`.
+    def chain(last: str, length: int) -> Any:
+        node = Slots(0.0)
+        node.late = last
+        for _ in range(length):
+            outer = Slots(0.0)
+            outer.late = node
+            node = outer
+        return lambda params: node
+
+    deep, others = description(chain("a", 5000), "f"), description(chain("b", 5000), "f")
+    assert deep == others and "too deep to be described" in deep.values()
+    # Shorter ones are told from each other.
+    assert description(chain("a", 200), "f") != description(chain("b", 200), "f")
+    nested: Any = []
+    for _ in range(5000):
+        nested = [nested]
+    assert "too deep to be described" in description(nested, "x").values()
 
 
 # -- signals

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 
 import metaopt as mo
@@ -63,6 +64,13 @@ def test_history_is_written_as_csv(tmp_path):
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     losses = [float(row["outer_loss"]) for row in rows]
     assert losses == history.to_dict()["outer_loss"]
+
+
+def test_success_has_a_text():
+    # It was empty, and `print(solution.result)` showed no word.
+    result = solve(num_steps=1).result
+    assert mo.RESULTS[result] == "Successful." and "Successful" in str(result)
+    assert result == mo.RESULTS.promote(optx.RESULTS.successful)
 
 
 def test_stops_on_tolerance():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import jaxlib.version
 import pytest
@@ -87,6 +88,19 @@ def test_check_fails_aloud(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG")
 
 
+def test_check_without_a_device_is_one_sentence(monkeypatch, capsys):
+    # `JAX_PLATFORMS=cuda` on a machine without a GPU was a traceback.
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'cuda'\nand more")
+
+    monkeypatch.setattr(command_line, "known_answer", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert command_line.main(["check"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAILED: jax cannot compute here: Unable to initialize backend")
+    assert "JAX_PLATFORMS is cuda; JAX_PLATFORMS=cpu" in last
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["check", "--help"]])
 def test_help(arguments, capsys):
     assert command_line.main(arguments) == 0
@@ -108,6 +122,10 @@ def test_version(capsys):
         (["--versoin"], "did you mean '--version'"),
         (["zzzzzz"], "known: check, --version, --help"),
         (["check", "now"], "'check' takes no argument 'now'"),
+        (["--version", "--version"], "'--version' takes no argument '--version'"),
+        ([""], "unknown command ''"),
+        (["a\nb\udcff"], r"unknown command 'a\nb\udcff'"),
+        (["check" * 10_000], "...'; known: check"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -116,6 +134,24 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert out == ""
     assert message in err
     assert err.count("\n") == 1 and err.endswith("\n")
+    assert len(err) < 200 and err.isascii()
+
+
+def run(arguments: list[str], stdout: Any, **environment: str) -> tuple[int, str]:
+    """Run the command in a process.
+
+    **Returns:**
+
+    The exit code, and the content of standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "metaopt", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        env=os.environ | environment,
+    )
+    return done.returncode, done.stderr.decode()
 
 
 def test_reader_gone():
@@ -123,11 +159,26 @@ def test_reader_gone():
     read_end, write_end = os.pipe()
     os.close(read_end)
     with os.fdopen(write_end, "wb") as pipe:
-        done = subprocess.run(
-            [sys.executable, "-m", "metaopt", "--version"],
-            stdout=pipe,
-            stderr=subprocess.PIPE,
-            timeout=120,
+        # In a locale that has nothing but ASCII.
+        found = run(
+            ["--version"], pipe, LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii"
         )
-    assert b"Traceback" not in done.stderr
-    assert b"BrokenPipe" not in done.stderr
+    assert found == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
+def test_output_that_cannot_be_written():
+    # It was a traceback, and another one at the exit of Python.
+    with open("/dev/full", "w") as full:
+        code, error = run(["--version"], full)
+    assert code == 1
+    assert error.startswith("metaopt: cannot write to standard output: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, code", [(["--version"], 1), (["chek"], 2)])
+def test_streams_that_are_closed(arguments, code, monkeypatch):
+    # Python has `None` in their place, which was an `AttributeError`.
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert command_line.main(arguments) == code

@@ -143,3 +143,23 @@ def test_files_that_cannot_be_written_are_named(tmp_path, name):
         WRITERS[name](tmp_path / "file" / name)
     with pytest.raises(ValueError, match="it is a folder"):
         WRITERS[name](tmp_path)
+
+
+def test_event_files_of_tensorboard_have_the_history(tmp_path):
+    tensorboard = pytest.importorskip("tensorboardX")
+    events = pytest.importorskip("tensorboardX.proto.event_pb2")
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+    solution = solve(4, [Log(writer)], steps_per_call=2)
+    writer.close()
+    (path,) = tmp_path.iterdir()
+    content, begin, found = path.read_bytes(), 0, {}
+    while begin < len(content):
+        # Of each record: its length, a checksum of that, the record, its checksum.
+        length = int.from_bytes(content[begin : begin + 8], "little")
+        event = events.Event.FromString(content[begin + 12 : begin + 12 + length])
+        for value in event.summary.value:
+            found[value.tag, event.step] = value.simple_value
+        begin += 16 + length
+    for name, column in solution.history.columns.items():
+        written = [found[name, step] for step in range(4)]
+        np.testing.assert_allclose(written, column, rtol=1e-6)

@@ -1,9 +1,9 @@
 """Pytrees of arrays in files, to go on from later."""
 
-import io
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._files import DataError, read_npz, write_atomically
+from ._files import DataError, read_npz, write_npz, written_atomically
 from ._tree import leaf_names
 
 
@@ -42,19 +42,23 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 
     `OSError` where the file cannot be written; `ValueError` for an array of Python objects.
     """
-    entries, rows = {}, []
-    for index, (name, leaf) in enumerate(_arrays(tree)):
+    rows, leaves = [], []
+    for name, leaf in _arrays(tree):
         data = _data(leaf)
         if data.dtype.hasobject:
             raise ValueError(f"`{name}` holds Python objects, which are not written.")
         rows.append({"name": name, "kind": _kind(leaf), "shape": list(data.shape)})
-        # Bytes, since NumPy has no names for some dtypes of JAX.
-        entries[str(index)] = np.frombuffer(data.tobytes(), np.uint8)
+        leaves.append(data)
     header = json.dumps({"version": _VERSION, "leaves": rows}).encode()
-    entries[_HEADER] = np.frombuffer(header, np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, **entries)
-    write_atomically(Path(path), buffer.getvalue())
+    with written_atomically(Path(path)) as file:
+        write_npz(file, _entries(leaves, header))
+
+
+def _entries(leaves: list[np.ndarray], header: bytes) -> Iterator[tuple[str, np.ndarray]]:
+    for index, data in enumerate(leaves):
+        # Bytes, since NumPy has no names for some dtypes of JAX.
+        yield str(index), np.frombuffer(data.tobytes(), np.uint8)
+    yield _HEADER, np.frombuffer(header, np.uint8)
 
 
 def load(path: str | os.PathLike, like: T) -> T:

@@ -11,6 +11,14 @@ from ._anew import Programs
 from ._static import Static
 
 
+_TOO_LITTLE_MEMORY = (
+    "The program takes more memory than the process or the device has left. "
+    "`metaopt.memory.memory_report` tells what a hypergradient takes before it is run; "
+    '`metaopt.UnrolledAdjoint(memory="2GiB")` keeps to a budget, implicit adjoints store '
+    "no path, and `metaopt.Minibatches` take less than all rows at once."
+)
+
+
 def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function whose first argument is static, with errors in their own words.
 
@@ -34,7 +42,10 @@ def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return jax.block_until_ready(fast(static, *arrays))
         except jax.errors.JaxRuntimeError as error:
-            if "_EquinoxRuntimeError: " not in str(error):
+            text = str(error)
+            if text.startswith("RESOURCE_EXHAUSTED"):
+                error.add_note(_TOO_LITTLE_MEMORY)
+            if "_EquinoxRuntimeError: " not in text:
                 raise
         return jax.block_until_ready(in_words(static, *arrays))
 

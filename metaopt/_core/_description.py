@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import types
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 
 _MAX_ROWS = 20_000  # more tell nobody anything
+_MAX_DEPTH = 300  # the names grow with the depth
 
 
 def description(x: Any, name: str, hashed: bool = True) -> dict[str, str]:
@@ -39,77 +41,50 @@ class _Wrapper(Protocol):
 
 
 _PLAIN = bool | int | float | complex | str | bytes | type(None) | np.dtype
+_Parts = Iterator[tuple[Any, str]]  # objects with their names
 
 
 class _Describer:
     def __init__(self, rows: dict[str, str], hashed: bool):
         self.rows = rows
         self.hashed = hashed
-        self.within: list[Any] = []  # what is being described: objects refer to each other
         self.hashes: dict[int, str] = {}
 
     def describe(self, x: Any, name: str) -> None:
-        if len(self.rows) >= _MAX_ROWS:
-            return
+        # Not by recursion: a chain of objects can be longer than the stack of Python.
+        pending: list[_Parts] = [iter([(x, name)])]
+        within: list[Any] = []  # what is being described: objects refer to each other
+        while pending:
+            for part, part_name in pending[-1]:
+                if len(self.rows) >= _MAX_ROWS:
+                    return
+                if self._describe_whole(part, part_name):
+                    continue
+                if any(part is other for other in within):
+                    self.rows[part_name] = "itself"
+                elif len(within) >= _MAX_DEPTH:
+                    self.rows[part_name] = "too deep to be described"
+                else:
+                    self.rows[part_name] = _title(part)
+                    within.append(part)
+                    pending.append(_parts(part, part_name))
+                    break
+            else:
+                pending.pop()
+                if within:
+                    within.pop()
+
+    def _describe_whole(self, x: Any, name: str) -> bool:
+        """Describe an object that has no parts; whether it has none."""
         if isinstance(x, _PLAIN):
             self.rows[name] = repr(x)
         elif isinstance(x, np.ndarray | np.generic | jax.Array):
             self.rows[name] = self._array(x)
         elif isinstance(x, type):
             self.rows[name] = f"{x.__module__}.{x.__qualname__}"
-        elif any(x is other for other in self.within):
-            self.rows[name] = "itself"
         else:
-            self.within.append(x)
-            self._describe_parts(x, name)
-            self.within.pop()
-
-    def _describe_parts(self, x: Any, name: str) -> None:
-        self.rows[name] = type(x).__qualname__
-        if dataclasses.is_dataclass(x):
-            for field in dataclasses.fields(x):
-                # Absent where a class assigns it late.
-                if field.name in vars(x):
-                    self.describe(vars(x)[field.name], f"{name}.{field.name}")
-        elif isinstance(x, dict):
-            for index, (key, part) in enumerate(x.items()):
-                # Other keys may show their address.
-                key = repr(key) if isinstance(key, _PLAIN) else f"key {index}"
-                self.describe(part, f"{name}[{key}]")
-        elif isinstance(x, tuple | list):
-            self.rows[name] += f" of length {len(x)}"
-            for index, part in enumerate(x):
-                self.describe(part, f"{name}[{index}]")
-        elif isinstance(x, functools.partial):
-            for key, part in (("func", x.func), ("args", x.args), ("", x.keywords)):
-                self.describe(part, f"{name}.{key}")
-        elif isinstance(x, types.MethodType):
-            self.describe(x.__func__, f"{name}.__func__")
-            self.describe(x.__self__, f"{name}.__self__")
-        elif isinstance(x, types.FunctionType):
-            self._describe_function(x, name)
-        elif isinstance(x, _Wrapper):  # such as a function under `jax.jit`
-            self.describe(x.__wrapped__, f"{name}.__wrapped__")
-        elif type(x).__module__ != "builtins":
-            try:
-                attributes = vars(x)
-            except TypeError:  # has none
-                return
-            for key, part in attributes.items():
-                self.describe(part, f"{name}.{key}")
-
-    def _describe_function(self, x: types.FunctionType, name: str) -> None:
-        self.rows[name] = f"{x.__module__}.{x.__qualname__}"
-        for index, part in enumerate(x.__defaults__ or ()):
-            self.describe(part, f"{name}.__defaults__[{index}]")
-        for key, part in (x.__kwdefaults__ or {}).items():
-            self.describe(part, f"{name}.{key}")
-        for variable, cell in zip(x.__code__.co_freevars, x.__closure__ or ()):
-            try:
-                part = cell.cell_contents
-            except ValueError:  # nothing yet
-                continue
-            self.describe(part, f"{name}.{variable}")
+            return False
+        return True
 
     def _array(self, x: Any) -> str:
         text = f"array of shape {x.shape}, {x.dtype}"
@@ -120,3 +95,70 @@ class _Describer:
             content = np.asarray(jax.random.key_data(x) if is_key else x)
             self.hashes[id(x)] = hashlib.sha256(content.tobytes()).hexdigest()[:16]
         return f"{text}, with hash {self.hashes[id(x)]}"
+
+
+def _title(x: Any) -> str:
+    if isinstance(x, types.FunctionType):
+        return f"{x.__module__}.{x.__qualname__}"
+    if isinstance(x, tuple | list) and not dataclasses.is_dataclass(x):
+        return f"{type(x).__qualname__} of length {len(x)}"
+    return type(x).__qualname__
+
+
+def _parts(x: Any, name: str) -> _Parts:
+    if dataclasses.is_dataclass(x):
+        attributes = _attributes(x)
+        for field in dataclasses.fields(x):
+            # Absent where a class assigns it late.
+            if field.name in attributes:
+                yield attributes[field.name], f"{name}.{field.name}"
+    elif isinstance(x, dict):
+        for index, (key, part) in enumerate(x.items()):
+            # Other keys may show their address.
+            key = repr(key) if isinstance(key, _PLAIN) else f"key {index}"
+            yield part, f"{name}[{key}]"
+    elif isinstance(x, tuple | list):
+        for index, part in enumerate(x):
+            yield part, f"{name}[{index}]"
+    elif isinstance(x, functools.partial):
+        for key, part in (("func", x.func), ("args", x.args), ("", x.keywords)):
+            yield part, f"{name}.{key}"
+    elif isinstance(x, types.MethodType):
+        yield x.__func__, f"{name}.__func__"
+        yield x.__self__, f"{name}.__self__"
+    elif isinstance(x, types.FunctionType):
+        yield from _parts_of_function(x, name)
+    elif isinstance(x, _Wrapper):  # such as a function under `jax.jit`
+        yield x.__wrapped__, f"{name}.__wrapped__"
+    elif type(x).__module__ != "builtins":
+        for key, part in _attributes(x).items():
+            yield part, f"{name}.{key}"
+
+
+def _parts_of_function(x: types.FunctionType, name: str) -> _Parts:
+    for index, part in enumerate(x.__defaults__ or ()):
+        yield part, f"{name}.__defaults__[{index}]"
+    for key, part in (x.__kwdefaults__ or {}).items():
+        yield part, f"{name}.{key}"
+    for variable, cell in zip(x.__code__.co_freevars, x.__closure__ or ()):
+        try:
+            part = cell.cell_contents
+        except ValueError:  # nothing yet
+            continue
+        yield part, f"{name}.{variable}"
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    """The content of the slots and of the dictionary of an object, by name."""
+    found: dict[str, Any] = {}
+    for cls in reversed(type(x).__mro__):
+        for name, member in vars(cls).items():
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    found[name] = member.__get__(x)
+                except AttributeError:  # nothing yet
+                    continue
+    try:
+        return found | vars(x)
+    except TypeError:  # has no dictionary
+        return found

@@ -6,6 +6,8 @@ before memory is taken for them, checksums before anything is unpacked, no pickl
 ever read, and a file appears under its name only when it is complete.
 """
 
+import contextlib
+import errno
 import hashlib
 import http.client
 import importlib
@@ -18,9 +20,9 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -139,6 +141,7 @@ def check_writable(path: Path, kind: str = "file") -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        _check_no_device(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Permission bits say little of what the superuser and network disks may do.
         with tempfile.NamedTemporaryFile(
@@ -150,6 +153,12 @@ def check_writable(path: Path, kind: str = "file") -> None:
             f"The {kind} {path} cannot be written: {error}. Name a file in a folder that "
             "you may write to."
         ) from error
+
+
+def _check_no_device(path: Path) -> None:
+    """Raise an `OSError` for a device or a pipe, which a file would take the place of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
 
 
 def remove_parts(path: Path) -> None:
@@ -168,11 +177,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     - `path`: the file to write; its folder is made if need be.
     - `content`: the whole content.
     """
+    with written_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write within a block, after which it is there complete, or not at all
+    where the block raises.
+
+    **Arguments:**
+
+    - `path`: the file to write; its folder is made if need be.
+    """
+    _check_no_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(_PART, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp lets nobody else read it, but a data folder may be shared.
@@ -254,6 +277,33 @@ def _check_npz_member(archive: zipfile.ZipFile, key: str, max_bytes: int) -> Non
             f"array `{key}` claims shape {shape}, more than its {info.file_size:,} "
             "bytes can hold"
         )
+
+
+def write_npz(file: BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write named arrays as an `.npz` file, one after the other.
+
+    Unlike `numpy.savez` this needs memory for one of them at a time, and raises the first
+    error, such as that of a full disk, and not the one of closing the archive after it.
+
+    **Arguments:**
+
+    - `file`: an open file.
+    - `arrays`: the names and the arrays.
+    """
+    first: BaseException | None = None
+    try:
+        with zipfile.ZipFile(file, "w") as archive:
+            for key, array in arrays:
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                    try:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+                    except BaseException as error:
+                        first = error
+                        raise
+    except BaseException:
+        if first is not None:
+            raise first from None
+        raise
 
 
 def read_npz(path: Path, keys: Sequence[str], max_bytes: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
 
     Extends `optimistix.RESULTS`, so that the codes of every solver underneath pass
     through unchanged. `RESULTS[result]` is the text of a code, which names the cause
-    and the remedy; the text of `successful` is empty.
+    and the remedy, and that of `successful` says so.
     """
 
     # -- the inner problem
@@ -184,6 +184,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "path with `metaopt.TruncatedAdjoint`, or smooth the inner loss (other "
         "activations than `relu`, normalisation)."
     )
+
+
+_SUCCESS: Any = RESULTS.successful
+# Its text is empty in optimistix, and `print(solution.result)` would show no word.
+RESULTS._index_to_message[int(_SUCCESS._value)] = "Successful."
 
 
 class SolveError(RuntimeError):

@@ -1,7 +1,7 @@
 """Checks of the user's arguments, made once at the public boundary."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -67,7 +67,20 @@ def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
         )
     _check_not_empty(*_inexact(out, names))
     check_finite(out, names)
-    return tree_strong(jax.tree.unflatten(structure, out))
+    hyper = jax.tree.unflatten(structure, out)
+    _warn_of_settings(
+        hyper,
+        name,
+        lambda x: eqx.is_array(x) and _is_whole(x.dtype),
+        "is not tuned: an array of integers or bools among the outer variables is a "
+        "setting. Write it as floats to tune it; a field of a module to hold it without "
+        "this warning.",
+    )
+    return tree_strong(hyper)
+
+
+def _is_whole(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
 
 
 def _canonical_leaf(name: str, leaf: Any) -> Any:
@@ -256,24 +269,35 @@ def float_as_array(params: Any, name: str) -> Any:
     """
     if isinstance(params, float):
         return jnp.asarray(params)
-    held = _floats_beside_arrays(params, name)
-    if held:
-        warn(
-            f"{', '.join(held)} is not trained: a Python float among the params is a "
-            "setting. Write `jnp.asarray(...)` to train it; a field of a module to hold it "
-            "without this warning."
-        )
+    _warn_of_settings(
+        params,
+        name,
+        lambda x: type(x) is float,
+        "is not trained: a Python float among the params is a setting. Write "
+        "`jnp.asarray(...)` to train it; a field of a module to hold it without this "
+        "warning.",
+    )
     return params
 
 
-def _floats_beside_arrays(tree: Any, name: str) -> list[str]:
-    if type(tree) is float:
-        return [f"`{name}` = {tree!r}"]
-    if not isinstance(tree, dict | list | tuple):
-        return []
-    parts = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
-    keys = jax.tree_util.keystr
-    return [out for path, x in parts for out in _floats_beside_arrays(x, name + keys(path))]
+def _warn_of_settings(
+    tree: Any, name: str, is_setting: Callable[[Any], bool], text: str
+) -> None:
+    """Warn of leaves of dictionaries, lists and tuples that were perhaps not meant so."""
+
+    def found(tree: Any, name: str) -> list[str]:
+        if is_setting(tree):
+            return [f"`{name}` = {tree!r}" if type(tree) is float else f"`{name}`"]
+        if not isinstance(tree, dict | list | tuple):
+            return []
+        flatten = jax.tree_util.tree_flatten_with_path
+        parts = flatten(tree, is_leaf=lambda x: x is not tree)[0]
+        keys = jax.tree_util.keystr
+        return [out for path, x in parts for out in found(x, name + keys(path))]
+
+    held = found(tree, name)
+    if held:
+        warn(f"{', '.join(held)} {text}")
 
 
 def check_params(params: Any, name: str = "params") -> None:

@@ -22,14 +22,12 @@ def verdict(result: Any) -> str:
     if not is_known(values):
         return "The result is known only when the compiled function runs."
     values = np.atleast_1d(np.asarray(values))
-    texts = [RESULTS[_item(value)] for value in np.unique(values)]
-    failures = [text for text in texts if text]
-    if not failures:
-        return "Successful."
-    if values.size > 1:
-        bad = sum(bool(RESULTS[_item(value)]) for value in values)
-        return f"{bad} of {values.size} did not succeed. {failures[0]}"
-    return failures[0]
+    success: Any = RESULTS.successful
+    failures = values[values != success._value]
+    if values.size == 1 or not failures.size:
+        return RESULTS[_item(values[0])]
+    text = RESULTS[_item(failures.min())]
+    return f"{failures.size} of {values.size} did not succeed. {text}"
 
 
 def number(x: Any) -> str:

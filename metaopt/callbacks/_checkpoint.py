@@ -1,5 +1,6 @@
 """Checkpoints of a run, to go on from."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,13 +22,13 @@ from .._core._checkpoint import (
     save,
     UnsoundCheckpointError,
 )
-from .._core._files import check_writable, remove_parts
+from .._core._files import check_writable
 from .._core._results import RESULTS
 from .._core._validate import check_count, check_flag, check_tolerance
 from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
-from ._lock import locked, unlocked
+from ._lock import locked
 
 
 class Checkpoint(AbstractCallback):
@@ -83,9 +84,9 @@ class Checkpoint(AbstractCallback):
         self._written_at = 0.0  # seconds of the run
         self._is_sound = False  # the file, which may then be kept as the previous one
         self._settings = b""
-        self._lock: TextIO | None = None
+        self._held = contextlib.ExitStack()  # the lock and the handler of SIGTERM
+        self._blocked: ValueError | None = None  # why the file cannot be written
         self._terminated = self._closing = False
-        self._sigterm: Any = None  # the handler of before
         # Of the steps to be written.
         self._kept: tuple[int, Any, Any] = 0, RESULTS.successful, RESULTS.successful
 
@@ -100,6 +101,24 @@ class Checkpoint(AbstractCallback):
         self._kept = run.num_skipped, run.result, run.reason
         settings = run.settings
         self._settings = json.dumps(settings).encode()
+        self._is_sound = False
+        with contextlib.ExitStack() as held:
+            self._begin(run, settings, held)
+            self._held = held.pop_all()
+        self._written = run.num_steps
+        self._kept = run.num_skipped, run.result, run.reason
+
+    def _begin(
+        self, run: Any, settings: dict[str, str], held: contextlib.ExitStack
+    ) -> None:
+        """Lock the file, and go on from it if it is there."""
+        self._blocked = None
+        try:
+            check_writable(self.path, "checkpoint")
+            # Before the file is read: another run may be about to replace it.
+            held.enter_context(locked(self.path))
+        except ValueError as error:
+            self._blocked = error
         # `Path.exists` raises where it may not look.
         there = [path for path in (self.path, self.previous) if os.path.exists(path)]
         if there and run.num_steps:
@@ -107,18 +126,14 @@ class Checkpoint(AbstractCallback):
                 f"Both `state` and the checkpoint {self.path} say where to go on from. "
                 "Hand over one of them, or name a file that is not there yet."
             )
-        self._is_sound = False
         if there:
             self._take_up(run, there, settings)
-        if run.num_steps < run.total or not there:
-            check_writable(self.path, "checkpoint")
-            self._lock = locked(self.path)
-            if self._lock is not None:
-                remove_parts(self.path)
-        self._written = run.num_steps
-        self._kept = run.num_skipped, run.result, run.reason
+        elif self._blocked is not None:
+            raise self._blocked
         if threading.current_thread() is threading.main_thread():
-            self._sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
+            before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            if before is not None:  # one of Python
+                held.callback(signal.signal, signal.SIGTERM, before)
 
     def see(self, run):
         if not run.failed:
@@ -134,12 +149,7 @@ class Checkpoint(AbstractCallback):
             if run.num_steps - run.failed > self._written:
                 self._write(run)
         finally:
-            if self._lock is not None:
-                unlocked(self._lock)
-                self._lock = None
-            if self._sigterm is not None:
-                signal.signal(signal.SIGTERM, self._sigterm)
-                self._sigterm = None
+            self._held.close()
             # The other callbacks are closed, and the handler is the one of before.
             if self._terminated:
                 self._terminated = False
@@ -221,6 +231,9 @@ class Checkpoint(AbstractCallback):
                 f"{file} is of a run with another `key`. Hand over the same, or name "
                 "another file."
             )
+        # A run that has ended is read from anywhere.
+        if self._blocked is not None and int(state.num_steps) < run.total:
+            raise self._blocked
         run.restore(state, content.columns, content.path)
         run.num_skipped = int(content.num_skipped)
         run.result, run.reason = content.result, content.reason

@@ -1,8 +1,12 @@
 """A lock on a file that one run at a time may write."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+from .._core._files import remove_parts
 
 
 try:
@@ -11,26 +15,45 @@ except ImportError:  # not on this system
     fcntl = None  # pyright: ignore[reportAssignmentType]
 
 
-def locked(path: Path) -> TextIO | None:
-    """Lock a file until `unlocked`, or until the process ends in whatever way.
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file within a block, or until the process ends in whatever way.
+
+    Remains of earlier processes that wrote the file are removed. Some systems and disks
+    have no locks: the block is then entered without.
 
     **Arguments:**
 
     - `path`: the file, which need not be there; its folder is.
 
-    **Returns:**
-
-    The lock; `None` on systems and disks that have none.
-
     **Raises:**
 
-    `ValueError` where another run has locked the file.
+    `ValueError` where another run has locked the file, and where the lock cannot be made.
     """
+    lock = _lock(path)
+    try:
+        if lock is not None:
+            remove_parts(path)
+        yield
+    finally:
+        if lock is not None:
+            with lock, contextlib.suppress(OSError):  # such as of a folder that has gone
+                Path(lock.name).unlink()
+
+
+def _lock(path: Path) -> TextIO | None:
+    """The lock; `None` where there are none."""
     if fcntl is None:
         return None
     place = path.with_name(f".{path.name}.lock")
     while True:
-        lock = place.open("w")
+        try:
+            lock = place.open("w")
+        except OSError as error:
+            raise ValueError(
+                f"The checkpoint {path} cannot be locked: {error}. Remove that file if no "
+                "other run writes the checkpoint, or name another file."
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
@@ -48,9 +71,3 @@ def locked(path: Path) -> TextIO | None:
             return None
         # The run that had it removed its file in between.
         lock.close()
-
-
-def unlocked(lock: TextIO) -> None:
-    """Release a lock, and remove its file."""
-    Path(lock.name).unlink(missing_ok=True)
-    lock.close()

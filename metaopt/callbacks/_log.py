@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .._core._warn import warn
 from ._base import AbstractCallback
 
 
@@ -32,7 +33,9 @@ class Log(AbstractCallback):
         object with `add_scalar(name, value, step)`, such as a `SummaryWriter` of
         tensorboardX, or with `log(dict, step=step)`, such as a run of Weights & Biases.
         A method `begin(step)`, if it has one, is called with the number of the first step
-        to come.
+        to come. An error of the writer during the run, such as that of a full disk, is
+        reported by one warning: the run goes on, and the rows are written later if the
+        writer takes them again.
 
     **Raises:**
 
@@ -47,18 +50,26 @@ class Log(AbstractCallback):
             )
         self.writer = writer
         self._first = self._next = 0  # steps: the first of the history, the next to write
+        self._warned = False
 
     def open(self, run):
         self._next = run.num_steps
         self._first = run.num_steps - run.num_taken
+        self._warned = False
         if isinstance(self.writer, _File):
             self.writer.begin(run.num_steps)
 
     def see(self, run):
-        self._write(run.last, run.num_steps)
+        if run.num_steps - len(run.last["seconds"]) == self._next:
+            self._write(run.last, run.num_steps)
+        else:
+            self._catch_up(run)
 
     def close(self, run):
         # The steps of a call that another callback has ended by an error.
+        self._catch_up(run)
+
+    def _catch_up(self, run: Any) -> None:
         end = self._first + run.num_taken
         if end > self._next:
             rows = {name: a[self._next - end :] for name, a in run.history.columns.items()}
@@ -69,9 +80,25 @@ class Log(AbstractCallback):
         count = len(columns["outer_loss"])
         for index, step in enumerate(range(end - count, end)):
             row = {name: column[index] for name, column in columns.items()}
+            try:
+                self._write_row(row, step)
+            except Exception as error:  # a log is not worth a run
+                self._warn_once(step, error)
+                return
             self._next = step + 1
-            if isinstance(self.writer, _ScalarWriter):
-                for name, value in row.items():
-                    self.writer.add_scalar(name, value, step)
-            else:
-                self.writer.log(row, step=step)
+
+    def _write_row(self, row: dict[str, float], step: int) -> None:
+        if isinstance(self.writer, _ScalarWriter):
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+        else:
+            self.writer.log(row, step=step)
+
+    def _warn_once(self, step: int, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"The log of step {step} could not be written by the `writer`, a "
+                f"`{type(self.writer).__name__}`: {error!r}. The run goes on, and writes "
+                "this and later rows once the writer takes them."
+            )

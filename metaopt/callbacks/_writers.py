@@ -52,8 +52,7 @@ class JSONLines:
         - `step`: its number.
         """
         finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        _append(self.path, json.dumps({"step": step, **finite}) + "\n")
 
 
 def _numbered(path: Path) -> list[tuple[str, int]]:
@@ -101,7 +100,7 @@ class CSV:
         """
         rows = [row for row in self._rows() if _step_of(row) < step]
         self._names = list(dict.fromkeys(name for row in rows for name in row))
-        self._write(rows)
+        self._write(rows, self._names)
 
     def log(self, row: dict[str, float], *, step: int) -> None:
         """Write one row.
@@ -114,11 +113,13 @@ class CSV:
         full: dict[str, Any] = {"step": step, **row}
         new = [name for name in full if name not in self._names]
         if new:
-            self._names += new
-            self._write([*self._rows(), full])
+            names = [*self._names, *new]
+            self._write([*self._rows(), full], names)
+            self._names = names
             return
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._names, restval="").writerow(full)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._names, restval="").writerow(full)
+        _append(self.path, text.getvalue())
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -129,13 +130,26 @@ class CSV:
         rows = csv.DictReader(io.StringIO(whole, newline=""))
         return [row for row in rows if None not in row.values()]
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self, rows: list[dict[str, Any]], names: list[str]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._names, restval="")
-        if self._names:
+        writer = csv.DictWriter(text, names, restval="")
+        if names:
             writer.writeheader()
         writer.writerows(rows)
         _replace(self.path, text.getvalue())
+
+
+def _append(path: Path, text: str) -> None:
+    """Add a row to a file, whole or not at all."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except BaseException:
+            file.truncate(end)
+            raise
 
 
 def _replace(path: Path, text: str) -> None:

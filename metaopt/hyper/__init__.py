@@ -1,7 +1,12 @@
 """Hyperparameters with a name and a range, for the leaves of `hyper`."""
 
-from ._base import AbstractHyper as AbstractHyper, values as values
-from ._frozen import freeze as freeze, Frozen as Frozen, thaw as thaw
+from ._base import AbstractHyper as AbstractHyper
+from ._frozen import (
+    freeze as freeze,
+    Frozen as Frozen,
+    thaw as thaw,
+    values as values,
+)
 from ._integer import Integer as Integer
 from ._interval import Interval as Interval
 from ._ordered import Ordered as Ordered

@@ -11,8 +11,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from .._core._types import PyTree
-
 
 class AbstractHyper(eqx.Module):
     """One hyperparameter: an unconstrained array, and the value that it represents.
@@ -74,32 +72,3 @@ def _shown(value: Any) -> str:
     if numbers.size <= _MAX_SHOWN:
         return np.array2string(numbers, precision=4, separator=", ").replace("\n", "")
     return f"{numbers.min():.4g} to {numbers.max():.4g}, shape {numbers.shape}"
-
-
-def values(tree: PyTree) -> PyTree:
-    """Return the values of hyperparameters, to be printed, drawn or written to a file.
-
-    !!! example
-
-        ```python
-        import jax
-        import metaopt as mo
-
-        hyper = {"l2": mo.hyper.Positive(0.5), "holes": mo.hyper.Integer(3, 0, 8)}
-        print(jax.tree.map(lambda a: a.tolist(), mo.hyper.values(hyper)))
-        ```
-
-    **Arguments:**
-
-    - `tree`: any pytree, such as `hyper` as a solver returns it.
-
-    **Returns:**
-
-    `tree` with every [`metaopt.hyper.AbstractHyper`][] replaced by its `value`, an array,
-    and everything else as it is.
-    """
-    return jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, AbstractHyper) else leaf,
-        tree,
-        is_leaf=lambda node: isinstance(node, AbstractHyper),
-    )

@@ -6,10 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._core._tree import split_trainable
 from .._core._types import PyTree
 from .._core._validate import canonical_hyper
-from ._base import AbstractHyper, values
+from ._base import AbstractHyper
 
 
 class Frozen(eqx.Module):
@@ -40,24 +39,25 @@ class Frozen(eqx.Module):
     `ValueError` or `TypeError` for what could not be tuned either.
     """
 
-    bits: PyTree
-    rest: PyTree
-    dtypes: tuple[str, ...] = eqx.field(static=True)
+    leaves: tuple[Any, ...]
+    dtypes: tuple[str | None, ...] = eqx.field(static=True)
+    structure: Any = eqx.field(static=True)
 
     def __init__(self, tree: PyTree):
-        floats, self.rest = split_trainable(canonical_hyper(tree, "tree"))
-        self.dtypes = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(floats))
-        self.bits = jax.tree.map(_as_bits, floats)
+        leaves, self.structure = jax.tree.flatten(canonical_hyper(tree, "tree"))
+        is_float = [eqx.is_inexact_array(leaf) for leaf in leaves]
+        dtype_of = lambda leaf, known: str(leaf.dtype) if known else None
+        self.dtypes = tuple(map(dtype_of, leaves, is_float))
+        as_bits = lambda leaf, known: _as_bits(leaf) if known else leaf
+        self.leaves = tuple(map(as_bits, leaves, is_float))
 
     @property
     def thawed(self) -> PyTree:
         """The part of `hyper` that was frozen, to be tuned again."""
-        leaves, structure = jax.tree.flatten(self.bits)
-        floats = [
-            jax.lax.bitcast_convert_type(leaf, dtype)
-            for leaf, dtype in zip(leaves, self.dtypes, strict=True)
-        ]
-        return eqx.combine(jax.tree.unflatten(structure, floats), self.rest)
+        thaw = lambda leaf, dtype: (
+            leaf if dtype is None else jax.lax.bitcast_convert_type(leaf, dtype)
+        )
+        return jax.tree.unflatten(self.structure, map(thaw, self.leaves, self.dtypes))
 
     @property
     def value(self) -> Any:
@@ -66,6 +66,35 @@ class Frozen(eqx.Module):
 
     def __repr__(self) -> str:
         return f"Frozen({self.thawed!r})"
+
+
+def values(tree: PyTree) -> PyTree:
+    """Return the values of hyperparameters, to be printed, drawn or written to a file.
+
+    !!! example
+
+        ```python
+        import jax
+        import metaopt as mo
+
+        hyper = {"l2": mo.hyper.Positive(0.5), "holes": mo.hyper.Integer(3, 0, 8)}
+        print(jax.tree.map(lambda a: a.tolist(), mo.hyper.values(hyper)))
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree, such as `hyper` as a solver returns it.
+
+    **Returns:**
+
+    `tree` with every [`metaopt.hyper.AbstractHyper`][] and [`metaopt.hyper.Frozen`][]
+    replaced by its `value`, and everything else as it is.
+    """
+    return jax.tree.map(
+        lambda node: node.value if isinstance(node, AbstractHyper | Frozen) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, AbstractHyper | Frozen),
+    )
 
 
 def thaw(tree: PyTree) -> PyTree:

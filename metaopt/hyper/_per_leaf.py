@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from .._core._types import FloatScalar, PyTree
 from .._core._validate import canonical_hyper, check_flag
-from ._base import values
+from ._frozen import values
 
 
 Where = str | Callable[[str, Any], bool]

@@ -106,4 +106,6 @@ class Hybrid(AbstractMethod):
             work = work.total() + last.total()
         loss = float(solution.outer_loss)
         loss = loss if np.isfinite(loss) else np.inf
-        return thaw(solution.hyper), loss, work, RESULTS[solution.result]
+        failed = bool(solution.result != RESULTS.successful)
+        failure = RESULTS[solution.result] if failed else ""
+        return thaw(solution.hyper), loss, work, failure
