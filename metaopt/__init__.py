@@ -45,6 +45,7 @@ from ._core._results import (
 )
 from ._data import (
     BatchSequence as BatchSequence,
+    Folds as Folds,
     FullBatch as FullBatch,
     InnerBatches as InnerBatches,
     Minibatches as Minibatches,

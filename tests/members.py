@@ -209,6 +209,7 @@ ELSEWHERE = {
     "BatchSequence": "test_agreement.py",
     "FullBatch": "test_bad_input.py",
     "Minibatches": "test_agreement.py",
+    "Folds": "test_lanes.py",
     "DrawnBatches": "test_cursors.py",
     "CarriedState": "test_agreement.py",
     "FrozenState": "test_agreement.py",
