@@ -204,6 +204,7 @@ ELSEWHERE = {
     "KeepBest": "test_callbacks.py",
     "Log": "test_callbacks.py",
     "Progress": "test_callbacks.py",
+    "RollBack": "test_roll_back.py",
     "StopEarly": "test_callbacks.py",
     # The cases hold their data whole, and no model state.
     "BatchSequence": "test_agreement.py",

@@ -18,6 +18,7 @@ from .._core._types import Hyper
 from .._report import attach_solution, Best, ends_run, History
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
+from ._columns import joined
 from ._feed import AbstractFeed
 from ._function import name_of
 from ._interrupts import Interrupts
@@ -50,7 +51,10 @@ class Run:
     - `result`: how the run goes; `metaopt.RESULTS[result]` is its text.
     - `reason`: the first failure within a step that itself did not fail, or that failure.
     - `num_skipped`: the steps that failed and left the outer variables alone.
-    - `num_failed`: the steps that failed since the run began, or began again.
+    - `first_failed`: the first step of the last call that failed, from 0; `None` if none.
+    - `undo`: what [`metaopt.callbacks.RollBack`][] may go back to; in checkpoints, too.
+    - `going_back`: a state to go back to, which a callback may set in `see`.
+    - `num_failed`: the steps that failed since the run was started.
     - `seconds`: the wall time since the run began.
     - `settings`: the settings of problem and solver, `hyper` as it is, and the shapes of
         the data: texts by their names, the same in another process.
@@ -73,6 +77,10 @@ class Run:
         self.ended_by = ""
         self.num_skipped = 0
         self.num_failed = 0
+        self.first_failed: int | None = None
+        self.undo: Any = None
+        self.going_back: Any = None
+        self._sound: tuple[Any, Any, int, int] | None = None  # before the last call
         self.updated = False
         self.begun = time.perf_counter()
         self._chunks: list[dict[str, np.ndarray]] = []
@@ -141,7 +149,7 @@ class Run:
             floats, rest = eqx.partition(self.hyper, eqx.is_inexact_array)
             structure = jax.tree.structure(floats)
             path = eqx.combine(jax.tree.unflatten(structure, stacked), rest)
-        return History(_joined(self._chunks), path)
+        return History(joined(self._chunks), path)
 
     def restore(self, state: Any, columns: dict[str, np.ndarray], path: list) -> None:
         """Go on from the state and the history of an earlier part of the same run.
@@ -155,6 +163,19 @@ class Run:
         self.state = state
         self._chunks = [columns] if len(columns["seconds"]) else []
         self._path = [path] if path else []
+
+    def go_back(self) -> None:
+        """Go back to `going_back`, as if the steps since then had not been taken."""
+        state, self.going_back = self.going_back, None
+        kept = self.num_taken - (self.num_steps - int(state.num_steps))
+        columns = {name: column[:kept] for name, column in joined(self._chunks).items()}
+        path = [np.concatenate(leaves)[:kept] for leaves in zip(*self._path)]
+        self.restore(state, columns, path)
+        assert self._sound is not None
+        self.result, self.reason, self.num_skipped, self.num_failed = self._sound
+        self.failed, self.first_failed, self.ended_by = False, None, ""
+        for feed in self.feeds:
+            feed.rewind(self.num_steps)
 
     def advance(self, count: int, size: int, atol: float | None, throw: bool) -> bool:
         """Take up to `count` outer steps in one call of a program for up to `size`.
@@ -223,6 +244,7 @@ class Run:
         count = steps.num_steps
         if not count:
             return
+        self._sound = self.result, self.reason, self.num_skipped, self.num_failed
         each = (time.perf_counter() - begin) / count
         self.last = steps.columns | {"seconds": np.full(count, each)}
         self._chunks.append(self.last)
@@ -236,6 +258,8 @@ class Run:
             feed.use(count)
         marks = steps.marks
         self.updated = bool(marks.updated[-1])
+        failed = np.flatnonzero(marks.failed)
+        self.first_failed = int(failed[0]) if failed.size else None
         if np.any(marks.failed):
             self.num_failed += int(np.sum(marks.failed > 0))
             self.num_skipped += int(np.sum((marks.failed > 0) & (marks.updated == 0)))
@@ -324,6 +348,9 @@ def _take_all(
                 # Each of them sees every step, whichever ends the run.
                 answers = [(name_of(c), ends_run(c.see, run)) for c in callbacks]
                 ending = [name for name, answer in answers if answer]
+                if run.going_back is not None and not (ending or run.interrupted):
+                    run.go_back()
+                    continue
                 run.ended_by = run.ended_by or ", ".join(ending)
         except KeyboardInterrupt:
             run.interrupted = True
@@ -338,24 +365,6 @@ def _take_all(
 
 _CONVERGED = "`atol`"
 _ALL_TAKEN = "`num_steps`"
-
-
-def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The columns of a history; a step that lacks one has NaN there."""
-    if not chunks:
-        empty = np.zeros(0)
-        return {"outer_loss": empty, "hypergradient_norm": empty, "seconds": empty}
-    # A file has them in the order of the alphabet.
-    leading = "outer_loss", "hypergradient_norm"
-    names = dict.fromkeys(leading)
-    names |= dict.fromkeys(name for chunk in reversed(chunks) for name in chunk)
-    nans = lambda chunk: np.full(len(chunk["seconds"]), np.nan)
-    return {
-        name: np.concatenate(
-            [chunk[name] if name in chunk else nans(chunk) for chunk in chunks]
-        )
-        for name in names
-    }
 
 
 def is_failure(result: Any) -> bool:

@@ -36,6 +36,10 @@ class AbstractFeed(abc.ABC):
         """Called before the first outer step of a run, with those taken before it."""
 
     @abc.abstractmethod
+    def rewind(self, num_steps: int) -> None:
+        """Go back to the data after so many outer steps, where it can be had again."""
+
+    @abc.abstractmethod
     def pull(self, count: int) -> int:
         """Pull data for as many outer steps as one call can take, up to `count`."""
 
@@ -66,6 +70,9 @@ class Fixed(AbstractFeed):
         self.now = data
 
     def begin(self, num_steps):
+        pass
+
+    def rewind(self, num_steps):
         pass
 
     def pull(self, count):
@@ -118,6 +125,12 @@ class Pulled(AbstractFeed):
             self.source, self.waiting = self.start(num_steps - 1), []
             if self.pull(1):
                 self.use(1)
+
+    def rewind(self, num_steps):
+        if self.restarts:
+            self.source, self.waiting = None, []
+            self.begin(0)
+            self.begin(num_steps)
 
     def peek(self) -> bool:
         """Pull the data of the first outer step before the run, into `now`.

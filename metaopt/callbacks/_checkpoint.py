@@ -29,6 +29,7 @@ from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
 from ._lock import locked
+from ._roll_back import Undo
 
 
 class Checkpoint(AbstractCallback):
@@ -140,13 +141,14 @@ class Checkpoint(AbstractCallback):
             self._kept = run.num_skipped, run.result, run.reason
         late = self.seconds is not None and run.seconds - self._written_at >= self.seconds
         new = run.num_steps - run.failed - self._written
-        if new >= self.every or (late and new):
+        # A run that went back leaves the file behind at once.
+        if new < 0 or new >= self.every or (late and new):
             self._write(run)
 
     def close(self, run):
         self._closing = True
         try:
-            if run.num_steps - run.failed > self._written:
+            if run.num_steps - run.failed != self._written:
                 self._write(run)
         finally:
             self._held.close()
@@ -170,7 +172,7 @@ class Checkpoint(AbstractCallback):
         settings = np.frombuffer(self._settings, np.uint8)
         if self._is_sound:
             _keep(self.path, self.previous)
-        save(self.path, _Content(settings, state, columns, path, *notes))
+        save(self.path, _Content(settings, state, columns, path, *notes, run.undo))
         self._is_sound = True
         self._written = run.num_steps - run.failed
         self._written_at = run.seconds
@@ -208,15 +210,18 @@ class Checkpoint(AbstractCallback):
                 "change."
             )
         columns: dict[str, np.ndarray] = {}
+        undo: Undo | None = None
         path: list[np.ndarray] = []
         for name, kind, shape in described(file):
             if match := re.fullmatch(r"\.columns\['(\w+)'\]", name):
                 columns[match[1]] = np.zeros(shape, kind)
             elif re.fullmatch(r"\.path\[\d+\]", name):
                 path.append(np.zeros(shape, kind))
+            elif name.startswith(".undo."):
+                undo = Undo(run.state, run.state, np.asarray(0))
         success: Any = RESULTS.successful
         notes = np.asarray(0), success, success, _best_or(run)
-        return load(file, _Content(found, run.state, columns, path, *notes))
+        return load(file, _Content(found, run.state, columns, path, *notes, undo))
 
     def _go_on(self, run: Any, file: Path, content: "_Content") -> None:
         state = content.state
@@ -235,6 +240,7 @@ class Checkpoint(AbstractCallback):
         if self._blocked is not None and int(state.num_steps) < run.total:
             raise self._blocked
         run.restore(state, content.columns, content.path)
+        run.undo = content.undo
         run.num_skipped = int(content.num_skipped)
         run.result, run.reason = content.result, content.reason
         best = content.best
@@ -254,6 +260,7 @@ class _Content(eqx.Module):
     result: RESULTS
     reason: RESULTS
     best: Best  # of step -1 where nobody keeps one
+    undo: Undo | None  # of `RollBack`
 
 
 def _best_or(run: Any) -> Best:

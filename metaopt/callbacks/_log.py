@@ -60,6 +60,11 @@ class Log(AbstractCallback):
             self.writer.begin(run.num_steps)
 
     def see(self, run):
+        if run.num_steps - len(run.last["seconds"]) < self._next:
+            # The run went back, and takes these steps again.
+            self._next = run.num_steps - len(run.last["seconds"])
+            if isinstance(self.writer, _File):
+                self.writer.begin(self._next)
         if run.num_steps - len(run.last["seconds"]) == self._next:
             self._write(run.last, run.num_steps)
         else:

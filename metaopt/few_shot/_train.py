@@ -215,7 +215,7 @@ def _feed(tasks: Any) -> Pulled:
     `ValueError` for anything else.
     """
     if isinstance(tasks, HostEpisodes):
-        return Pulled(tasks.starting_at, as_tasks)
+        return Pulled(tasks.starting_at, as_tasks, restarts=True)
     if isinstance(tasks, Iterator):  # goes on by itself where it was
         return Pulled(lambda num_steps: tasks, as_tasks)
     if is_loader(tasks):
