@@ -50,11 +50,13 @@ class Work:
         shapes = {name: shape for name, shape, _, _ in lines}
         total = 0
         for _, shape, operation, rest in lines:
-            branches = _BRANCHES.search(rest)
-            names = _FIRST_OPERAND.findall(branches[1]) if branches else []
-            # Which of the branches runs is not known; those without products are free.
-            if operation in _UNKNOWN or any(self._count(name) for name in names):
+            if operation in _UNKNOWN:
                 raise NotImplementedError(f"{operation}({rest}")
+            branches = _BRANCHES.search(rest)
+            if branches:
+                # The cheapest: the others look into failures.
+                names = _FIRST_OPERAND.findall(branches[1])
+                total += min(self._count(name) for name in names)
             if operation == "dot":
                 total += _multiplications(shape, rest, shapes)
             inside = sum(self._count(called) for called in _CALLED.findall(rest))
@@ -98,6 +100,9 @@ def check_counter() -> None:
     def until_small(x, weight):
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: chain(x, weight), x)
 
+    def sometimes(x, weight):
+        return jax.lax.cond(jnp.sum(x) > 1, nested, chain, x, weight)
+
     gradient = jax.grad(lambda x, weight: jnp.sum(chain(x, weight)), (0, 1))
     lanes = jax.vmap(nested, (0, None))
     known = [
@@ -105,6 +110,7 @@ def check_counter() -> None:
         (Work(nested, x, weight).total, 77 * one),
         (Work(lanes, jnp.ones((3, 5, 30)), weight).total, 3 * 77 * one),
         (Work(gradient, x, weight).total, 3 * 7 * one),
+        (Work(sometimes, x, weight).total, 7 * one),
         (sum(Work(until_small, x, weight).open_loops), 7 * one),
     ]
     for counted, expected in known:

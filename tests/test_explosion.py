@@ -206,3 +206,41 @@ def test_undone_steps_are_measured_as_unrolled_ones(rate, explodes):
     )
     np.testing.assert_allclose(logs(got), logs(expected), atol=10 if explodes else 1e-3)
     assert not explodes or got.derivative.growth.factor > 1e9
+
+
+# The squares of Adam overflow, and would leave `hyper` where it is for ever.
+
+
+def overflowing(outer: Any, throw: bool) -> mo.BilevelSolution:
+    problem = mo.BilevelProblem(
+        lambda params, hyper, batch: 0.5 * hyper.value * params**2,
+        lambda params, hyper, batch: params**2,
+    )
+    return mo.solve_bilevel(
+        problem,
+        mo.hyper.Positive(jnp.float32(25.0)),  # where 20 is stable
+        params=jnp.float32(1.0),
+        solver=mo.NestedSolver(
+            mo.Descent(optax.sgd(0.1), num_steps=60), mo.UnrolledAdjoint(), outer
+        ),
+        num_steps=3,
+        throw=throw,
+    )
+
+
+def test_an_outer_optimizer_that_overflows_is_named():
+    adam = optax.adam(0.3)
+    with pytest.raises(mo.SolveError, match="The outer optimizer overflowed.*clip"):
+        overflowing(adam, throw=True)
+    solution = overflowing(adam, throw=False)
+    assert solution.result == mo.RESULTS.outer_step_nonfinite
+    assert solution.num_skipped == 3
+    np.testing.assert_allclose(solution.hyper.value, 25.0, rtol=1e-6)
+    moments = jax.tree.leaves(solution.state.outer_state)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in moments)
+
+
+def test_the_remedy_moves_on():
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.3))
+    solution = overflowing(clipped, throw=True)
+    assert float(solution.hyper.value) < 20 and float(solution.outer_loss) < 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .._adjoint import AbstractAdjoint, AbstractSystemAdjoint, first_carry
+from .._core._results import first_failure, mask_result, RESULTS
 from .._core._tree import split_trainable, tree_strong
 from .._core._types import (
     FloatScalar,
@@ -29,7 +30,7 @@ from .._core._validate import (
 from .._data import AbstractData
 from .._objective import check_sources, Continued, Objective
 from .._problem import BilevelProblem, initialise
-from .._promises import all_finite, keep_where
+from .._promises import all_finite, keep_where, overflowed
 from .._report import CountsWork, InnerInfo, Report, Work
 from .._solver import AbstractIterativeSolver, AbstractSolver, can_go_on
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
@@ -211,7 +212,10 @@ class NestedSolver(AbstractBilevelSolver):
         tuned, outer_state = optimizer_step(
             self.outer, gradient, state.outer_state, trainable, value
         )
-        good = all_finite(gradient, value)
+        lost = overflowed((tuned, outer_state), (trainable, state.outer_state))
+        lost = mask_result(lost, RESULTS.outer_step_nonfinite)
+        good = all_finite(gradient, value) & (lost == RESULTS.successful)
+        report = dataclasses.replace(report, result=first_failure(report.result, lost))
         keep = keep_where(good)
         lane = found.lane
         new_state = dataclasses.replace(

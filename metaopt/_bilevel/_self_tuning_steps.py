@@ -23,7 +23,7 @@ from .._core._types import (
     PyTree,
 )
 from .._problem import BilevelProblem
-from .._promises import all_finite, keep_where
+from .._promises import all_finite, keep_where, overflowed
 from ._best_response_method import AbstractBestResponseMethod
 from ._drawn import Cursors
 from ._optimizer_step import optimizer_step
@@ -179,6 +179,7 @@ class SelfTuningSteps(eqx.Module):
         norm = tree_scaled_norm(out.hyper)
         # A step that is too long can overflow on the way of the params, too.
         good = all_finite(norm, out.value, new_hyper, params)
+        good &= ~overflowed(hyper_state, state.hyper_state)
         keep = keep_where(moves & good)
         log_scale, scale_state = state.log_scale, state.scale_state
         if self.scale is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core._results import mask_result, RESULTS, voids_hypergradient
+from .._core._results import first_failure, mask_result, RESULTS, voids_hypergradient
 from .._core._tree import (
     nan_where,
     same_structs,
@@ -30,6 +30,7 @@ from .._promises import (
     check_losses_of_hyper,
     judged,
     keep_where,
+    overflowed,
 )
 from .._report import InnerInfo, OuterInfo, Report
 from ._base import AbstractBilevelSolver, BilevelEvaluation, BilevelStep
@@ -153,6 +154,7 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
         )
         outer_is_finite = all_finite(update.outer_loss)
         extra_is_finite = all_finite(update.extra)
+        lost = overflowed(outer_state, state.outer_state)
         # A step that is too long can overflow `hyper` by itself.
         hyper_is_finite = all_finite(norm, tuned)
         result = judged(
@@ -161,7 +163,10 @@ class AbstractSingleLoopSolver(AbstractBilevelSolver):
             hyper_is_finite,
             mask_result(~extra_is_finite, RESULTS.extra_nonfinite),
         )
+        lost = mask_result(lost, RESULTS.outer_step_nonfinite)
+        result = first_failure(result, lost)
         good = inner_is_finite & outer_is_finite & extra_is_finite & hyper_is_finite
+        good &= lost == RESULTS.successful
         keep = keep_where(good)
         new = SingleLoopState(
             hyper=eqx.combine(keep(tuned, trainable), static),

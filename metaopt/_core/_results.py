@@ -154,6 +154,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`TruncatedAdjoint`); otherwise look for an operation whose derivative is "
         "infinite at the values met."
     )
+    outer_step_nonfinite = (
+        "The outer optimizer overflowed: the hypergradient is finite, and so large that "
+        "the step or the state of the optimizer is not. Adam keeps squares, which are "
+        "infinite in float32 from 1.8e19 on, and would not move `hyper` any more. The step "
+        "is not taken. Start where the inner solver is stable, lower its learning rate, or "
+        "clip: `optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01))`."
+    )
     outer_max_steps = (
         "The outer loop reached `num_steps` before the tolerance on the norm of the "
         "hypergradient was met. Raise `num_steps` or loosen the tolerance."

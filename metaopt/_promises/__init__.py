@@ -17,6 +17,7 @@ from ._finite import (
     all_finite as all_finite,
     judged as judged,
     keep_where as keep_where,
+    overflowed as overflowed,
 )
 from ._zero import (
     check_losses_of_hyper as check_losses_of_hyper,

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from .._core._results import first_failure, mask_result, RESULTS
@@ -44,3 +46,21 @@ def keep_where(good: BoolScalar) -> Callable[[PyTree, PyTree], PyTree]:
     optimizer, nor the start of the next step.
     """
     return lambda new, old: tree_where_arrays(good, new, old)
+
+
+def overflowed(new: PyTree, old: PyTree) -> BoolScalar:
+    """Whether a number that was finite is not any more.
+
+    The states of some optimizers begin at infinity, which is no failure.
+
+    **Arguments:**
+
+    - `new`, `old`: pytrees of one structure.
+    """
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    lost = [
+        jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b))
+        for b, a in pairs
+        if eqx.is_inexact_array(b)
+    ]
+    return jnp.any(jnp.stack(lost)) if lost else jnp.zeros((), bool)
