@@ -140,7 +140,8 @@ def test_pytrees_and_leaves_that_are_no_arrays():
     with pytest.raises(TypeError, match=r"`hyper\['b'\]\[1\]` is 3: an integer"):
         solve(20, problem, params=params, hyper=hyper)
     hyper["b"] = (hyper["b"][0], jnp.array(3), jnp.tanh)
-    solution = solve(20, problem, params=params, hyper=hyper)
+    with pytest.warns(UserWarning, match=r"`hyper\['b'\]\[1\]` is not tuned"):
+        solution = solve(20, problem, params=params, hyper=hyper)
     flat = solve(20)
     np.testing.assert_allclose(vector(solution.hyper), flat.hyper, rtol=1e-6)
     np.testing.assert_allclose(tree(solution.params), flat.params, rtol=1e-6)
