@@ -15,7 +15,7 @@ from .._core._description import description
 from .._core._results import RESULTS
 from .._core._static import Static
 from .._core._types import Hyper
-from .._report import attach_solution, Best, ends_run, History
+from .._report import attach_solution, Best, ends_run, History, INTERRUPT
 from ..callbacks import AbstractCallback
 from ._body import AbstractBody
 from ._columns import joined
@@ -354,7 +354,7 @@ def _take_all(
                 run.ended_by = run.ended_by or ", ".join(ending)
         except KeyboardInterrupt:
             run.interrupted = True
-            run.ended_by = "an interrupt"
+            run.ended_by = INTERRUPT
             if not is_failure(run.result):
                 run.result = RESULTS.interrupted
     if not run.ended_by:

@@ -16,6 +16,7 @@ from ._report import Report as Report
 from ._solution import (
     Best as Best,
     BilevelSolution as BilevelSolution,
+    INTERRUPT as INTERRUPT,
     Solution as Solution,
 )
 from ._table import (

@@ -49,6 +49,10 @@ class Solution(eqx.Module):
         return table("Inner solution", rows, verdict(self.result))
 
 
+INTERRUPT = "an interrupt"
+"""The end of a run that was interrupted, as `ended_by`."""
+
+
 class Best(eqx.Module):
     """The outer step of the lowest outer loss, under [`metaopt.callbacks.KeepBest`][].
 

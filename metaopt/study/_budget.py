@@ -30,9 +30,9 @@ class AbstractBudget(eqx.Module):
     unit: AbstractClassVar[str]
 
     def __check_init__(self):
-        check_tolerance(self.amount, "budget", optional=False)
+        check_tolerance(self.amount, "amount", optional=False)
         if self.amount == 0:
-            raise ValueError("The amount of a budget must be more than 0.")
+            raise ValueError("`amount` must be more than 0; got 0.")
 
     @abc.abstractmethod
     def cost(self, work: Work | None, seconds: np.ndarray) -> np.ndarray | None:
@@ -62,6 +62,9 @@ class GradientBudget(AbstractBudget):
     amount: float
     product_cost: float = 2.0
     unit: ClassVar[str] = "gradients"
+
+    def __check_init__(self):
+        check_tolerance(self.product_cost, "product_cost", optional=False)
 
     def cost(self, work, seconds):
         if work is None:

@@ -21,7 +21,7 @@ from .._core._validate import (
     DESCENT_EXAMPLE,
 )
 from .._core._warn import warn
-from .._data import AbstractData, as_data
+from .._data import AbstractData, AbstractFoldedData, as_data
 from .._problem import BilevelProblem
 from .._solver import AbstractSolver
 from ._budget import AbstractBudget
@@ -213,10 +213,15 @@ class _Parts:
         """The training, validation and test data of a seed."""
         parts = self.parts if self.split is None else _checked_split(self.split, seed)
         parts = (*parts[:2], parts[1] if parts[2] is None else parts[2])
-        return [
-            as_data(canonical_arrays(part, name), name)
-            for part, name in zip(parts, ("train", "valid", "test"))
-        ]
+        named = list(zip(("train", "valid", "test"), parts))
+        for name, part in named:
+            if isinstance(part, AbstractFoldedData):
+                raise ValueError(
+                    f"`{name}` is a `metaopt.Folds`, and a study trains and measures one "
+                    "model for each seed. Return another split of the data for each seed: "
+                    "`compare(..., split=...)`."
+                )
+        return [as_data(canonical_arrays(part, name), name) for name, part in named]
 
 
 def _digests(named: Mapping[str, Any]) -> dict[str, str]:
@@ -318,7 +323,8 @@ def _checked_metrics(metrics: Any) -> dict[str, Metric]:
 def _check_target(target: Any, metrics: Mapping[str, Metric]) -> None:
     names = [LOSS, *metrics]
     is_pair = isinstance(target, tuple) and len(target) == 2 and target[0] in names
-    if not is_pair or not np.isfinite(target[1]):
+    is_number = is_pair and isinstance(target[1], int | float | np.number)
+    if not is_number or not np.isfinite(target[1]):
         raise ValueError(
             f"`target` must be the name of a metric ({', '.join(names)}) and a value; got "
             f"{target!r}."

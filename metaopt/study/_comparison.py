@@ -95,20 +95,27 @@ class Comparison:
         return Mean.of(self.values(method, metric, cost))
 
     def order(self, metric: str, cost: float | None = None) -> list[str]:
-        """The methods, the best first; those without a value last."""
+        """The methods, the best first.
+
+        A method that lacks a value for some seeds comes after those that lack fewer: its
+        mean leaves out the seeds on which it failed.
+        """
+        return sorted(self.records, key=lambda one: self._place(one, metric, cost))
+
+    def _place(
+        self, method: str, metric: str, cost: float | None = None
+    ) -> tuple[int, float]:
+        """The number of values that are missing and the mean: the lower, the better."""
+        mean = self.mean(method, metric, cost)
         sign = -1.0 if self.metrics[metric] else 1.0
-
-        def place(method: str) -> float:
-            mean = self.mean(method, metric, cost).mean
-            return math.inf if math.isnan(mean) else sign * mean
-
-        return sorted(self.records, key=place)
+        missing = len(self.seeds) - mean.num_values
+        return missing, sign * mean.mean if mean.num_values else math.inf
 
     def p_values(self, metric: str) -> dict[str, float]:
         """The p-value of the difference of each other method to the best one.
 
         Of paired t-tests over seeds, raised for their number by the method of Holm; NaN
-        where fewer than two seeds have both.
+        where fewer than two seeds have both, and where all of them differ by the same.
         """
         best, *others = self.order(metric)
         mine = self.values(best, metric)
@@ -133,7 +140,9 @@ class Comparison:
         best, *others = self.order(metric)
         mean = self.mean(best, metric)
         what = f"{metric} ({self.data}, {'higher' if self.metrics[metric] else 'lower'}"
-        text = f"By {what} is better), {best} is best: {mean}."
+        count = f" on {mean.num_values} of {len(self.seeds)} seeds"
+        shown = f"{mean}{count if self._lacks(mean) else ''}"
+        text = f"By {what} is better), {best} is best: {shown}."
         if math.isnan(mean.mean):
             return f"By {what} is better), no method has a value."
         if not others:
@@ -142,7 +151,7 @@ class Comparison:
             return text + " One seed says nothing about chance."
         groups: dict[str, list[str]] = {}
         for other, p in self.p_values(metric).items():
-            kind = "unknown" if math.isnan(p) else "beyond" if p < LEVEL else "within"
+            kind = self._kind(metric, best, other, p)
             shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
             groups.setdefault(kind, []).append(
                 other if kind == "unknown" else f"{other} ({shown})"
@@ -151,9 +160,31 @@ class Comparison:
             text += f" Beyond chance it is better than {', '.join(groups['beyond'])}."
         if "within" in groups:
             text += f" It is within chance of {', '.join(groups['within'])}."
+        if "behind" in groups:
+            text += (
+                " On the seeds that both have a value for, it is behind "
+                f"{', '.join(groups['behind'])}."
+            )
         if "unknown" in groups:
-            text += f" Not compared: {', '.join(groups['unknown'])}."
+            text += (
+                f" Not tested against {', '.join(groups['unknown'])}: fewer than two seeds "
+                "have both, or all of them differ by the same."
+            )
         return text
+
+    def _kind(self, metric: str, best: str, other: str, p: float) -> str:
+        """The kind of the difference of another method to the best one."""
+        if math.isnan(p):
+            return "unknown"
+        if p >= LEVEL:
+            return "within"
+        differences = self.values(best, metric) - self.values(other, metric)
+        better = (np.nanmean(differences) > 0) == self.metrics[metric]
+        return "beyond" if better else "behind"
+
+    def _lacks(self, mean: Mean) -> bool:
+        """Whether some seeds, but not all, have no value."""
+        return 0 < mean.num_values < len(self.seeds)
 
     def changes(self) -> list[str]:
         """Sentences on orders of the best that depend on the budget or on the metric."""
@@ -161,17 +192,28 @@ class Comparison:
         for metric in self.metrics:
             end = self.order(metric)[0]
             for part, share in (("a quarter", 0.25), ("half", 0.5)):
-                early = self.order(metric, share * self.budget)[0]
-                if early != end:
+                cost = share * self.budget
+                early = self.order(metric, cost)[0]
+                # Strictly, because methods begin at the same settings.
+                if self._place(early, metric, cost) < self._place(end, metric, cost):
                     sentences.append(
                         f"By {metric}, {early} is best at {part} of the budget, and {end} "
                         "at its end."
                     )
-        winners = {metric: self.order(metric)[0] for metric in self.metrics}
-        if len(set(winners.values())) > 1:
-            each = ", ".join(f"{best} by {metric}" for metric, best in winners.items())
+        winners = {metric: self._winners(metric) for metric in self.metrics}
+        winners = {metric: best for metric, best in winners.items() if best}
+        if winners and not set.intersection(*map(set, winners.values())):
+            each = ", ".join(f"{best[0]} by {metric}" for metric, best in winners.items())
             sentences.append(f"The best method depends on the metric: {each}.")
         return sentences
+
+    def _winners(self, metric: str) -> list[str]:
+        """The best methods by a metric, several at a tie; none if it has no value."""
+        order = self.order(metric)
+        first = self._place(order[0], metric)
+        if math.isinf(first[1]):
+            return []
+        return [method for method in order if self._place(method, metric) == first]
 
     def figure(self) -> Any:
         """Draw each metric over the part of the budget that is spent.
@@ -230,7 +272,13 @@ class Comparison:
         return "\n".join([*text, *self.changes(), *self._notes()])
 
     def _row(self, method: str) -> list[str]:
-        row = [method, *(str(self.mean(method, metric)) for metric in self.metrics)]
+        row = [method]
+        for metric in self.metrics:
+            mean = self.mean(method, metric)
+            count = (
+                f" ({mean.num_values} of {len(self.seeds)})" if self._lacks(mean) else ""
+            )
+            row.append(f"{mean}{count}")
         records = self.records[method].values()
         for name in ("gradients", "products", "seconds"):
             amounts = np.array([vars(record)[name] for record in records])

@@ -11,11 +11,17 @@ from .._core._results import RESULTS
 from .._core._types import Hyper
 from .._core._validate import check_count, check_kind
 from .._report import Work
-from .._solve_bilevel import solve_bilevel
-from ..hyper import freeze, Integer, thaw
-from ._method import AbstractMethod, least_work, Task, unknown_work, work_of
-from ._search import AbstractSearch
-from ._trace import too_small
+from ..hyper import freeze, Frozen, Integer
+from ._method import (
+    AbstractMethod,
+    least_work,
+    solve_whole,
+    Task,
+    unknown_work,
+    work_of,
+)
+from ._search import AbstractSearch, AbstractSession
+from ._trace import endless, too_small
 
 
 class Hybrid(AbstractMethod):
@@ -44,7 +50,7 @@ class Hybrid(AbstractMethod):
 
     def check(self, task, trace):
         """Check the space, and that the budget pays for a trial."""
-        self.search.session(task)
+        self._session(task)
         least = least_work(self.solver, task.hyper)
         cost = trace.budget.cost(least, np.zeros(1))
         if cost is not None and not trace.fits(float(cost[0]) * self.num_steps):
@@ -52,7 +58,7 @@ class Hybrid(AbstractMethod):
             raise too_small(trace.budget, float(cost[0]) * self.num_steps, step)
 
     def run(self, task, trace):
-        session = self.search.session(task)
+        session = self._session(task)
         if trace.budget.cost(None, np.zeros(1)) is not None:
             self._tune(task, task.hyper, 0)  # compiles, which the budget leaves out
         best_loss, best_hyper, number = np.inf, task.hyper, 0
@@ -80,12 +86,17 @@ class Hybrid(AbstractMethod):
             session.tell(token, loss, nothing if work is None else work)
             if not count(hyper, loss, work, time.perf_counter() - begin):
                 return
+            if not trace.spent:
+                raise endless(type(self.solver).__name__, trace.budget)
+
+    def _session(self, task: Task) -> AbstractSession:
+        return self.search.session(task, (self.solver, self.num_steps))
 
     def _tune(
         self, task: Task, start: Hyper, number: int
     ) -> tuple[Hyper, float, Work | None, str]:
         """The tuned settings, their outer loss, the work, and a failure in words."""
-        solution = solve_bilevel(
+        solution = solve_whole(
             task.problem,
             freeze(start, Integer),
             task.train,
@@ -108,4 +119,12 @@ class Hybrid(AbstractMethod):
         loss = loss if np.isfinite(loss) else np.inf
         failed = bool(solution.result != RESULTS.successful)
         failure = RESULTS[solution.result] if failed else ""
-        return thaw(solution.hyper), loss, work, failure
+        return _as_given(start, solution.hyper), loss, work, failure
+
+
+def _as_given(start: Hyper, tuned: Hyper) -> Hyper:
+    """Tuned outer variables, with all that is not tuned as in the start."""
+    stays = lambda node: isinstance(node, Integer | Frozen)
+    return jax.tree.map(
+        lambda node, new: node if stays(node) else new, start, tuned, is_leaf=stays
+    )

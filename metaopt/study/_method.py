@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import numpy as np
@@ -13,11 +14,11 @@ from .._core._types import Hyper, Key, ModelState, Params
 from .._core._validate import check_count, check_kind
 from .._data import AbstractData
 from .._problem import BilevelProblem
-from .._report import Columns, CountsWork, Work
+from .._report import BilevelSolution, Columns, CountsWork, INTERRUPT, Work
 from .._solve_bilevel import solve_bilevel
 from .._solver import AbstractIterativeSolver, AbstractSolver
 from ..callbacks import AbstractCallback
-from ._trace import too_small, Trace
+from ._trace import endless, too_small, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Tuned(AbstractMethod):
             raise too_small(trace.budget, float(cost[0]) * self.steps_per_call, step)
 
     def run(self, task, trace):
-        solve = lambda num_steps, callbacks: solve_bilevel(
+        solve = lambda num_steps, callbacks: solve_whole(
             task.problem,
             task.hyper,
             task.train,
@@ -123,6 +124,21 @@ class Tuned(AbstractMethod):
 
 
 _MANY = 2**30  # outer steps; the budget ends the run before
+
+
+def solve_whole(*args: Any, **options: Any) -> BilevelSolution:
+    """Solve as [`metaopt.solve_bilevel`][], but let an interrupt through.
+
+    It returns what was reached, which is no result of a whole run.
+
+    **Raises:**
+
+    `KeyboardInterrupt` where one has ended the run.
+    """
+    solution = solve_bilevel(*args, **options)
+    if solution.ended_by == INTERRUPT:
+        raise KeyboardInterrupt
+    return solution
 
 
 class _Follow(AbstractCallback):
@@ -145,6 +161,8 @@ class _Follow(AbstractCallback):
             if first:
                 raise too_small(trace.budget, cost, "the first outer step")
             return True
+        if not cost:
+            raise endless(type(self.solver).__name__, trace.budget)
         if run.num_failed > trace.num_failed:
             trace.fail(RESULTS[run.result], run.num_failed - trace.num_failed)
         # As much as the last call: no step is taken in vain.
@@ -171,7 +189,8 @@ def least_work(solver: AbstractBilevelSolver, hyper: Hyper) -> Work | None:
     """The least work of one outer step, where that is known before it; else `None`."""
     if not isinstance(solver, NestedSolver):
         return None
-    steps = least_steps(solver.inner)
+    # The counts of a history are sums over seeds.
+    steps = solver.num_seeds * least_steps(solver.inner)
     columns = {"num_inner_steps": np.array([steps]), "num_products": np.zeros(1)}
     return work_of(solver, columns, hyper)
 

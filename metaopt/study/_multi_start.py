@@ -16,7 +16,7 @@ from .._core._validate import check_count, check_kind
 from ._method import AbstractMethod, least_work, Task, unknown_work, work_of
 from ._search import numpy_seed
 from ._space import Space
-from ._trace import too_small, Trace
+from ._trace import endless, too_small, Trace
 from ._trials import stack
 
 
@@ -76,6 +76,8 @@ class MultiStart(AbstractMethod):
             cost = trace.budget.cost(total, np.asarray(seconds))
             if cost is None:
                 raise ValueError(unknown_work(self.solver, trace))
+            if not cost:
+                raise endless(type(self.solver).__name__, trace.budget)
             losses = np.asarray(columns["outer_loss"][-1], float)
             best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
             hyper = _entry(self.solver.hyper(states), best)

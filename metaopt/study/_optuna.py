@@ -1,5 +1,6 @@
 """Searches by the samplers of Optuna."""
 
+import dataclasses
 import importlib
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from .._core._types import PyTree
 from .._core._validate import check_count
 from .._report import Work
 from ._method import Task
+from ._results_file import digest
 from ._search import AbstractSearch, AbstractSession, numpy_seed
 from ._space import is_hyper, LogUniform, Shares, Slot, Space, Uniform, Whole
 
@@ -36,7 +38,8 @@ class OptunaSearch(AbstractSearch):
 
     Several processes that name the same `journal` share one study: each runs trials until
     those of all processes together have spent the budget. A process that was killed is
-    started again and goes on. The trial that it was at is lost.
+    started again and goes on. The trial that it was at is lost. Trials of another problem,
+    data, space, sampler or seed in the file are left alone.
 
     **Arguments:**
 
@@ -76,30 +79,33 @@ class OptunaSearch(AbstractSearch):
         self.journal = None if journal is None else os.fspath(journal)
         self.batch_size = batch_size
 
-    def session(self, task):
-        return _OptunaSession(self, task)
+    def session(self, task, trial=None):
+        return _OptunaSession(self, task, trial)
 
 
 class _OptunaSession(AbstractSession):
-    def __init__(self, search: OptunaSearch, task: Task):
+    def __init__(self, search: OptunaSearch, task: Task, trial: Any):
         optuna = _optuna()
         self.space = Space(search.space, task.hyper)
         seed = numpy_seed(task)
         own = np.random.default_rng([*seed, os.getpid() if search.journal else 0])
         make = vars(optuna.samplers)[search.sampler]
-        storage = None
+        storage = name = None
         if search.journal is not None:
             check_writable(Path(search.journal), "journal")
             journal = optuna.storages.journal
             lock = journal.JournalFileOpenLock(search.journal)
             backend = journal.JournalFileBackend(search.journal, lock_obj=lock)
             storage = optuna.storages.JournalStorage(backend)
+            # A loss of another problem or another kind of trial is no loss of this one.
+            same = dataclasses.replace(task, key=None), search.space, search.sampler, trial
+            name = "-".join([*map(str, seed), digest(same)])
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
             sampler=make(seed=int(own.integers(2**31))),
             storage=storage,
-            study_name="-".join(map(str, seed)) if storage else None,
+            study_name=name,
             load_if_exists=True,
         )
         optuna.logging.set_verbosity(before)

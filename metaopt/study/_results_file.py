@@ -90,8 +90,13 @@ class ResultsFile:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["version"]
             settings, methods = content["settings"], content["methods"]
-            found = content["records"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = {
+                method: {int(s): _record(row) for s, row in rows.items()}
+                for method, rows in content["records"].items()
+                if version == _VERSION
+            }
+            settings, methods = dict(settings), dict(methods)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no file of results of a study, or is damaged ({error!r}). Name "
                 "another folder as `out`, or remove it."
@@ -115,8 +120,7 @@ class ResultsFile:
                 )
         # Methods that are asked for no longer stay in the file.
         self.methods = methods | self.methods
-        for method, rows in found.items():
-            self.records[method] = {int(s): _record(row) for s, row in rows.items()}
+        self.records = found
 
 
 def _finite(x: Any) -> Any:

@@ -14,7 +14,7 @@ from .._core._validate import check_count
 from .._report import Work
 from ._method import AbstractMethod, least_steps, Task
 from ._space import Shares, Space
-from ._trace import too_small
+from ._trace import endless, too_small
 from ._trials import trial_losses
 
 
@@ -69,12 +69,14 @@ class AbstractSearch(AbstractMethod):
     batch_size: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def session(self, task: Task) -> AbstractSession:
+    def session(self, task: Task, trial: Any = None) -> AbstractSession:
         """Begin the search.
 
         **Arguments:**
 
         - `task`: the task.
+        - `trial`: the settings of a trial that is more than an inner solve. A search that
+            keeps its trials in a file keeps those of other settings apart.
         """
 
     def check(self, task, trace):
@@ -85,10 +87,7 @@ class AbstractSearch(AbstractMethod):
         if cost is not None and not trace.fits(float(cost)):
             raise too_small(trace.budget, float(cost), "one trial")
         if trace.budget.cost(_work(1.0), np.ones(())) == 0:
-            raise ValueError(
-                f"`{type(self).__name__}` takes no {trace.budget.unit}, and would never "
-                "end. Give `budget=metaopt.study.GradientBudget(...)`."
-            )
+            raise endless(type(self).__name__, trace.budget)
 
     def run(self, task, trace):
         session = self.session(task)
@@ -165,7 +164,7 @@ class RandomSearch(AbstractSearch):
         self.space = space
         self.batch_size = batch_size
 
-    def session(self, task):
+    def session(self, task, trial=None):
         return _RandomSession(Space(self.space, task.hyper), task)
 
 
@@ -210,7 +209,7 @@ class GridSearch(AbstractSearch):
         self.num_values = num_values
         self.batch_size = batch_size
 
-    def session(self, task):
+    def session(self, task, trial=None):
         return _GridSession(Space(self.space, task.hyper), self.num_values, task)
 
 

@@ -184,8 +184,11 @@ class Space:
                 f"and `None` for what stays: {error}"
             ) from error
         # A range for a part of `hyper` is one for each leaf in it.
-        spread = jax.tree.map(_spread, pairs, is_leaf=_is_pair)
-        ranges = jax.tree.leaves(spread, is_leaf=_is_range_or_none)
+        ranges = [
+            found
+            for found, part in jax.tree.leaves(pairs, is_leaf=_is_pair)
+            for _ in jax.tree.leaves(part, is_leaf=is_hyper)
+        ]
         paths, self.structure = jax.tree_util.tree_flatten_with_path(
             hyper, is_leaf=is_hyper
         )
@@ -237,11 +240,6 @@ def _is_range_or_none(node: Any) -> bool:
 
 def _is_pair(node: Any) -> bool:
     return isinstance(node, tuple) and len(node) == 2 and _is_range_or_none(node[0])
-
-
-def _spread(pair: tuple[AbstractRange | None, PyTree]) -> PyTree:
-    found, part = pair
-    return jax.tree.map(lambda _: found, part, is_leaf=is_hyper)
 
 
 def _natural(hyper: Hyper) -> PyTree:

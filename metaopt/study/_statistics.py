@@ -41,10 +41,10 @@ class Mean:
             return "-"
         if math.isnan(self.standard_error):
             return f"{self.mean:.4g}"
+        if self.standard_error == 0:
+            return f"{self.mean:.4g} +- 0"
         # The mean to as many places as its error.
-        digits = 4
-        if self.standard_error > 0:
-            digits = max(0, 1 - math.floor(math.log10(self.standard_error)))
+        digits = max(0, 1 - math.floor(math.log10(self.standard_error)))
         if digits > 6 or abs(self.mean) >= 1e6:
             return f"{self.mean:.4g} +- {self.standard_error:.1e}"
         return f"{self.mean:.{digits}f} +- {self.standard_error:.{digits}f}"
@@ -60,8 +60,8 @@ def paired_p_value(a: np.ndarray, b: np.ndarray) -> float:
 
     **Returns:**
 
-    The p-value: 1 where all pairs are equal; 0 where all differ by the same amount, so that
-    seeds play no part; NaN for fewer than two pairs.
+    The p-value: 1 where all pairs are equal; NaN for fewer than two pairs, and where all
+    differ by the same amount: seeds then play no part, or are too few to show one.
     """
     both = np.isfinite(a) & np.isfinite(b)
     differences = a[both] - b[both]
@@ -69,7 +69,7 @@ def paired_p_value(a: np.ndarray, b: np.ndarray) -> float:
         return math.nan
     spread, scale = np.ptp(differences), np.max(np.abs(a[both])) + np.max(np.abs(b[both]))
     if spread <= 1e-12 * scale:
-        return 1.0 if np.max(np.abs(differences)) <= 1e-12 * scale else 0.0
+        return 1.0 if np.max(np.abs(differences)) <= 1e-12 * scale else math.nan
     return float(np.asarray(scipy.stats.ttest_1samp(differences, 0.0))[1])
 
 

@@ -20,7 +20,7 @@ from .._solver import AbstractIterativeSolver, can_go_on, Earlier
 from ._method import AbstractMethod, least_steps, Task
 from ._search import numpy_seed
 from ._space import Space
-from ._trace import too_small
+from ._trace import endless, too_small
 from ._trials import stack
 
 
@@ -91,6 +91,8 @@ class SuccessiveHalving(AbstractMethod):
         cost = trace.budget.cost(self._work(task), np.zeros(()))
         if cost is not None and not trace.fits(float(cost)):
             raise too_small(trace.budget, float(cost), "one bracket")
+        if trace.budget.cost(self._work(task), np.ones(())) == 0:
+            raise endless(type(self).__name__, trace.budget)
 
     def run(self, task, trace):
         if trace.budget.cost(None, np.zeros(())) is not None:

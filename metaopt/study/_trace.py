@@ -119,6 +119,20 @@ class Trace:
         return True
 
 
+def endless(name: str, budget: AbstractBudget) -> ValueError:
+    """The error of a method that takes nothing of a budget.
+
+    **Arguments:**
+
+    - `name`: the class of the method.
+    - `budget`: the budget.
+    """
+    return ValueError(
+        f"`{name}` takes no {budget.unit}, and would never end. Give "
+        "`budget=metaopt.study.GradientBudget(...)`."
+    )
+
+
 def too_small(budget: AbstractBudget, cost: Any, step: str) -> ValueError:
     """The error of a budget that does not pay for one step.
 
