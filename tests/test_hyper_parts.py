@@ -110,6 +110,8 @@ def test_only_one_kind_is_frozen():
 def test_nothing_is_frozen_that_could_not_be_tuned():
     with pytest.raises(TypeError, match="integer or bool"):
         Frozen(3)
+    with pytest.raises(ValueError, match="`kind` must be a class.*'rate'"):
+        mo.hyper.freeze({"rate": Positive(1.0)}, "rate")  # pyright: ignore
     with pytest.raises(ValueError, match="NaN"):
         Frozen(jnp.array([jnp.nan]))
 

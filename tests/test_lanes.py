@@ -185,6 +185,19 @@ def test_one_seed_that_fails_voids_the_step():
     assert any(results) and not all(results)
 
 
+def test_seeds_that_are_all_the_same_are_named():
+    with pytest.warns(UserWarning, match="`num_seeds` is 2, and all inner solves start at"):
+        mo.solve_bilevel(
+            PROBLEM,
+            HYPER,
+            (X, Y),
+            (X, Y),
+            params=jnp.zeros(3),
+            solver=nested(ADJOINTS["unrolled"], num_seeds=2),
+            num_steps=1,
+        )
+
+
 def test_work_of_several_seeds():
     solver = nested(mo.TruncatedAdjoint(2), num_seeds=3)
     work = solver.work({"num_inner_steps": np.array([15])}, 1)

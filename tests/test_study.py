@@ -389,7 +389,8 @@ def test_a_range_at_the_top_is_one_for_all_leaves():
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"other": mo.study.Uniform(0, 1)}, "structure of `hyper`"),
+        ({"other": mo.study.Uniform(0, 1)}, "`hyper` has no 'other'"),
+        ([mo.study.Uniform(0, 1)], "structure of `hyper`"),
         ({"l2": None}, "nothing to search"),
         ({"l2": mo.study.Shares()}, "Simplex"),
     ],
@@ -659,7 +660,11 @@ FOLDS = mo.Folds([jnp.zeros(2), jnp.ones(2)])
         ({"a": nested()}, {"seeds": [0, 1, 0]}, "`seeds` has 0 more than once"),
         ({"a": nested()}, {"seeds": []}, "`seeds` is empty"),
         ({"a": nested()}, {"seeds": 3}, "range"),
-        ({"a": nested()}, {"metrics": {"m": raising}}, "'m' raises KeyError.*of what"),
+        (
+            {"a": nested()},
+            {"metrics": {"m": raising}},
+            "'m', called as .*, raises KeyError.*of what",
+        ),
         ({"a": nested()}, {"metrics": {"m": no_number}}, "'m' must return one number"),
         ({"a": nested()}, {"metrics": {"loss": raising}}, "taken by the outer loss"),
         ({"a": nested()}, {"target": ("F1", 0.5)}, "`target` must be the name of a metric"),
@@ -843,3 +848,126 @@ def test_two_workers_share_one_journal_and_one_is_killed(tmp_path):
     # Those that were under way when the budget was spent are there as well.
     assert 24 <= len(finished) <= 26
     assert len({t.params["hyper['l2']"] for t in finished}) > 20
+
+
+# Mistakes that a user makes
+
+
+def test_seeds_that_play_no_part_are_said():
+    table = compare({"unrolled": nested(), "untuned": mo.study.Untuned()})
+    assert "All seeds gave the same numbers" in str(table)
+    assert "p < 0.001" not in str(table)
+
+
+def test_settings_that_were_found_are_kept(tmp_path):
+    methods = {"unrolled": nested(), "untuned": mo.study.Untuned()}
+    table = compare(methods, out=tmp_path, seeds=[0])
+    assert table.records["untuned"][0].found["hyper['l2']"] == pytest.approx(0.5)
+    assert table.records["unrolled"][0].found["hyper['l2']"] > 1.5
+    content = json.loads((tmp_path / "results.json").read_text())
+    found = content["records"]["unrolled"]["0"]["found"]
+    assert found == table.records["unrolled"][0].found
+
+
+class Once(mo.study.AbstractMethod):
+    """A method that fails once."""
+
+    failed: list[bool] = eqx.field(static=True)
+
+    def check(self, task, trace):
+        pass
+
+    def run(self, task, trace):
+        if not self.failed[0]:
+            self.failed[0] = True
+            raise OSError("the disk is full")
+
+
+def test_runs_that_failed_are_run_again(tmp_path):
+    methods = {"once": Once([False])}
+    assert (
+        "disk is full" in compare(methods, out=tmp_path, seeds=[0]).records["once"][0].error
+    )
+    # The list is part of the description of the method, which may take its place.
+    assert compare(methods, out=tmp_path, seeds=[0]).records["once"][0].error == ""
+
+
+def test_a_folder_is_for_one_process(tmp_path):
+    class Nested(mo.study.AbstractMethod):
+        def check(self, task, trace):
+            pass
+
+        def run(self, task, trace):
+            with pytest.raises(ValueError, match="Another run writes the study"):
+                compare({"untuned": mo.study.Untuned()}, out=tmp_path, seeds=[0])
+
+    table = compare({"nested": Nested()}, out=tmp_path, seeds=[0])
+    assert table.records["nested"][0].error == ""
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupt_says_what_is_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as error:
+        methods = {"untuned": mo.study.Untuned(), "stop": Interrupted([1])}
+        compare(methods, out=tmp_path, seeds=[0])
+    assert "1 of 2 runs are finished, and in " in error.value.__notes__[0]
+
+
+WRONG_SPACES: list[tuple[Any, str]] = [
+    ({"count": mo.study.Whole(0, 9)}, r"`hyper\['count'\]`.*leaves that of Integer"),
+    ({"count": mo.study.LogUniform(1.0, 5.0)}, r"`hyper\['count'\]` is a whole number"),
+    ({"rate": mo.study.Uniform(-1.0, 1.0)}, r"`hyper\['rate'\]`.*leaves that of Positive"),
+    ({"share": mo.study.Uniform(0.0, 0.9)}, r"`hyper\['share'\]`.*from 0.0 to 0.5"),
+    ({"lr": mo.study.Uniform(0.0, 0.9)}, r"`space\['lr'\]`: `hyper` has no 'lr'"),
+    ({"rate": (0.001, 1.0)}, r"`space\['rate'\]\[0\]` is 0.001. Write a range"),
+]
+
+
+@pytest.mark.parametrize(("space", "message"), WRONG_SPACES)
+def test_spaces_beyond_their_leaves_are_refused(space, message):
+    with pytest.raises(ValueError, match=message):
+        Space(space, HYPER)
+
+
+def test_parts_that_a_space_does_not_name_stay():
+    space = Space({"share": mo.study.Uniform(0.0, 0.5)}, HYPER)
+    assert [slot.name for slot in space.drawn] == ["hyper['share']"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "message"),
+    [
+        ({"a": mo.study.Untuned}, {}, r"class `Untuned` itself. Call it"),
+        ({"a": mo.UnrolledAdjoint()}, {}, r"is a part of one: `metaopt.NestedSolver"),
+        ({"a": nested()}, {"out": 3}, "`out` must be the path of a folder"),
+        ({"a": nested()}, {"out": __file__}, "`out` is a file"),
+        (
+            {"a": nested()},
+            {"metrics": {"m": lambda p: 1.0}},
+            r"called as `fn\(params, hyper",
+        ),
+    ],
+)
+def test_more_bad_arguments(methods, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compare(methods, **changes)
+
+
+def test_a_split_of_two_is_refused():
+    with pytest.raises(ValueError, match="tuple of three, .*; got tuple of 2"):
+        mo.study.compare(
+            {"a": nested()},
+            PROBLEM,
+            start(),
+            split=lambda seed: (None, None),  # pyright: ignore
+            inner=INNER,
+            budget=mo.study.GradientBudget(500),
+            seeds=[0],
+            params=jnp.zeros(2),
+        )
+
+
+def test_samplers_that_need_more_than_a_seed_are_refused():
+    with pytest.raises(ValueError, match="`sampler` must be one of .*TPESampler") as error:
+        mo.study.OptunaSearch(SPACE, sampler="GridSampler")
+    assert "BaseSampler" not in str(error.value)

@@ -27,6 +27,7 @@ from .._core._validate import (
     check_params,
     DESCENT_EXAMPLE,
 )
+from .._core._warn import warn
 from .._data import AbstractData
 from .._objective import check_sources, Continued, Objective
 from .._problem import BilevelProblem, initialise
@@ -173,6 +174,13 @@ class NestedSolver(AbstractBilevelSolver):
             cursors = first_cursors(train, valid, data_key)
             return _Lane(params, model_state, solver_state, carry, cursors)
 
+        if self.num_seeds > 1 and given is not None and not (train.varies or valid.varies):
+            warn(
+                f"`num_seeds` is {self.num_seeds}, and all inner solves start at the "
+                "`params` that were given, on the same data: they are the same, unless a "
+                "loss uses its `key`. Give the problem an `init_fn` in place of `params`, "
+                "or use `metaopt.Minibatches`."
+            )
         keys = init_key, data_key
         if count == 1:
             first = lane(keys, train, valid)

@@ -19,6 +19,14 @@ def _check_count(value: object, argument: str, lowest: int) -> int:
     return int(value)
 
 
+def _check_labelled(data: object) -> None:
+    if not isinstance(data, Labelled):
+        raise ValueError(
+            "`data` must be a data set such as `metaopt.datasets.ImageData` or "
+            f"`metaopt.datasets.TableData(x, y, num_classes)`; got {type(data).__name__}."
+        )
+
+
 def split(
     data: Data, sizes: Sequence[int], seed: int, *, stratified: bool = False
 ) -> tuple[Data, ...]:
@@ -54,6 +62,7 @@ def split(
 
     `ValueError` that names the argument, if a size or the seed is not such a number.
     """
+    _check_labelled(data)
     if not isinstance(sizes, Sequence | np.ndarray) or len(sizes) == 0:
         raise ValueError(
             "`sizes` must be a sequence with one size for each part, for example "
@@ -105,6 +114,7 @@ def k_fold(
     `ValueError` that names the argument, if the number of folds or the seed is no such
     number.
     """
+    _check_labelled(data)
     num_folds = _check_count(num_folds, "`num_folds`", lowest=2)
     if num_folds > len(data):
         raise ValueError(

@@ -124,7 +124,17 @@ def freeze(tree: PyTree, kind: type[AbstractHyper]) -> PyTree:
     **Returns:**
 
     A pytree whose hyperparameters of that kind are frozen.
+
+    **Raises:**
+
+    `ValueError` for a `kind` that is no class.
     """
+    if not isinstance(kind, type):
+        raise ValueError(
+            "`kind` must be a class such as `metaopt.hyper.Integer`; got "
+            f"{kind!r}. To freeze one part by its name write "
+            "`hyper['rate'] = metaopt.hyper.Frozen(hyper['rate'])`."
+        )
     is_kind = lambda node: isinstance(node, kind | Frozen)
     frozen = lambda node: Frozen(node) if isinstance(node, kind) else node
     return jax.tree.map(frozen, tree, is_leaf=is_kind)

@@ -1,7 +1,8 @@
 """`compare`, which runs whole methods side by side under one budget."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .._bilevel import AbstractBilevelSolver
+from .._core._files import check_writable
 from .._core._types import Hyper, ModelState, Params
 from .._core._validate import (
     canonical_arrays,
@@ -24,6 +26,7 @@ from .._core._warn import warn
 from .._data import AbstractData, AbstractFoldedData, as_data
 from .._problem import BilevelProblem
 from .._solver import AbstractSolver
+from ..callbacks._lock import locked
 from ._budget import AbstractBudget
 from ._comparison import Comparison, Record
 from ._evaluate import LOSS, Measure, Metric
@@ -55,10 +58,11 @@ def compare(
     """Run whole methods side by side: the same start, data, seeds and budget for each.
 
     Each method tunes `hyper` on `train` and `valid` until it has spent the budget. Then a
-    model is trained anew, by `inner`, from an initialisation that no method has seen, at
-    the settings that the method would return after each part of the budget; and is
-    measured on `test`. That costs nothing of the budget. The inner solver, randomness and
-    data of it are the same for all methods, so that differences are paired by seeds.
+    model is trained anew by `inner`, at the settings that the method would return after
+    each part of the budget, and is measured on `test`. It starts at `params` if these are
+    given, and at an initialisation that no method has seen otherwise. That costs nothing of
+    the budget. The inner solver, randomness and data of it are the same for all methods,
+    so that differences are paired by seeds.
 
     With `out` each result is written as soon as it is there, to `results.json`. A study
     that was interrupted is started again by the same call, and goes on after the last
@@ -146,6 +150,8 @@ def compare(
     hyper = canonical_hyper(hyper)
     params = None if params is None else canonical_params(params)
     measured = _checked_metrics(metrics)
+    if out is not None:
+        _check_folder(out)
     if target is not None:
         _check_target(target, measured)
     parts = _Parts((train, valid, test), split)
@@ -173,15 +179,17 @@ def compare(
         "num_points": num_points,
     }
     settings, digests = _digests(shared), _digests(named)
-    file = ResultsFile(out, settings, digests)
-    with tqdm(total=len(named) * len(numbers), unit="run", disable=not progress) as bar:
+    total = len(named) * len(numbers)
+    with _only_one(out), tqdm(total=total, unit="run", disable=not progress) as bar:
+        file = ResultsFile(out, settings, digests)
         for seed in numbers:
             missing = [name for name in named if file.get(name, seed) is None]
             bar.update(len(named) - len(missing))
             at_seed = measure(seed) if missing else first
             for name in missing:
                 bar.set_description(f"{name}, seed {seed}")
-                file.put(name, seed, _run(named[name], at_seed, new_trace()))
+                with _told(file, total):
+                    file.put(name, seed, _run(named[name], at_seed, new_trace()))
                 bar.update()
     records = {name: {s: file.records[name][s] for s in numbers} for name in named}
     higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
@@ -192,10 +200,36 @@ def compare(
     return table
 
 
+@contextlib.contextmanager
+def _only_one(out: str | os.PathLike | None) -> Iterator[None]:
+    """Hold the folder of a study, which one process at a time may write."""
+    if out is None:
+        yield
+        return
+    path = Path(out) / "results.json"
+    check_writable(path, "file")
+    with locked(path, "study"):
+        yield
+
+
+@contextlib.contextmanager
+def _told(file: ResultsFile, total: int) -> Iterator[None]:
+    """Say what an interrupt leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = f"{file.num_finished} of {total} runs are finished"
+        there = f", and in {file.path}. The same call goes on from there."
+        error.add_note(done + ("." if file.path is None else there))
+        raise
+
+
 class _Parts:
     """The data of each seed."""
 
     def __init__(self, parts: tuple[Any, Any, Any], split: Callable[[int], Any] | None):
+        if split is not None and not callable(split):
+            raise ValueError(f"`split` must be a function of a seed; got {split!r}.")
         if split is not None and any(part is not None for part in parts):
             raise ValueError(
                 "`split` returns the data of each seed: leave `train`, `valid` and `test` "
@@ -273,12 +307,18 @@ def _checked_methods(methods: Any) -> dict[str, AbstractMethod]:
     for name, method in methods.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"The name of a method must be a text; got {name!r}.")
+        if isinstance(method, type):
+            raise ValueError(
+                f"`methods[{name!r}]` is the class `{method.__name__}` itself. Call it: "
+                f"write `{method.__name__}(...)`."
+            )
         if isinstance(method, AbstractBilevelSolver):
             method = Tuned(method)
         if not isinstance(method, AbstractMethod):
             raise ValueError(
                 f"`methods[{name!r}]` must be a bilevel solver or a method of "
-                f"`metaopt.study`; got {method!r}. All methods solve the one `problem`."
+                f"`metaopt.study`; got {method!r}. An inner solver or an adjoint is a part "
+                "of one: `metaopt.NestedSolver(inner, adjoint, outer)`."
             )
         checked[name] = method
     return checked
@@ -320,6 +360,13 @@ def _checked_metrics(metrics: Any) -> dict[str, Metric]:
     return checked
 
 
+def _check_folder(out: Any) -> None:
+    if not isinstance(out, str | os.PathLike):
+        raise ValueError(f"`out` must be the path of a folder; got {out!r}.")
+    if os.path.isfile(out):
+        raise ValueError(f"`out` is a file, {os.fspath(out)!r}. Name a folder.")
+
+
 def _check_target(target: Any, metrics: Mapping[str, Metric]) -> None:
     names = [LOSS, *metrics]
     is_pair = isinstance(target, tuple) and len(target) == 2 and target[0] in names
@@ -334,9 +381,10 @@ def _check_target(target: Any, metrics: Mapping[str, Metric]) -> None:
 def _checked_split(split: Callable[[int], Any], seed: int) -> tuple[Any, Any, Any]:
     parts = split(seed)
     if not isinstance(parts, tuple) or len(parts) != 3:
+        count = f" of {len(parts)}" if isinstance(parts, tuple) else ""
         raise ValueError(
-            "`split(seed)` must return a tuple of train, valid and test data; got "
-            f"{type(parts).__name__}."
+            "`split(seed)` must return a tuple of three, train, valid and test data; got "
+            f"{type(parts).__name__}{count}."
         )
     return parts
 

@@ -20,7 +20,9 @@ class Record:
 
     - `costs`: the part of the budget that is spent at each point, `(num_points,)`.
     - `values`: each metric at each point, by its name.
-    - `gradients`, `products`, `seconds`: the work in all.
+    - `gradients`, `products`, `seconds`: the work in all; the seconds with compilation.
+    - `found`: the values of the outer variables that the method returns, by their names,
+        as lists of numbers; empty where they are more than 1000 numbers.
     - `num_failed`, `failure`: the steps or trials that failed, and how the first did.
     - `error`: the error that ended the method, in words; empty if none did.
     """
@@ -30,6 +32,7 @@ class Record:
     gradients: float
     products: float
     seconds: float
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_failed: int = 0
     failure: str = ""
     error: str = ""
@@ -254,7 +257,7 @@ class Comparison:
             f"{self.unit} each; after training anew"
         )
         header = ["method", *self.metrics]
-        header += ["gradients", "products", "seconds"]
+        header += ["spent", "gradients", "products", "seconds"]
         if self.target is not None:
             metric, value = self.target
             sign = ">=" if self.metrics[metric] else "<="
@@ -280,6 +283,8 @@ class Comparison:
             )
             row.append(f"{mean}{count}")
         records = self.records[method].values()
+        spent = Mean.of(np.array([record.costs[-1] for record in records])).mean
+        row.append(f"{spent:,.4g}" if spent < 10 else f"{spent:,.0f}")
         for name in ("gradients", "products", "seconds"):
             amounts = np.array([vars(record)[name] for record in records])
             mean = Mean.of(amounts).mean
@@ -296,6 +301,12 @@ class Comparison:
 
     def _notes(self) -> list[str]:
         notes = []
+        if self._seeds_are_alike():
+            notes.append(
+                "All seeds gave the same numbers, and count as one: data, initialisation "
+                "and minibatches do not depend on the seed. Give `split=`, an `init_fn` in "
+                "place of `params=`, or `metaopt.Minibatches`."
+            )
         for method, rows in self.records.items():
             for seed, record in rows.items():
                 if record.error:
@@ -306,3 +317,10 @@ class Comparison:
                 cause = failed[0].failure.split(". ")[0].rstrip(".")
                 notes.append(f"{method}: {total} steps or trials failed. {cause}.")
         return notes
+
+    def _seeds_are_alike(self) -> bool:
+        rows = [list(rows.values()) for rows in self.records.values()]
+        alike = lambda a, b: a.costs == b.costs and a.values == b.values
+        return len(self.seeds) > 1 and all(
+            alike(row[0], other) for row in rows for other in row[1:]
+        )

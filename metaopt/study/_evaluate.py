@@ -11,10 +11,12 @@ import numpy as np
 
 from .._core._compiled import compiled
 from .._core._results import RESULTS
+from .._core._tree import leaf_names
 from .._core._types import Batch, Hyper, Key
 from .._data import AbstractData
 from .._objective import Objective
 from .._problem import initialise
+from ..hyper import values
 from ._comparison import Record
 from ._method import Task
 from ._trace import Point, Trace
@@ -86,6 +88,7 @@ class Measure:
             gradients=last.gradients,
             products=last.products,
             seconds=last.seconds,
+            found=_found(last.hyper),
             num_failed=trace.num_failed,
             failure=trace.failure,
             error=error,
@@ -107,6 +110,19 @@ class Measure:
             for name, metric in self.metrics.items()
         ]
         return dict(zip(names, [float(loss), *values]))
+
+
+_MAX_FOUND = 1000  # numbers
+
+
+def _found(hyper: Hyper) -> dict[str, Any]:
+    """The values of outer variables by their names, as lists of numbers."""
+    tree = eqx.filter(values(hyper), eqx.is_inexact_array)
+    leaves = jax.tree.leaves(tree)
+    if sum(leaf.size for leaf in leaves) > _MAX_FOUND:
+        return {}
+    lists = [np.asarray(leaf, float).tolist() for leaf in leaves]
+    return dict(zip(leaf_names(tree, "hyper"), lists))
 
 
 LOSS = "loss"
@@ -132,13 +148,16 @@ def _measured(
     try:
         value = np.asarray(metric.fn(*given))
     except Exception as error:
+        called = "fn(params, hyper, batch" + (")" if state is None else ", model_state)")
         raise ValueError(
-            f"The metric {name!r} raises {type(error).__name__}: {error}"
+            f"The metric {name!r}, called as `{called}`, raises {type(error).__name__}: "
+            f"{error}"
         ) from error
     numeric = np.issubdtype(value.dtype, np.number) or value.dtype == bool
     if value.size != 1 or not numeric:
         raise ValueError(
             f"The metric {name!r} must return one number; got shape {value.shape} and "
-            f"dtype {value.dtype}."
+            f"dtype {value.dtype}. Take `jax.numpy.mean` of an array, and one metric for "
+            "each number."
         )
     return float(value.reshape(()))

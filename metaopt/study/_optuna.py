@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def _optuna() -> Any:
         ) from error
 
 
+_NEEDS = {"CmaEsSampler": ("cmaes",), "GPSampler": ("torch",)}
+
+
+def _seeded_samplers() -> dict[str, Any]:
+    """The samplers that need nothing but a seed, by their names."""
+    found = {}
+    for name, sampler in vars(_optuna().samplers).items():
+        if inspect.isclass(sampler) and not inspect.isabstract(sampler):
+            given = inspect.signature(sampler).parameters.values()
+            needed = [p.name for p in given if p.default is p.empty and p.name != "seed"]
+            if "seed" in [p.name for p in given] and not needed:
+                found[name] = sampler
+    return found
+
+
 class OptunaSearch(AbstractSearch):
     """Search by a sampler of Optuna: by default its tree-structured Parzen estimator.
 
@@ -45,8 +61,8 @@ class OptunaSearch(AbstractSearch):
 
     - `space`: the ranges, as for [`metaopt.study.RandomSearch`][].
     - `sampler`: the name of a sampler in `optuna.samplers`, such as `"TPESampler"`,
-        `"GPSampler"` or `"CmaEsSampler"`, which is given a seed of its own for each seed of
-        a study.
+        `"RandomSampler"` or, with the package `cmaes` installed, `"CmaEsSampler"`. It is
+        given a seed of its own for each seed of a study.
     - `journal`: the file that the trials are kept in; by default they are kept in memory.
     - `batch_size`: how many trials are tried together.
 
@@ -70,10 +86,20 @@ class OptunaSearch(AbstractSearch):
         batch_size: int = 1,
     ):
         check_count(batch_size, "batch_size")
-        samplers = vars(_optuna().samplers)
-        if not isinstance(sampler, str) or sampler not in samplers:
-            names = ", ".join(sorted(name for name in samplers if name.endswith("Sampler")))
+        samplers = _seeded_samplers()
+        if sampler not in samplers:
+            names = ", ".join(sorted(samplers))
             raise ValueError(f"`sampler` must be one of {names}; got {sampler!r}.")
+        try:
+            samplers[sampler](seed=0)
+            for package in _NEEDS.get(sampler, ()):
+                importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"The sampler {sampler!r} of Optuna needs another package: {error}. "
+                f"`pip install {' '.join(_NEEDS.get(sampler, ()))}`, or take "
+                "`sampler='TPESampler'`."
+            ) from error
         self.space = space
         self.sampler = sampler
         self.journal = None if journal is None else os.fspath(journal)

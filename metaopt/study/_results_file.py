@@ -54,8 +54,15 @@ class ResultsFile:
             self._read(self.path)
 
     def get(self, method: str, seed: int) -> Record | None:
-        """The record of a method and a seed, if it is finished."""
-        return self.records.get(method, {}).get(seed)
+        """The record of a method and a seed, if it is finished without an error."""
+        record = self.records.get(method, {}).get(seed)
+        return None if record is None or record.error else record
+
+    @property
+    def num_finished(self) -> int:
+        """The number of runs of these methods that are finished without an error."""
+        rows = [rows for name, rows in self.records.items() if name in self.methods]
+        return sum(not record.error for row in rows for record in row.values())
 
     def put(self, method: str, seed: int, record: Record) -> None:
         """Keep a record, and write the file."""
@@ -113,7 +120,9 @@ class ResultsFile:
                     "Name another folder as `out`, or remove the file."
                 )
         for name, value in self.methods.items():
-            if methods.get(name, value) != value:
+            if all(record.error for record in found.get(name, {}).values()):
+                found.pop(name, None)  # another one may take its place
+            elif methods.get(name, value) != value:
                 raise ValueError(
                     f"{path} holds results of another method under the name {name!r}. "
                     "Name this one otherwise, or name another folder as `out`."

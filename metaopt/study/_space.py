@@ -173,6 +173,13 @@ class Space:
     def __init__(self, space: PyTree, hyper: Hyper):
         if space is None:
             space = _natural(hyper)
+        space = _filled(space, hyper)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(space, _is_range)[0]:
+            if not isinstance(leaf, AbstractRange):
+                raise ValueError(
+                    f"`space{jax.tree_util.keystr(path)}` is {leaf!r}. Write a range, such "
+                    "as `metaopt.study.Uniform(0.0, 1.0)`, or `None` for what stays."
+                )
         try:
             pairs = jax.tree.map(
                 lambda r, part: (r, part), space, hyper, is_leaf=_is_range_or_none
@@ -234,6 +241,21 @@ def is_hyper(node: Any) -> bool:
     return isinstance(node, AbstractHyper)
 
 
+def _filled(space: PyTree, hyper: Hyper) -> PyTree:
+    """A space with `None` for the entries of a dictionary that it does not name."""
+    if not (isinstance(space, dict) and isinstance(hyper, dict)):
+        return space
+    for key in space:
+        if key not in hyper:
+            names = ", ".join(map(repr, hyper))
+            raise ValueError(f"`space[{key!r}]`: `hyper` has no {key!r}. It has {names}.")
+    return {key: _filled(space.get(key), part) for key, part in hyper.items()}
+
+
+def _is_range(node: Any) -> bool:
+    return isinstance(node, AbstractRange)
+
+
 def _is_range_or_none(node: Any) -> bool:
     return node is None or isinstance(node, AbstractRange)
 
@@ -272,13 +294,29 @@ def _slot(name: str, found: AbstractRange, leaf: Any) -> Slot:
     array = leaf.raw if is_hyper(leaf) else leaf
     if not eqx.is_inexact_array(array):
         raise ValueError(f"`{name}` is no floating-point array, and cannot be drawn.")
-    return Slot(name, found, () if found.shared else array.shape)
+    whole = isinstance(leaf, Integer)
+    if whole and not isinstance(found, Whole):
+        raise ValueError(
+            f"`{name}` is a whole number. Write `metaopt.study.Whole({leaf.low}, "
+            f"{leaf.high})` as its range; got {found!r}."
+        )
+    slot = Slot(name, found, () if found.shared else array.shape)
+    for u in () if isinstance(found, Shares) else (0.0, 1.0):
+        try:
+            _with_value(leaf, found.at(np.full(slot.shape, u)))
+        except ValueError as error:
+            raise ValueError(
+                f"The range of `{name}`, {found!r}, leaves that of {leaf!r}: {error}"
+            ) from error
+    return slot
 
 
 def _with_value(leaf: Any, value: np.ndarray) -> Any:
     array = leaf.raw if is_hyper(leaf) else leaf
     value = np.broadcast_to(value, array.shape)
     if isinstance(leaf, Interval):
+        if np.any((value < leaf.low) | (value > leaf.high)):
+            raise ValueError(f"`value` must lie from {leaf.low!r} to {leaf.high!r}.")
         # Its ends have no derivative.
         margin = 1e-6 * (leaf.high - leaf.low)
         value = np.clip(value, leaf.low + margin, leaf.high - margin)
