@@ -264,8 +264,9 @@ class Run:
             self._path.append(steps.path)
         best = steps.best
         if best and (self.best is None or best.outer_loss < self.best.outer_loss):
-            self._bests = self._bests[-_MOST_BESTS:]
-            self._bests.append(dataclasses.replace(best, step=self.num_steps + best.step))
+            best = dataclasses.replace(best, step=self.num_steps + best.step)
+            # A run goes back by two calls at most, each of which has found one at most.
+            self._bests = [*self._bests[-2:], best]
         self.num_steps += count
         for feed in self.feeds:
             feed.use(count)
@@ -278,10 +279,6 @@ class Run:
             self.num_skipped += int(np.sum((marks.failed > 0) & (marks.updated == 0)))
             self.result = _first(self.result, marks.result)
         self.reason = _first(self.reason, marks.reason)
-
-
-# A run goes back by two calls at most, each of which has found one at most.
-_MOST_BESTS = 2
 
 
 def drive(
