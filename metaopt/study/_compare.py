@@ -28,7 +28,7 @@ from ._budget import AbstractBudget
 from ._comparison import Comparison, Record
 from ._evaluate import LOSS, Measure, Metric
 from ._method import AbstractMethod, Task, Tuned
-from ._results_file import digest, ResultsFile
+from ._results_file import digest, results_file, ResultsFile
 from ._trace import Trace
 
 
@@ -55,10 +55,11 @@ def compare(
     """Run whole methods side by side: the same start, data, seeds and budget for each.
 
     Each method tunes `hyper` on `train` and `valid` until it has spent the budget. Then a
-    model is trained anew, by `inner`, from an initialisation that no method has seen, at
-    the settings that the method would return after each part of the budget; and is
-    measured on `test`. That costs nothing of the budget. The inner solver, randomness and
-    data of it are the same for all methods, so that differences are paired by seeds.
+    model is trained anew, by `inner`, from an initialisation that no method has seen (or
+    from `params`), at the settings that the method would return after each part of the
+    budget; and is measured on `test`. That costs nothing of the budget. The inner solver,
+    randomness and data of it are the same for all methods, so that differences are paired
+    by seeds.
 
     With `out` each result is written as soon as it is there, to `results.json`. A study
     that was interrupted is started again by the same call, and goes on after the last
@@ -173,8 +174,9 @@ def compare(
         "num_points": num_points,
     }
     settings, digests = _digests(shared), _digests(named)
-    file = ResultsFile(out, settings, digests)
-    with tqdm(total=len(named) * len(numbers), unit="run", disable=not progress) as bar:
+    higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
+    bar = tqdm(total=len(named) * len(numbers), unit="run", disable=not progress)
+    with results_file(out, settings, digests) as file, bar:
         for seed in numbers:
             missing = [name for name in named if file.get(name, seed) is None]
             bar.update(len(named) - len(missing))
@@ -183,12 +185,11 @@ def compare(
                 bar.set_description(f"{name}, seed {seed}")
                 file.put(name, seed, _run(named[name], at_seed, new_trace()))
                 bar.update()
-    records = {name: {s: file.records[name][s] for s in numbers} for name in named}
-    higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
-    unit = budget.unit
-    table = Comparison(records, higher, budget.amount, unit, target, parts.measured_on)
-    if out is not None:
-        _write_summary(Path(out), table, file)
+        records = {name: {s: file.records[name][s] for s in numbers} for name in named}
+        rest = higher, budget.amount, budget.unit, target, parts.measured_on
+        table = Comparison(records, *rest)
+        if out is not None:
+            _write_summary(Path(out), table, file)
     return table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from .._core._files import remove_parts
+from ._files import remove_parts
 
 
 try:
@@ -16,7 +16,7 @@ except ImportError:  # not on this system
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, kind: str) -> Iterator[None]:
     """Lock a file within a block, or until the process ends in whatever way.
 
     Remains of earlier processes that wrote the file are removed. Some systems and disks
@@ -25,12 +25,13 @@ def locked(path: Path) -> Iterator[None]:
     **Arguments:**
 
     - `path`: the file, which need not be there; its folder is.
+    - `kind`: the kind of the file, for errors.
 
     **Raises:**
 
     `ValueError` where another run has locked the file, and where the lock cannot be made.
     """
-    lock = _lock(path)
+    lock = _lock(path, kind)
     try:
         if lock is not None:
             remove_parts(path)
@@ -41,7 +42,7 @@ def locked(path: Path) -> Iterator[None]:
                 Path(lock.name).unlink()
 
 
-def _lock(path: Path) -> TextIO | None:
+def _lock(path: Path, kind: str) -> TextIO | None:
     """The lock; `None` where there are none."""
     if fcntl is None:
         return None
@@ -51,8 +52,8 @@ def _lock(path: Path) -> TextIO | None:
             lock = place.open("w")
         except OSError as error:
             raise ValueError(
-                f"The checkpoint {path} cannot be locked: {error}. Remove that file if no "
-                "other run writes the checkpoint, or name another file."
+                f"The {kind} {path} cannot be locked: {error}. Remove that file if no "
+                f"other run writes the {kind}, or name another file."
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +62,7 @@ def _lock(path: Path) -> TextIO | None:
         except BlockingIOError as error:
             lock.close()
             raise ValueError(
-                f"Another run writes the checkpoint {path}. Wait for its end, or name "
+                f"Another run writes the {kind} {path}. Wait for its end, or name "
                 "another file."
             ) from error
         except FileNotFoundError:
