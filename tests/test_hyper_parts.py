@@ -290,6 +290,9 @@ def test_a_rate_of_dropout_in_one_line():
     assert out.shape == (2,)
 
 
+WEIGHT = jnp.ones(2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -299,6 +302,10 @@ def test_a_rate_of_dropout_in_one_line():
         ),
         (lambda: PerLeaf(Positive(1.0), MODEL, 3), "pattern such as"),  # pyright: ignore
         (lambda: replaced(MODEL, "nothing", 0.0), "picks no leaf"),
+        (  # one value was for both, and the other for none
+            lambda: PerLeaf(Positive(1.0), {"a.b": WEIGHT, "a": {"b": WEIGHT}}, "*"),
+            "Two leaves of `model` have the name `a.b`",
+        ),
         (
             lambda: PerLeaf(Positive(1.0), MODEL, "*.weight").sum(
                 lambda d, w: d, {"other": jnp.ones(2)}
@@ -349,4 +356,8 @@ def test_projections_that_do_not_fit_are_refused():
     outer = projected(optax.sgd(0.1), lambda h: h["mix"])
     params = {"mix": jnp.ones(2)}
     with pytest.raises(ValueError, match="`projection` must return"):
+        outer.update(params, outer.init(params), params)
+    # A scalar was broadcast.
+    outer = projected(optax.sgd(0.1), lambda h: {"mix": jnp.sum(h["mix"])})
+    with pytest.raises(ValueError, match=r"of the shapes of `hyper`: \[\(2,\)\]; got"):
         outer.update(params, outer.init(params), params)

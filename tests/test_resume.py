@@ -20,9 +20,9 @@ import pytest
 import kill_runs
 import metaopt as mo
 from metaopt._core._description import description
+from metaopt._core._lock import locked
 from metaopt._outer._interrupts import Interrupts
 from metaopt.callbacks import Checkpoint
-from metaopt.callbacks._lock import locked
 
 
 PROBLEM = mo.BilevelProblem(
@@ -170,7 +170,7 @@ def test_the_file_is_locked_before_it_is_read(tmp_path, whole, monkeypatch):
 
     def looks(self, run, file, settings):
         with pytest.raises(ValueError, match="Another run writes the checkpoint"):
-            with locked(path):
+            with locked(path, "checkpoint"):
                 tries.append("locked twice")
         tries.append("locked")
         return content(self, run, file, settings)
@@ -199,7 +199,7 @@ def test_the_lock_is_released_where_a_run_does_not_begin(tmp_path, whole):
     path.write_bytes(content)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not (tmp_path / ".run.lock").exists()
-    with locked(path):
+    with locked(path, "checkpoint"):
         pass
     assert_whole(solve(6, path), whole)
 
@@ -212,7 +212,7 @@ class FailsToOpen(mo.callbacks.AbstractCallback):
 def test_a_run_that_has_ended_is_read_beside_one_that_writes(tmp_path):
     path = tmp_path / "run"
     ended = solve(2, path)
-    with locked(path):
+    with locked(path, "checkpoint"):
         assert_whole(solve(2, path), ended)
         with pytest.raises(ValueError, match="Another run writes the checkpoint"):
             solve(4, path)

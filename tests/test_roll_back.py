@@ -104,7 +104,8 @@ def test_a_cut_run_goes_back_as_the_whole_one(tmp_path, slow, cut):
 
     _, before = part(stop)
     solution, after = part()
-    assert (before, after) == ((0, 1) if cut < 3 else (1, 0))
+    # Cut at the step that fails, it has said so, and fails once more.
+    assert (before, after) == {1: (0, 1), 2: (1, 1)}.get(cut, (1, 0))
     check_same(solution, slow)
 
 
@@ -118,6 +119,29 @@ def test_a_loader_is_called_back(slow):
         solution = solve(valid=Loader(), callbacks=[mo.callbacks.RollBack()])
     check_same(solution, expected)
     assert np.any(expected.history.outer_loss != slow.history.outer_loss)
+
+
+def test_a_step_that_is_undone_is_not_the_best():
+    # It once was, under the number of the step in its place.
+    values = [1.0, 1.0, 1.05, 1e3, 1.0]  # two that are undone, two that are not
+    valid = iter([jnp.full(2, value) for value in values])
+    callbacks = [mo.callbacks.RollBack(), mo.callbacks.KeepBest()]
+    options: Any = {"num_steps": 2, "steps_per_call": 2, "throw": False}
+    with pytest.warns(UserWarning, match=FAILS):
+        solution = solve(valid=valid, callbacks=callbacks, **options)
+    losses = solution.history.outer_loss
+    assert losses[0] == pytest.approx(1.05 * losses[1] / 1e3 / 0.055**2, rel=1e-3)
+    assert solution.best.step == 0 and solution.best.outer_loss == losses[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_steps_that_are_undone_do_not_end_a_run(slow, first):
+    # A step that failed and the same step again once used up the patience.
+    patience, back = mo.callbacks.StopEarly(patience=1), mo.callbacks.RollBack()
+    with pytest.warns(UserWarning, match=FAILS):
+        solution = solve(callbacks=[back, patience] if first else [patience, back])
+    assert solution.ended_by == "`num_steps`"
+    check_same(solution, slow)
 
 
 @pytest.mark.parametrize("first", [True, False])

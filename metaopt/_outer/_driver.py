@@ -53,7 +53,8 @@ class Run:
     - `num_skipped`: the steps that failed and left the outer variables alone.
     - `first_failed`: the first step of the last call that failed, from 0; `None` if none.
     - `undo`: what [`metaopt.callbacks.RollBack`][] may go back to; in checkpoints, too.
-    - `going_back`: a state to go back to, which a callback may set in `see`.
+    - `going_back`: what becomes of `undo` where the run goes back to its `start` next,
+        which a callback may set in `see`.
     - `num_failed`: the steps that failed since the run was started.
     - `seconds`: the wall time since the run began.
     - `settings`: the settings of problem and solver, `hyper` as it is, and the shapes of
@@ -66,7 +67,7 @@ class Run:
         self.body = body
         self.feeds = feeds
         self.total = total
-        self.best: Best | None = None
+        self._bests: list[Best] = []  # each lower than those before
         self.keeps_best = False
         self.last: dict[str, np.ndarray] = {}
         self.result: Any = RESULTS.successful
@@ -110,6 +111,15 @@ class Run:
     def params(self) -> Any:
         """The inner solution of the last outer step, or `None`."""
         return self.body.solution(self.state)
+
+    @property
+    def best(self) -> Best | None:
+        """The step of the lowest outer loss, or `None`."""
+        return self._bests[-1] if self._bests else None
+
+    @best.setter
+    def best(self, best: Best | None) -> None:
+        self._bests = [] if best is None else [best]
 
     @property
     def info(self) -> Any:
@@ -166,11 +176,13 @@ class Run:
 
     def go_back(self) -> None:
         """Go back to `going_back`, as if the steps since then had not been taken."""
-        state, self.going_back = self.going_back, None
+        self.undo, self.going_back = self.going_back, None
+        state = self.undo.start
         kept = self.num_taken - (self.num_steps - int(state.num_steps))
         columns = {name: column[:kept] for name, column in joined(self._chunks).items()}
         path = [np.concatenate(leaves)[:kept] for leaves in zip(*self._path)]
         self.restore(state, columns, path)
+        self._bests = [best for best in self._bests if best.step < self.num_steps]
         assert self._sound is not None
         self.result, self.reason, self.num_skipped, self.num_failed = self._sound
         self.failed, self.first_failed, self.ended_by = False, None, ""
@@ -252,7 +264,9 @@ class Run:
             self._path.append(steps.path)
         best = steps.best
         if best and (self.best is None or best.outer_loss < self.best.outer_loss):
-            self.best = dataclasses.replace(best, step=self.num_steps + best.step)
+            best = dataclasses.replace(best, step=self.num_steps + best.step)
+            # A run goes back by two calls at most, each of which has found one at most.
+            self._bests = [*self._bests[-2:], best]
         self.num_steps += count
         for feed in self.feeds:
             feed.use(count)
@@ -292,7 +306,7 @@ def drive(
     """
     # A stable sort: the others keep their order.
     opening = sorted(callbacks, key=lambda callback: not callback.opens_first)
-    callbacks = sorted(callbacks, key=lambda callback: callback.opens_first)
+    callbacks = sorted(callbacks, key=lambda one: (one.opens_first, not one.goes_back))
     try:
         _take_all(run, steps_per_call, atol, opening, callbacks, throw)
         for callback in callbacks if evaluates else ():

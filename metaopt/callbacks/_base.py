@@ -22,6 +22,10 @@ class AbstractCallback:
     """Whether it opens before the others, and sees and closes after them. A checkpoint
     does, because it keeps their part of the run as well."""
 
+    goes_back: ClassVar[bool] = False
+    """Whether it may set `run.going_back`, and sees a call before the others: steps that
+    are taken again do not count for them."""
+
     def open(self, run: Any) -> bool | None:
         """Called once before the first step. May set `run.state`, to go on from it.
 

@@ -23,12 +23,12 @@ from .._core._checkpoint import (
     UnsoundCheckpointError,
 )
 from .._core._files import check_writable
+from .._core._lock import locked
 from .._core._results import RESULTS
 from .._core._validate import check_count, check_flag, check_tolerance
 from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
-from ._lock import locked
 from ._roll_back import Undo
 
 
@@ -117,7 +117,7 @@ class Checkpoint(AbstractCallback):
         try:
             check_writable(self.path, "checkpoint")
             # Before the file is read: another run may be about to replace it.
-            held.enter_context(locked(self.path))
+            held.enter_context(locked(self.path, "checkpoint"))
         except ValueError as error:
             self._blocked = error
         # `Path.exists` raises where it may not look.

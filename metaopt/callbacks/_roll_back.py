@@ -54,6 +54,8 @@ class RollBack(AbstractCallback):
     without such a rate, or with a schedule for it.
     """
 
+    goes_back = True
+
     def __init__(self, factor: float = 0.5, max_times: int = 5):
         is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not is_number or not 0 < factor < 1:
@@ -82,8 +84,7 @@ class RollBack(AbstractCallback):
             f"{RESULTS[run.result]} The run goes back to step {int(sound.num_steps)}, at "
             f"an outer rate of {rate:.4g}."
         )
-        run.going_back = state
-        run.undo = Undo(state, state, undo.count + 1)
+        run.going_back = Undo(state, state, undo.count + 1)
 
 
 _Injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)

@@ -50,18 +50,24 @@ class StopEarly(AbstractCallback):
         self.atol = atol
         self.seconds = seconds
         self._lowest = float("inf")
-        self._since = 0
+        self._since = self._seen = 0
 
     def open(self, run):
-        self._lowest, self._since = float("inf"), 0
+        self._begin()
         if run.num_taken:  # a run that goes on from a checkpoint
             columns = run.history.columns
             self._look_at(columns["outer_loss"])
             return self._is_done(columns)
 
     def see(self, run):
-        self._look_at(run.last["outer_loss"])
         late = self.seconds is not None and run.seconds >= self.seconds
+        if run.going_back is not None:
+            return late  # these steps are taken again
+        if self._seen == run.num_taken - len(run.last["seconds"]):
+            self._look_at(run.last["outer_loss"])
+        else:  # the run went back
+            self._begin()
+            self._look_at(run.history.columns["outer_loss"])
         return late or self._is_done(run.last)
 
     def _is_done(self, columns: Mapping[str, np.ndarray]) -> bool:
@@ -80,7 +86,11 @@ class StopEarly(AbstractCallback):
         names = [n for n in ("hypergradient_norm", "change") if n in columns]
         return all(bool(columns[name][-1] <= self.atol) for name in names)
 
+    def _begin(self) -> None:
+        self._lowest, self._since, self._seen = float("inf"), 0, 0
+
     def _look_at(self, losses: np.ndarray) -> None:
+        self._seen += len(losses)
         for loss in losses:
             if loss < self._lowest - self.min_decrease:
                 self._lowest, self._since = float(loss), 0

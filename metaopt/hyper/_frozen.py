@@ -14,7 +14,9 @@ from ._base import AbstractHyper
 class Frozen(eqx.Module):
     """A part of `hyper` that is not tuned, and that another run may tune.
 
-    Losses read `value` as they would without. The numbers are kept as bits, so that they
+    Losses read `value` as they would without. A [`metaopt.hyper.PerLeaf`][] or a schedule,
+    which has methods of its own, is read by `thawed`, which has no derivative either. The
+    numbers are kept as bits, so that they
     are no floating-point arrays: no derivative is taken with respect to them, no optimizer
     sees them, and a self-tuning network does not perturb them. Another value compiles
     nothing anew.

@@ -62,6 +62,11 @@ class PerLeaf(eqx.Module):
         like = canonical_hyper(like, "like")
         named = [(n, leaf) for n, leaf in named_leaves(model) if eqx.is_inexact_array(leaf)]
         self.names = matching(named, where)
+        if repeated := [n for n in self.names if self.names.count(n) > 1]:
+            raise ValueError(
+                f"Two leaves of `model` have the name `{repeated[0]}`. Rename one of them, "
+                "such as a dictionary key with a dot in it."
+            )
         self.each = (like,) * (1 if shared else len(self.names))
 
     @property

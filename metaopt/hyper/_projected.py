@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 
 from .._core._types import Hyper
@@ -40,12 +41,12 @@ def projected(
     **Returns:**
 
     An optax transform, whose update leads to the projection. Adding it to `hyper` rounds
-    once more, to within an ulp of the set.
+    once more, to within an ulp of the length of the step.
 
     **Raises:**
 
     `ValueError` for another kind of `outer`, and where the projection changes the
-    structure.
+    structure or a shape.
     """
     check_kind(outer, optax.GradientTransformation, "outer", "optax.sgd(0.1)")
     inner = optax.with_extra_args_support(outer)
@@ -60,6 +61,12 @@ def projected(
             raise ValueError(
                 "`projection` must return a pytree of the structure of `hyper`: "
                 f"{jax.tree.structure(stepped)}; got {jax.tree.structure(ended)}."
+            )
+        shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        if shapes(ended) != shapes(stepped):
+            raise ValueError(
+                "`projection` must return arrays of the shapes of `hyper`: "
+                f"{shapes(stepped)}; got {shapes(ended)}."
             )
         return jax.tree.map(lambda new, old: new - old, ended, params), state
 

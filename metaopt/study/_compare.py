@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from .._bilevel import AbstractBilevelSolver
-from .._core._files import check_writable
 from .._core._types import Hyper, ModelState, Params
 from .._core._validate import (
     canonical_arrays,
@@ -26,12 +25,11 @@ from .._core._warn import warn
 from .._data import AbstractData, AbstractFoldedData, as_data
 from .._problem import BilevelProblem
 from .._solver import AbstractSolver
-from ..callbacks._lock import locked
 from ._budget import AbstractBudget
 from ._comparison import Comparison, Record
 from ._evaluate import LOSS, Measure, Metric
 from ._method import AbstractMethod, Task, Tuned
-from ._results_file import digest, ResultsFile
+from ._results_file import digest, results_file, ResultsFile
 from ._trace import Trace
 
 
@@ -179,9 +177,10 @@ def compare(
         "num_points": num_points,
     }
     settings, digests = _digests(shared), _digests(named)
+    higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
     total = len(named) * len(numbers)
-    with _only_one(out), tqdm(total=total, unit="run", disable=not progress) as bar:
-        file = ResultsFile(out, settings, digests)
+    bar = tqdm(total=total, unit="run", disable=not progress)
+    with results_file(out, settings, digests) as file, bar:
         for seed in numbers:
             missing = [name for name in named if file.get(name, seed) is None]
             bar.update(len(named) - len(missing))
@@ -191,25 +190,12 @@ def compare(
                 with _told(file, total):
                     file.put(name, seed, _run(named[name], at_seed, new_trace()))
                 bar.update()
-    records = {name: {s: file.records[name][s] for s in numbers} for name in named}
-    higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
-    unit = budget.unit
-    table = Comparison(records, higher, budget.amount, unit, target, parts.measured_on)
-    if out is not None:
-        _write_summary(Path(out), table, file)
+        records = {name: {s: file.records[name][s] for s in numbers} for name in named}
+        rest = higher, budget.amount, budget.unit, target, parts.measured_on
+        table = Comparison(records, *rest)
+        if out is not None:
+            _write_summary(Path(out), table, file)
     return table
-
-
-@contextlib.contextmanager
-def _only_one(out: str | os.PathLike | None) -> Iterator[None]:
-    """Hold the folder of a study, which one process at a time may write."""
-    if out is None:
-        yield
-        return
-    path = Path(out) / "results.json"
-    check_writable(path, "file")
-    with locked(path, "study"):
-        yield
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ class OptunaSearch(AbstractSearch):
     """Search by a sampler of Optuna: by default its tree-structured Parzen estimator.
 
     Samplers, storage and dashboard are those of Optuna. Each number that is drawn is a
-    parameter of its own, such as `hyper['l2']` or `hyper['rates'][3]`.
+    parameter of its own, such as `hyper['l2']` or `hyper['rates'][3]`. The first trial is
+    `hyper` as it is given only where that lies in the ranges.
 
     Several processes that name the same `journal` share one study: each runs trials until
     those of all processes together have spent the budget. A process that was killed is

@@ -1,26 +1,53 @@
 """The file that a study keeps its results in, and goes on from."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._core._description import description
 from .._core._files import check_writable, write_atomically
+from .._core._lock import locked
 from ._comparison import Record
 
 
 _VERSION = 1
+_NAME = "results.json"
 
 
 def digest(x: Any) -> str:
     """A text that is the same for equal settings, in another process as well."""
     rows = json.dumps(description(x, ""), sort_keys=True)
     return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def results_file(
+    folder: str | os.PathLike | None,
+    settings: Mapping[str, str],
+    methods: Mapping[str, str],
+) -> Iterator["ResultsFile"]:
+    """Open the file of a study, which no other process may write until the block ends.
+
+    **Arguments:**
+
+    - `folder`, `settings`, `methods`: as for `ResultsFile`.
+
+    **Raises:**
+
+    `ValueError` as there, and for a file that another study is writing.
+    """
+    with contextlib.ExitStack() as held:
+        if folder is not None:
+            path = Path(folder) / _NAME
+            check_writable(path)
+            held.enter_context(locked(path, "file"))
+        yield ResultsFile(folder, settings, methods)
 
 
 class ResultsFile:
@@ -34,7 +61,7 @@ class ResultsFile:
 
     **Raises:**
 
-    `ValueError` for a file that cannot be written, is damaged, or is of another study.
+    `ValueError` for a file that is damaged, or is of another study.
     """
 
     def __init__(
@@ -43,13 +70,12 @@ class ResultsFile:
         settings: Mapping[str, str],
         methods: Mapping[str, str],
     ):
-        self.path = None if folder is None else Path(folder) / "results.json"
+        self.path = None if folder is None else Path(folder) / _NAME
         self.settings = dict(settings)
         self.methods = dict(methods)
         self.records: dict[str, dict[int, Record]] = {}
         if self.path is None:
             return
-        check_writable(self.path, "file")
         if self.path.exists():
             self._read(self.path)
 

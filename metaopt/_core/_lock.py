@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from .._core._files import remove_parts
+from ._files import remove_parts
 
 
 try:
@@ -16,7 +16,7 @@ except ImportError:  # not on this system
 
 
 @contextlib.contextmanager
-def locked(path: Path, kind: str = "checkpoint") -> Iterator[None]:
+def locked(path: Path, kind: str) -> Iterator[None]:
     """Lock a file within a block, or until the process ends in whatever way.
 
     Remains of earlier processes that wrote the file are removed. Some systems and disks
@@ -25,7 +25,7 @@ def locked(path: Path, kind: str = "checkpoint") -> Iterator[None]:
     **Arguments:**
 
     - `path`: the file, which need not be there; its folder is.
-    - `kind`: what it is, for errors.
+    - `kind`: the kind of the file, for errors.
 
     **Raises:**
 
