@@ -1,5 +1,6 @@
 """Whole methods side by side: budgets, searches, statistics, results that are kept."""
 
+import dataclasses
 import json
 import math
 import os
@@ -253,6 +254,16 @@ def test_halving_ends_at_a_full_run():
     losses, steps = trial_losses(given, [trace.last.hyper], [0])
     assert steps[0] == 45
     assert trace.last.loss == pytest.approx(float(losses[0]), rel=1e-5)
+
+
+def test_halving_refuses_batches_in_a_sequence():
+    # Each piece of the training once began at the first of them.
+    one = task(start())
+    train = mo.BatchSequence(jnp.full((40, 2), DATA))
+    trace = mo.study.Trace(mo.study.GradientBudget(BUDGET), 10, start())
+    method = mo.study.SuccessiveHalving(SPACE, num_settings=3)
+    with pytest.raises(ValueError, match="first batch of a `BatchSequence`"):
+        method.check(dataclasses.replace(one, train=train), trace)
 
 
 def test_a_search_reports_its_best_trial():

@@ -42,8 +42,8 @@ class SuccessiveHalving(AbstractMethod):
 
     **Raises:**
 
-    `ValueError` for numbers that do not fit, and for inner solvers that cannot go on from
-    their own state or may stop early.
+    `ValueError` for numbers that do not fit, for inner solvers that cannot go on from their
+    own state or may stop early, and for a [`metaopt.BatchSequence`][] as `train`.
 
     ??? cite "Source"
 
@@ -82,6 +82,12 @@ class SuccessiveHalving(AbstractMethod):
             raise ValueError(
                 "`SuccessiveHalving` compares settings after the same number of inner "
                 "steps, and this inner solver may stop before. Drop its tolerance."
+            )
+        if task.train.num_batches is not None:
+            raise ValueError(
+                "`SuccessiveHalving` trains in several pieces, each of which would begin "
+                "at the first batch of a `BatchSequence`. Use `metaopt.Minibatches` or "
+                "plain arrays as `train`."
             )
         if min(self._steps(task)) < 1:
             raise ValueError(
