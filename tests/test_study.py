@@ -850,6 +850,7 @@ print(trace.spent / 40, trace.last.loss)
 """
 
 
+@pytest.mark.slow
 def test_two_workers_share_one_journal_and_one_is_killed(tmp_path):
     optuna = pytest.importorskip("optuna")
     journal = str(tmp_path / "trials.journal")
@@ -932,7 +933,7 @@ def test_a_folder_is_for_one_process(tmp_path):
             pass
 
         def run(self, task, trace):
-            with pytest.raises(ValueError, match="Another run writes the study"):
+            with pytest.raises(ValueError, match="Another run writes the file"):
                 compare({"untuned": mo.study.Untuned()}, out=tmp_path, seeds=[0])
 
     table = compare({"nested": Nested()}, out=tmp_path, seeds=[0])
