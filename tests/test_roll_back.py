@@ -78,6 +78,22 @@ def test_without_it_the_run_fails():
         solve()
 
 
+def test_no_rate_helps_a_first_step_that_fails():
+    inner = mo.Descent(lambda hyper: optax.sgd(hyper.value), num_steps=2500)
+    outer = optax.inject_hyperparams(optax.sgd)(0.1)
+    with pytest.raises(mo.SolveError, match="diverged"):  # and no warning
+        mo.solve_bilevel(
+            PROBLEM,
+            mo.hyper.Positive(5.0),
+            jnp.zeros(1),
+            jnp.ones(2),
+            params=jnp.asarray(1.0),
+            solver=mo.NestedSolver(inner, mo.UnrolledAdjoint(), outer),
+            num_steps=3,
+            callbacks=[mo.callbacks.RollBack()],
+        )
+
+
 def test_after_some_times_the_run_fails():
     callbacks = [mo.callbacks.RollBack(factor=0.99, max_times=3)]
     with warnings.catch_warnings(record=True) as seen:

@@ -34,8 +34,9 @@ class RollBack(AbstractCallback):
 
     A step fails where the step before has led to a bad place. So the run goes back to the
     state from which that one was taken, as a whole: `hyper`, params, optimizer, batches.
-    The history has the new steps in the place of those undone. After `max_times` the run
-    ends, or goes on, as it would without.
+    The history has the new steps in the place of those undone. After `max_times`, and if
+    the first step fails at the `hyper` that was given, the run ends, or goes on, as it
+    would without.
 
     The outer rate is lowered in the state of the optimizer, where
     `optax.inject_hyperparams` keeps it: write
@@ -74,15 +75,17 @@ class RollBack(AbstractCallback):
         if run.first_failed is None:
             run.undo = Undo(undo.start, run.state, undo.count)
             return
-        if undo.count >= self.max_times:
+        # A step fails whatever the rate where none has led to it since the last return.
+        is_first = int(undo.before.num_steps) == int(undo.start.num_steps)
+        if undo.count >= self.max_times or (run.first_failed == 0 and is_first):
             return
         # A call whose first step failed was begun in a bad place.
         sound = undo.start if run.first_failed > 0 else undo.before
         state, rate = _slowed(sound, self.factor)
         warn(
             f"Step {run.num_steps - len(run.last['seconds']) + run.first_failed} failed. "
-            f"{RESULTS[run.result]} The run goes back to step {int(sound.num_steps)}, at "
-            f"an outer rate of {rate:.4g}."
+            f"{RESULTS[run.result].split('. ')[0].rstrip('.')}. The run goes back to step "
+            f"{int(sound.num_steps)}, at an outer rate of {rate:.4g}."
         )
         run.going_back = Undo(state, state, undo.count + 1)
 

@@ -22,7 +22,8 @@ _NO_DERIVATIVE = (
     "which perturbs it instead (by `STN()`, if a criterion reads it; check its response "
     "with `check_response(step=0.3)`); read `.relaxed`, "
     "which has a derivative, in place of `.value`; or hold it constant: "
-    "`jax.lax.stop_gradient(hyper.x).value`."
+    "`jax.lax.stop_gradient(hyper.x).value`, or `metaopt.hyper.freeze(hyper, "
+    "metaopt.hyper.Integer)`, as `metaopt.study.Hybrid` does to search over it."
 )
 
 
