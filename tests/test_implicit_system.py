@@ -248,7 +248,8 @@ def test_leaves_that_are_no_floats_are_none():
         {"h": 3.0, "m": np.arange(2)},
         {"w": jnp.ones(()), "n": np.asarray(2)},
     )
-    system = mo.linear.ImplicitSystem.at(problem, hyper, params, None)
+    with pytest.warns(UserWarning, match=r"`hyper\['m'\]` is not tuned"):
+        system = mo.linear.ImplicitSystem.at(problem, hyper, params, None)
     assert system.params["n"] is None and system.hyper["m"] is None
     solution = system.solve({"w": 1.0, "n": None}).value
     np.testing.assert_allclose(solution["w"], 1 / 8)

@@ -11,14 +11,14 @@ FAULTS = [
     # Data and shuffling
     Fault(
         "same-order-in-every-epoch",
-        "_data.py",
+        "_data/_sources.py",
         "fold_in = lambda index: jax.random.fold_in(cursor.key, epoch + index)",
         "fold_in = lambda index: cursor.key",
         "test_shuffle.py test_cursors.py",
     ),
     Fault(
         "sequence-repeats-its-first-batch",
-        "_data.py",
+        "_data/_sources.py",
         "return jnp.arange(num_steps)",
         "return jnp.zeros(num_steps, int)",
         "test_agreement.py::test_batches_made_beforehand",
@@ -39,7 +39,7 @@ FAULTS = [
     ),
     Fault(
         "epoch-ends-are-forgotten",
-        "_data.py",
+        "_data/_sources.py",
         "epoch + end // rows, end % rows",
         "epoch, end % rows",
         "test_shuffle.py test_cursors.py",
@@ -69,7 +69,7 @@ FAULTS = [
     Fault(
         "linear-system-starts-cold",
         "_bilevel/_nested.py",
-        "carry=keep(output.carry, state.carry)",
+        "carry=keep(lane.carry, state.carry)",
         "carry=state.carry",
         "test_run.py::test_warm_start_of_the_linear_system",
     ),
