@@ -74,11 +74,12 @@ def main():
 
     def split(seed):
         train, valid, test = mo.datasets.split(data, sizes, seed)
-        noisy, _ = mo.datasets.corrupt_labels(train, 0.5, jax.random.key(seed))
+        key = jax.random.key(seed)
+        noisy: mo.datasets.ImageData = mo.datasets.corrupt_labels(train, 0.5, key)[0]
         # A label that is drawn again by chance is right.
         wrong = noisy.y != train.y
-        test = mo.FullBatch((test.x, test.y, wrong))
-        return (noisy.x, noisy.y), (valid.x, valid.y), test
+        measured = mo.FullBatch((test.x, test.y, wrong))
+        return (noisy.x, noisy.y), (valid.x, valid.y), measured
 
     shape = data.x.shape[1], data.num_classes
     params = {"weight": jnp.zeros(shape), "bias": jnp.zeros(data.num_classes)}

@@ -19,17 +19,6 @@ Data = TypeVar("Data", bound=Labelled)
 
 @overload
 def corrupt_labels(
-    data: ArrayLike,
-    fraction: float,
-    key: Key,
-    *,
-    num_classes: int | None = None,
-    other: bool = False,
-) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-@overload
-def corrupt_labels(
     data: Data,
     fraction: float,
     key: Key,
@@ -37,6 +26,17 @@ def corrupt_labels(
     num_classes: int | None = None,
     other: bool = False,
 ) -> tuple[Data, np.ndarray]: ...
+
+
+@overload
+def corrupt_labels(
+    data: ArrayLike,
+    fraction: float,
+    key: Key,
+    *,
+    num_classes: int | None = None,
+    other: bool = False,
+) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def corrupt_labels(
