@@ -928,6 +928,30 @@ def test_runs_that_failed_are_run_again(tmp_path):
     assert compare(methods, out=tmp_path, seeds=[0]).records["once"][0].error == ""
 
 
+class Scripted(mo.study.AbstractMethod):
+    """A method whose runs fail as the list says, which is no part of its description."""
+
+    def check(self, task, trace):
+        pass
+
+    def run(self, task, trace):
+        SCRIPT.append(None)
+        if len(SCRIPT) == 2:
+            raise OSError("the disk is full")
+
+
+SCRIPT: list[None] = []  # one entry for each run
+
+
+def test_a_seed_that_failed_is_run_again_beside_those_that_did_not(tmp_path):
+    SCRIPT.clear()
+    rows = compare({"a": Scripted()}, out=tmp_path).records["a"]
+    assert rows[0].error == "" and "disk is full" in rows[1].error
+    rows = compare({"a": Scripted()}, out=tmp_path).records["a"]
+    assert rows[0].error == rows[1].error == ""
+    assert len(SCRIPT) == 3  # the first seed was not run again
+
+
 def test_a_folder_is_for_one_process(tmp_path):
     class Nested(mo.study.AbstractMethod):
         def check(self, task, trace):

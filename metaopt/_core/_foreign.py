@@ -11,11 +11,15 @@ import numpy as np
 
 @runtime_checkable
 class HasArray(Protocol):
+    """An object that NumPy can read as an array."""
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @runtime_checkable
 class HasDLPack(Protocol):
+    """An object whose memory other libraries can read by DLPack."""
+
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
