@@ -4,6 +4,7 @@ import csv
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -210,3 +211,66 @@ def test_rates_that_cannot_be_lowered_are_refused(outer, message):
 def test_a_factor_is_between_0_and_1(factor):
     with pytest.raises(ValueError, match="`factor` must be between 0 and 1"):
         mo.callbacks.RollBack(factor)
+
+
+# Learning over tasks
+
+
+CLASSES = mo.datasets.ClassData(
+    1.0 + np.linspace(0.0, 0.1, 12, dtype=np.float32).reshape(3, 4)
+)
+EPISODES = mo.few_shot.HostEpisodes(CLASSES, 2, 1, 1, num_tasks=2)
+
+
+def drawn_tasks(key):
+    x = 1.0 + 0.1 * jax.random.uniform(key, (2, 3))
+    return mo.few_shot.Task(x, x)
+
+
+class TaskLoader:
+    """Three batches of tasks."""
+
+    def __iter__(self):
+        return (EPISODES.batch(index) for index in range(3))
+
+
+def learn(rate: float, tasks: Any, **options: Any) -> Any:
+    def loss(model, batch):
+        x = batch[0] if isinstance(batch, tuple) else batch
+        w = model["w"]
+        return jnp.mean(x) * (w - 0.1 * jnp.log(w))  # not a number where w is negative
+
+    return mo.few_shot.train(
+        mo.few_shot.MAML(loss, mo.Descent(optax.sgd(1e-3), num_steps=1)),
+        {"w": jnp.asarray(1.0)},
+        tasks,
+        outer=optax.inject_hyperparams(optax.sgd)(rate),
+        num_steps=6,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.parametrize("tasks", [drawn_tasks, EPISODES, TaskLoader()])
+def test_learning_over_tasks_goes_back(tasks, steps_per_call, tmp_path):
+    slow = learn(0.125, tasks, steps_per_call=steps_per_call)
+    with pytest.raises(mo.SolveError):
+        learn(2.0, tasks, steps_per_call=steps_per_call)
+    callbacks = [
+        mo.callbacks.StopEarly(patience=3),
+        mo.callbacks.RollBack(factor=0.0625),
+        mo.callbacks.KeepBest(),
+        mo.callbacks.Checkpoint(tmp_path / "run", every=1),
+    ]
+    with pytest.warns(UserWarning, match="back to step 0, at an outer rate of 0.125"):
+        solution = learn(2.0, tasks, steps_per_call=steps_per_call, callbacks=callbacks)
+    assert mo.RESULTS[solution.result] == mo.RESULTS[mo.RESULTS.successful]
+    np.testing.assert_array_equal(solution.history.outer_loss, slow.history.outer_loss)
+    np.testing.assert_array_equal(solution.meta["w"], slow.meta["w"])
+    assert len(solution.history) == int(solution.state.num_steps) == 6
+    assert solution.best.outer_loss == np.min(slow.history.outer_loss)
+    assert float(solution.meta["w"]) < 0.7
+    # The file is of the run that went back.
+    again = learn(2.0, tasks, steps_per_call=steps_per_call, callbacks=callbacks)
+    np.testing.assert_array_equal(again.meta["w"], slow.meta["w"])
+    np.testing.assert_array_equal(again.history.outer_loss, slow.history.outer_loss)

@@ -584,7 +584,7 @@ def test_an_interrupt_within_a_run_is_no_result(tmp_path, monkeypatch, name):
     methods = {"tuned": nested(), "hybrid": mo.study.Hybrid(search, nested(), 3)}
     methods = {"untuned": mo.study.Untuned(), name: methods[name]}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("metaopt.study._method.solve_bilevel", solve)
+        patched.setattr("metaopt.study._tuned.solve_bilevel", solve)
         compare(methods, out=tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())["records"]
     assert list(found) == ["untuned"]
@@ -615,10 +615,12 @@ def test_a_method_that_fails_ends_alone(tmp_path):
 def test_another_study_in_the_folder_is_refused(tmp_path):
     compare({"untuned": mo.study.Untuned()}, out=tmp_path, seeds=[0])
     before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="another study: `budget`"):
+    with pytest.raises(
+        ValueError, match="another study: `budget.amount` was 4000 and is 999"
+    ):
         budget = mo.study.GradientBudget(999)
         compare({"untuned": mo.study.Untuned()}, out=tmp_path, seeds=[0], budget=budget)
-    with pytest.raises(ValueError, match="another method under the name 'untuned'"):
+    with pytest.raises(ValueError, match="the name 'untuned': .*was Untuned and is Random"):
         compare({"untuned": METHODS["random"]}, out=tmp_path, seeds=[0])
     assert (tmp_path / "results.json").read_bytes() == before
 

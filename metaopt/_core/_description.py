@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -32,6 +32,21 @@ def description(x: Any, name: str, hashed: bool = True) -> dict[str, str]:
     rows: dict[str, str] = {}
     _Describer(rows, hashed).describe(x, name)
     return rows
+
+
+def first_change(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """The first setting in which two descriptions differ, in words; empty if none.
+
+    **Arguments:**
+
+    - `there`: the description that was kept.
+    - `here`: the present one.
+    """
+    for name in [*here, *there]:
+        was, now = there.get(name, "not there"), here.get(name, "not there")
+        if was != now:
+            return f"`{name}` was {was} and is {now}"
+    return ""
 
 
 @runtime_checkable

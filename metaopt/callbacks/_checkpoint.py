@@ -22,6 +22,7 @@ from .._core._checkpoint import (
     save,
     UnsoundCheckpointError,
 )
+from .._core._description import first_change
 from .._core._files import check_writable
 from .._core._lock import locked
 from .._core._results import RESULTS
@@ -291,8 +292,5 @@ def _changed(file: Path, content: np.ndarray, here: dict[str, str]) -> str:
         found = {str(name): str(value) for name, value in there.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise UnsoundCheckpointError(f"{file} is no sound checkpoint: {error!r}") from error
-    for name in [*here, *found]:
-        was, now = found.get(name, "not there"), here.get(name, "not there")
-        if was != now:
-            return f"{file} is of another run: `{name}` was {was} and is {now}"
-    return ""
+    change = first_change(found, here)
+    return f"{file} is of another run: {change}" if change else ""

@@ -10,7 +10,11 @@ from ._compare import compare as compare
 from ._comparison import Comparison as Comparison, Record as Record
 from ._evaluate import Metric as Metric
 from ._hybrid import Hybrid as Hybrid
-from ._method import AbstractMethod as AbstractMethod, Task as Task, Tuned as Tuned
+from ._method import (
+    AbstractMethod as AbstractMethod,
+    RunsSeeds as RunsSeeds,
+    Task as Task,
+)
 from ._multi_start import MultiStart as MultiStart
 from ._optuna import OptunaSearch as OptunaSearch
 from ._search import (
@@ -29,4 +33,5 @@ from ._space import (
 from ._statistics import Mean as Mean
 from ._successive_halving import SuccessiveHalving as SuccessiveHalving
 from ._trace import Point as Point, Trace as Trace
+from ._tuned import Tuned as Tuned
 from ._untuned import Untuned as Untuned

@@ -1,14 +1,12 @@
 """`compare`, which runs whole methods side by side under one budget."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from .._bilevel import AbstractBilevelSolver
 from .._core._types import Hyper, ModelState, Params
@@ -26,11 +24,13 @@ from .._data import AbstractData, AbstractFoldedData, as_data
 from .._problem import BilevelProblem
 from .._solver import AbstractSolver
 from ._budget import AbstractBudget
-from ._comparison import Comparison, Record
+from ._comparison import Comparison
 from ._evaluate import LOSS, Measure, Metric
-from ._method import AbstractMethod, Task, Tuned
-from ._results_file import digest, results_file, ResultsFile
+from ._method import AbstractMethod, Task
+from ._results_file import described, results_file, ResultsFile
+from ._run_missing import run_missing
 from ._trace import Trace
+from ._tuned import Tuned
 
 
 def compare(
@@ -49,7 +49,8 @@ def compare(
     params: Params | None = None,
     model_state: ModelState = None,
     target: tuple[str, float] | None = None,
-    num_points: int = 10,
+    num_points: int = 12,
+    seeds_per_call: int = 1,
     out: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -125,6 +126,10 @@ def compare(
     - `target`: the name of a metric and a value: the table says what each method spends
         until it is reached.
     - `num_points`: the number of parts of the budget after which is measured.
+    - `seeds_per_call`: on how many seeds a bilevel solver runs at once, as one compiled
+        program whose memory grows with them. The results are the same to rounding. Searches
+        and other methods run on one seed after the other, and so do all methods where the
+        budget is in seconds.
     - `out`: a folder for `results.json`, `table.txt` and `curves.png`.
     - `progress`: whether a progress bar is shown.
 
@@ -144,6 +149,7 @@ def compare(
     example = "metaopt.study.GradientBudget(10_000)"
     check_kind(budget, AbstractBudget, "budget", example)
     check_count(num_points, "num_points")
+    check_count(seeds_per_call, "seeds_per_call")
     check_not_compiled(hyper, params)
     hyper = canonical_hyper(hyper)
     params = None if params is None else canonical_params(params)
@@ -176,38 +182,17 @@ def compare(
         "metrics": measured,
         "num_points": num_points,
     }
-    settings, digests = _digests(shared), _digests(named)
+    settings = {name: described(x, name) for name, x in shared.items()}
+    of_methods = {name: described(x, f"methods[{name!r}]") for name, x in named.items()}
     higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
-    total = len(named) * len(numbers)
-    bar = tqdm(total=total, unit="run", disable=not progress)
-    with results_file(out, settings, digests) as file, bar:
-        for seed in numbers:
-            missing = [name for name in named if file.get(name, seed) is None]
-            bar.update(len(named) - len(missing))
-            at_seed = measure(seed) if missing else first
-            for name in missing:
-                bar.set_description(f"{name}, seed {seed}")
-                with _told(file, total):
-                    file.put(name, seed, _run(named[name], at_seed, new_trace()))
-                bar.update()
+    with results_file(out, settings, of_methods) as file:
+        run_missing(named, numbers, seeds_per_call, measure, new_trace, file, progress)
         records = {name: {s: file.records[name][s] for s in numbers} for name in named}
         rest = higher, budget.amount, budget.unit, target, parts.measured_on
         table = Comparison(records, *rest)
         if out is not None:
             _write_summary(Path(out), table, file)
     return table
-
-
-@contextlib.contextmanager
-def _told(file: ResultsFile, total: int) -> Iterator[None]:
-    """Say what an interrupt leaves behind."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        done = f"{file.num_finished} of {total} runs are finished"
-        there = f", and in {file.path}. The same call goes on from there."
-        error.add_note(done + ("." if file.path is None else there))
-        raise
 
 
 class _Parts:
@@ -221,17 +206,23 @@ class _Parts:
                 "`split` returns the data of each seed: leave `train`, `valid` and `test` "
                 "out."
             )
-        self.parts = parts
         self.split = split
+        self.is_tested = split is not None or parts[2] is not None
+        # One set of arrays for all seeds.
+        self.parts = [] if split is not None else self._checked(parts)
 
     @property
     def measured_on(self) -> str:
         """The data that metrics are of, in words."""
-        return "validation" if self.split is None and self.parts[2] is None else "test"
+        return "test" if self.is_tested else "validation"
 
     def at(self, seed: int) -> list[AbstractData]:
         """The training, validation and test data of a seed."""
-        parts = self.parts if self.split is None else _checked_split(self.split, seed)
+        if self.split is None:
+            return self.parts
+        return self._checked(_checked_split(self.split, seed))
+
+    def _checked(self, parts: tuple[Any, Any, Any]) -> list[AbstractData]:
         parts = (*parts[:2], parts[1] if parts[2] is None else parts[2])
         named = list(zip(("train", "valid", "test"), parts))
         for name, part in named:
@@ -242,19 +233,6 @@ class _Parts:
                     "`compare(..., split=...)`."
                 )
         return [as_data(canonical_arrays(part, name), name) for name, part in named]
-
-
-def _digests(named: Mapping[str, Any]) -> dict[str, str]:
-    return {name: digest(x) for name, x in named.items()}
-
-
-def _run(method: AbstractMethod, measure: Measure, trace: Trace) -> Record:
-    error = ""
-    try:
-        method.run(measure.task, trace)
-    except Exception as reason:  # the other methods go on
-        error = f"{type(reason).__name__}: {reason}"
-    return measure.record(trace, error)
 
 
 def _write_summary(folder: Path, table: Comparison, file: ResultsFile) -> None:

@@ -12,16 +12,10 @@ from .._core._types import Hyper
 from .._core._validate import check_count, check_kind
 from .._report import Work
 from ..hyper import freeze, Frozen, Integer
-from ._method import (
-    AbstractMethod,
-    least_work,
-    solve_whole,
-    Task,
-    unknown_work,
-    work_of,
-)
+from ._method import AbstractMethod, checked_cost, least_work, Task, work_of
 from ._search import AbstractSearch, AbstractSession
-from ._trace import endless, too_small
+from ._trace import too_small
+from ._tuned import solve_whole
 
 
 class Hybrid(AbstractMethod):
@@ -63,31 +57,30 @@ class Hybrid(AbstractMethod):
             self._tune(task, task.hyper, 0)  # compiles, which the budget leaves out
         best_loss, best_hyper, number = np.inf, task.hyper, 0
 
-        def count(hyper: Hyper, loss: float, work: Work | None, seconds: float) -> bool:
+        def add(hyper: Hyper, loss: float, work: Work | None, seconds: float) -> bool:
             nonlocal best_loss, best_hyper, number
             number += 1
             if loss < best_loss:
                 best_loss, best_hyper = loss, hyper
             return trace.add(work, seconds, best_loss, best_hyper)
 
-        # The trials of other processes have their starts in the journal, and no more.
-        while trace.fits(trace.spent / number if number else 0.0):
+        while all(add(*trial) for trial in session.news()):
+            if not trace.fits(trace.spent / number if number else 0.0):
+                return
             asked = session.ask(1)
             if not asked:
                 return
             [(token, start)] = asked
             begin = time.perf_counter()
             hyper, loss, work, failure = self._tune(task, start, number)
-            if work is None and trace.budget.cost(None, np.zeros(1)) is None:
-                raise ValueError(unknown_work(self.solver, trace))
+            seconds = time.perf_counter() - begin
+            checked_cost(self.solver, trace, work, seconds)
             if failure:
                 trace.fail(failure)
             nothing = Work(np.zeros(()), np.zeros(()))
-            session.tell(token, loss, nothing if work is None else work)
-            if not count(hyper, loss, work, time.perf_counter() - begin):
+            session.tell(token, loss, nothing if work is None else work, hyper)
+            if not add(hyper, loss, work, seconds):
                 return
-            if not trace.spent:
-                raise endless(type(self.solver).__name__, trace.budget)
 
     def _session(self, task: Task) -> AbstractSession:
         return self.search.session(task, (self.solver, self.num_steps))

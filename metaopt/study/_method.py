@@ -1,24 +1,21 @@
-"""The interface of whole methods, and the tuning by a bilevel solver."""
+"""The interface of whole methods, and the work of bilevel solvers."""
 
 import abc
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import numpy as np
 
 from .._bilevel import AbstractBilevelSolver, NestedSolver
-from .._core._results import RESULTS
 from .._core._tree import split_trainable, tree_size
 from .._core._types import Hyper, Key, ModelState, Params
-from .._core._validate import check_count, check_kind
 from .._data import AbstractData
 from .._problem import BilevelProblem
-from .._report import BilevelSolution, Columns, CountsWork, INTERRUPT, Work
-from .._solve_bilevel import solve_bilevel
+from .._report import Columns, CountsWork, Work
 from .._solver import AbstractIterativeSolver, AbstractSolver
-from ..callbacks import AbstractCallback
-from ._trace import endless, too_small, Trace
+from ._trace import endless, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,108 +71,43 @@ class AbstractMethod(eqx.Module):
         """
 
 
-class Tuned(AbstractMethod):
-    """Tuning by a bilevel solver, whose settings are those of its last outer step.
+@runtime_checkable
+class RunsSeeds(Protocol):
+    """A method that can run on several seeds at once."""
 
-    A bilevel solver in the place of a method becomes one of these. Steps that fail leave
-    `hyper` alone where the hypergradient is not finite; their number is reported.
+    def run_seeds(self, tasks: Sequence[Task], traces: Sequence[Trace]) -> bool:
+        """Run on several seeds at once, each until its budget is spent.
 
-    **Arguments:**
+        **Arguments:**
 
-    - `solver`: the bilevel solver.
-    - `steps_per_call`: as in [`metaopt.solve_bilevel`][]; a budget is kept to within one
-        call.
-    """
+        - `tasks`, `traces`: as for `run`, one for each seed.
 
-    solver: AbstractBilevelSolver
-    steps_per_call: int = eqx.field(default=1, static=True)
+        **Returns:**
 
-    def __check_init__(self):
-        example = "metaopt.NestedSolver(...)"
-        check_kind(self.solver, AbstractBilevelSolver, "solver", example)
-        check_count(self.steps_per_call, "steps_per_call")
-
-    def check(self, task, trace):
-        """Check that the budget pays for a step, as far as that is known before one."""
-        least = least_work(self.solver, task.hyper)
-        cost = trace.budget.cost(least, np.zeros(1))
-        if cost is not None and not trace.fits(float(cost[0]) * self.steps_per_call):
-            step = "one outer step" if self.steps_per_call == 1 else "one compiled call"
-            raise too_small(trace.budget, float(cost[0]) * self.steps_per_call, step)
-
-    def run(self, task, trace):
-        solve = lambda num_steps, callbacks: solve_whole(
-            task.problem,
-            task.hyper,
-            task.train,
-            task.valid,
-            solver=self.solver,
-            num_steps=num_steps,
-            params=task.params,
-            model_state=task.model_state,
-            key=task.key,
-            steps_per_call=self.steps_per_call,
-            callbacks=callbacks,
-            throw=False,
-        )
-        if trace.budget.cost(None, np.zeros(1)) is not None:
-            solve(self.steps_per_call, ())  # compiles, which the budget leaves out
-        solve(_MANY, [_Follow(self.solver, trace)])
+        Whether it has; otherwise they are run one after the other.
+        """
+        ...
 
 
-_MANY = 2**30  # outer steps; the budget ends the run before
-
-
-def solve_whole(*args: Any, **options: Any) -> BilevelSolution:
-    """Solve as [`metaopt.solve_bilevel`][], but let an interrupt through.
-
-    It returns what was reached, which is no result of a whole run.
+def checked_cost(
+    solver: AbstractBilevelSolver, trace: Trace, work: Work | None, seconds: float
+) -> float:
+    """The cost of some outer steps in the unit of the budget.
 
     **Raises:**
 
-    `KeyboardInterrupt` where one has ended the run.
+    `ValueError` where it is not known, or is nothing.
     """
-    solution = solve_bilevel(*args, **options)
-    if solution.ended_by == INTERRUPT:
-        raise KeyboardInterrupt
-    return solution
-
-
-class _Follow(AbstractCallback):
-    """Adds the steps of a run to a trace, and ends the run with the budget."""
-
-    def __init__(self, solver: AbstractBilevelSolver, trace: Trace):
-        self.solver = solver
-        self.trace = trace
-
-    def see(self, run):
-        columns, trace = run.last, self.trace
-        work = work_of(self.solver, columns, run.hyper)
-        costs = trace.budget.cost(work, columns["seconds"])
-        if costs is None:
-            raise ValueError(unknown_work(self.solver, trace))
-        total = None if work is None else work.total()
-        seconds = float(np.sum(columns["seconds"]))
-        cost, first = float(np.sum(costs)), trace.spent == 0
-        if not trace.add(total, seconds, float(columns["outer_loss"][-1]), run.hyper):
-            if first:
-                raise too_small(trace.budget, cost, "the first outer step")
-            return True
-        if not cost:
-            raise endless(type(self.solver).__name__, trace.budget)
-        if run.num_failed > trace.num_failed:
-            trace.fail(RESULTS[run.result], run.num_failed - trace.num_failed)
-        # As much as the last call: no step is taken in vain.
-        return not trace.fits(cost)
-
-
-def unknown_work(solver: AbstractBilevelSolver, trace: Trace) -> str:
-    """The text of an error about a solver that does not count its work."""
-    return (
-        f"`{type(solver).__name__}` does not say how many {trace.budget.unit} its steps "
-        "take. Define its method `work` (under `metaopt.NestedSolver`, that of its "
-        "adjoint), or give `budget=metaopt.study.TimeBudget(seconds)`."
-    )
+    cost = trace.budget.cost(work, np.asarray(seconds))
+    if cost is None:
+        raise ValueError(
+            f"`{type(solver).__name__}` does not say how many {trace.budget.unit} its "
+            "steps take. Define its method `work` (under `metaopt.NestedSolver`, that of "
+            "its adjoint), or give `budget=metaopt.study.TimeBudget(seconds)`."
+        )
+    if not cost:
+        raise endless(type(solver).__name__, trace.budget)
+    return float(cost)
 
 
 def work_of(solver: AbstractBilevelSolver, columns: Columns, hyper: Hyper) -> Work | None:

@@ -1,23 +1,19 @@
 """Tuning from several starts at once, in one compiled program."""
 
-import time
-from typing import Any
+import dataclasses
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._bilevel import AbstractBilevelSolver
-from .._core._compiled import compiled
-from .._core._results import RESULTS
 from .._core._types import PyTree
 from .._core._validate import check_count, check_kind
-from ._method import AbstractMethod, least_work, Task, unknown_work, work_of
+from ._method import AbstractMethod, checked_cost, least_work, Task
 from ._search import numpy_seed
+from ._side_by_side import note_failures, SideBySide
 from ._space import Space
-from ._trace import endless, too_small, Trace
-from ._trials import stack
+from ._trace import too_small
 
 
 class MultiStart(AbstractMethod):
@@ -59,81 +55,30 @@ class MultiStart(AbstractMethod):
                 raise too_small(trace.budget, total, step)
 
     def run(self, task, trace):
-        states = self._start(task)
-        call = lambda states: _advance(
-            task.problem, self.solver, task.train, task.valid, states, self.steps_per_call
-        )
+        runs = SideBySide(self.solver, self._tasks(task), self.steps_per_call)
         if trace.budget.cost(None, np.zeros(1)) is not None:
-            jax.block_until_ready(call(states)[1])  # compiles
+            runs.compile()  # which the budget leaves out
         before = 0.0
         while trace.fits(before):
-            begin = time.perf_counter()
-            states, columns, results = call(states)
-            columns = {name: np.asarray(x) for name, x in columns.items()}
-            seconds = time.perf_counter() - begin
-            work = work_of(self.solver, columns, task.hyper)
-            total = None if work is None else work.total()
-            cost = trace.budget.cost(total, np.asarray(seconds))
-            if cost is None:
-                raise ValueError(unknown_work(self.solver, trace))
-            if not cost:
-                raise endless(type(self.solver).__name__, trace.budget)
-            losses = np.asarray(columns["outer_loss"][-1], float)
-            best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
-            hyper = _entry(self.solver.hyper(states), best)
-            _note_failures(trace, np.asarray(results))
-            first, before = trace.spent == 0, float(cost)
-            if not trace.add(total, seconds, float(losses[best]), hyper):
+            call = runs.advance()
+            work = None if call.work is None else call.work.total()
+            first = trace.spent == 0
+            before = checked_cost(self.solver, trace, work, call.seconds)
+            losses = np.where(np.isfinite(call.losses), call.losses, np.inf)
+            best = int(np.argmin(losses))
+            note_failures(trace, call.codes)
+            loss = float(call.losses[best])
+            if not trace.add(work, call.seconds, loss, runs.hyper(best)):
                 if first:
                     step = f"an outer step of {self.num_starts} starts"
                     raise too_small(trace.budget, before, step)
                 return
 
-    def _start(self, task: Task) -> Any:
+    def _tasks(self, task: Task) -> list[Task]:
         space = Space(self.space, task.hyper)
         random = np.random.default_rng(numpy_seed(task))
         draw = lambda: {s.name: random.uniform(size=s.shape) for s in space.drawn}
         drawn = [space.at_uniforms(draw()) for _ in range(self.num_starts - 1)]
-        hypers = stack([task.hyper, *drawn])
         keys = jax.random.split(task.key, self.num_starts)
-        data = task.train, task.valid, task.params, task.model_state
-        return _init(task.problem, self.solver, *data, hypers, keys)
-
-
-def _note_failures(trace: Trace, codes: np.ndarray) -> None:
-    success: Any = RESULTS.successful
-    failed = codes[codes != np.asarray(success._value)]
-    if failed.size:
-        code = jnp.asarray(failed[0], jnp.int32)
-        result = eqx.tree_at(lambda item: item._value, success, code)
-        trace.fail(RESULTS[result], failed.size)
-
-
-def _entry(tree: PyTree, index: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, tree)
-
-
-@compiled
-def _init(problem, solver, train, valid, params, model_state, hypers, keys):
-    def one(hyper, key):
-        return solver.init(
-            problem, hyper, train, valid, params=params, model_state=model_state, key=key
-        )
-
-    return eqx.filter_vmap(one)(hypers, keys)
-
-
-@compiled
-def _advance(problem, solver, train, valid, states, num_steps):
-    arrays, static = eqx.partition(states, eqx.is_array)
-
-    def step(arrays):
-        state, info = solver.step(problem, eqx.combine(arrays, static), train, valid)
-        report = info.report
-        result: Any = report.result
-        return eqx.filter(state, eqx.is_array), (report.scalars(), result._value)
-
-    arrays, (columns, results) = jax.lax.scan(
-        lambda arrays, _: jax.vmap(step)(arrays), arrays, length=num_steps
-    )
-    return eqx.combine(arrays, static), columns, results
+        pairs = zip([task.hyper, *drawn], keys)
+        return [dataclasses.replace(task, hyper=hyper, key=key) for hyper, key in pairs]

@@ -3,21 +3,26 @@
 import dataclasses
 import importlib
 import inspect
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._core._files import check_writable
-from .._core._types import PyTree
+from .._core._types import Hyper, PyTree
 from .._core._validate import check_count
 from .._report import Work
-from ._method import Task
+from ._method import least_steps, Task
+from ._pieces import check_pieces, train_on
 from ._results_file import digest
 from ._search import AbstractSearch, AbstractSession, numpy_seed
 from ._space import is_hyper, LogUniform, Shares, Slot, Space, Uniform, Whole
+from ._trials import trial_losses
 
 
 def _optuna() -> Any:
@@ -49,9 +54,9 @@ def _seeded_samplers() -> dict[str, Any]:
 class OptunaSearch(AbstractSearch):
     """Search by a sampler of Optuna: by default its tree-structured Parzen estimator.
 
-    Samplers, storage and dashboard are those of Optuna. Each number that is drawn is a
-    parameter of its own, such as `hyper['l2']` or `hyper['rates'][3]`. The first trial is
-    `hyper` as it is given only where that lies in the ranges.
+    Samplers, pruners, storage and dashboard are those of Optuna. Each number that is drawn
+    is a parameter of its own, such as `hyper['l2']` or `hyper['rates'][3]`. The first trial
+    is `hyper` as it is given only where that lies in the ranges.
 
     Several processes that name the same `journal` share one study: each runs trials until
     those of all processes together have spent the budget. A process that was killed is
@@ -66,17 +71,24 @@ class OptunaSearch(AbstractSearch):
         given a seed of its own for each seed of a study.
     - `journal`: the file that the trials are kept in; by default they are kept in memory.
     - `batch_size`: how many trials are tried together.
+    - `pruner`: the name of a pruner in `optuna.pruners`, such as `"MedianPruner"` or
+        `"HyperbandPruner"`, which is shown the outer loss within each trial, and stops
+        those that promise little. Their work counts, their loss does not. The inner solver
+        must be able to go on from its own state, and trials are tried one by one.
+    - `num_reports`: how many times within a trial the pruner is shown the outer loss.
 
     **Raises:**
 
-    `ImportError` where Optuna is not installed; `ValueError` for a sampler that it does
-    not have.
+    `ImportError` where Optuna is not installed; `ValueError` for a sampler or pruner
+    that it does not have.
     """
 
     space: PyTree = None
     sampler: str = eqx.field(default="TPESampler", static=True)
     journal: str | None = eqx.field(default=None, static=True)
     batch_size: int = eqx.field(default=1, static=True)
+    pruner: str | None = eqx.field(default=None, static=True)
+    num_reports: int = eqx.field(default=5, static=True)
 
     def __init__(
         self,
@@ -85,8 +97,12 @@ class OptunaSearch(AbstractSearch):
         sampler: str = "TPESampler",
         journal: str | os.PathLike | None = None,
         batch_size: int = 1,
+        pruner: str | None = None,
+        num_reports: int = 5,
     ):
         check_count(batch_size, "batch_size")
+        check_count(num_reports, "num_reports", minimum=2)
+        _check_pruner(pruner, batch_size)
         samplers = _seeded_samplers()
         if sampler not in samplers:
             names = ", ".join(sorted(samplers))
@@ -105,6 +121,8 @@ class OptunaSearch(AbstractSearch):
         self.sampler = sampler
         self.journal = None if journal is None else os.fspath(journal)
         self.batch_size = batch_size
+        self.pruner = pruner
+        self.num_reports = num_reports
 
     def session(self, task, trial=None):
         return _OptunaSession(self, task, trial)
@@ -113,6 +131,19 @@ class OptunaSearch(AbstractSearch):
 class _OptunaSession(AbstractSession):
     def __init__(self, search: OptunaSearch, task: Task, trial: Any):
         optuna = _optuna()
+        self.pruner, self.num_reports = search.pruner, search.num_reports
+        if self.pruner is not None and trial is not None:
+            raise ValueError(
+                "Trials that are more than an inner solve are not pruned. Leave `pruner` "
+                "out under `metaopt.study.Hybrid`."
+            )
+        if self.pruner is not None:
+            check_pieces(task, "A search with a pruner", "leave `pruner` out")
+            if least_steps(task.inner) < self.num_reports:
+                raise ValueError(
+                    f"`num_reports` is {self.num_reports}, and the inner solver takes only "
+                    f"{least_steps(task.inner)} steps. Give fewer reports."
+                )
         self.space = Space(search.space, task.hyper)
         seed = numpy_seed(task)
         own = np.random.default_rng([*seed, os.getpid() if search.journal else 0])
@@ -125,19 +156,20 @@ class _OptunaSession(AbstractSession):
             backend = journal.JournalFileBackend(search.journal, lock_obj=lock)
             storage = optuna.storages.JournalStorage(backend)
             # A loss of another problem or another kind of trial is no loss of this one.
-            same = dataclasses.replace(task, key=None), search.space, search.sampler, trial
+            kind = trial if self.pruner is None else (self.pruner, self.num_reports)
+            same = dataclasses.replace(task, key=None), search.space, search.sampler, kind
             name = "-".join([*map(str, seed), digest(same)])
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
             sampler=make(seed=int(own.integers(2**31))),
+            pruner=vars(optuna.pruners)[self.pruner or "NopPruner"](),
             storage=storage,
             study_name=name,
             load_if_exists=True,
         )
         optuna.logging.set_verbosity(before)
-        self.failed = optuna.trial.TrialState.FAIL
-        self.complete = optuna.trial.TrialState.COMPLETE
+        self.states = optuna.trial.TrialState
         self.known: set[int] = set()  # trials that this process has taken into account
         params: dict[str, float] = {}
         for slot, leaf in self.space.pairs:
@@ -159,7 +191,7 @@ class _OptunaSession(AbstractSession):
         return pairs
 
     def news(self):
-        states = self.complete, self.failed
+        states = self.states.COMPLETE, self.states.FAIL, self.states.PRUNED
         found = []
         for trial in self.study.get_trials(deepcopy=False, states=states):
             if trial.number in self.known or _GRADIENTS not in trial.user_attrs:
@@ -169,21 +201,81 @@ class _OptunaSession(AbstractSession):
             draws = {slot.name: _drawn(fixed, slot) for slot in self.space.drawn}
             counts = (trial.user_attrs[name] for name in (_GRADIENTS, _PRODUCTS))
             work = Work(*(np.asarray(float(count)) for count in counts))
-            loss = np.inf if trial.value is None else trial.value
+            loss = np.inf if trial.state == self.states.FAIL else trial.value
+            # That of a trial that was stopped is of an earlier step.
+            loss = np.nan if trial.state == self.states.PRUNED else loss
             seconds = trial.duration.total_seconds() if trial.duration else 0.0
-            found.append((self.space.at(draws), loss, work, seconds))
+            hyper = self.space.at(draws)
+            if _REACHED in trial.user_attrs:
+                values = trial.user_attrs[_REACHED]
+                # One that is too large to be kept is no result.
+                loss = np.inf if values is None else loss
+                hyper = hyper if values is None else _replaced(hyper, values)
+            found.append((hyper, loss, work, seconds))
         return found
 
-    def tell(self, token, loss, work):
+    def solve(self, task, tokens, hypers, numbers):
+        if self.pruner is None:
+            return trial_losses(task, hypers, numbers)
+        [token], [number] = tokens, numbers
+        key = jax.random.fold_in(task.key, number)
+        ends = np.linspace(0, least_steps(task.inner), self.num_reports + 1).astype(int)
+        loss, states = np.inf, None
+        for piece, (begin, end) in enumerate(itertools.pairwise(ends.tolist())):
+            piece_key = jax.random.fold_in(key, piece)
+            losses, states = train_on(task, end - begin, hypers, states, key, piece_key)
+            loss = losses[0]
+            if token is not None and np.isfinite(loss):
+                token.report(float(loss), end)
+                if end != ends[-1] and token.should_prune():
+                    return np.full(1, np.nan), np.full(1, float(end))
+        return np.full(1, loss), np.full(1, float(ends[-1]))
+
+    def tell(self, token, loss, work, reached=None):
         token.set_user_attr(_GRADIENTS, float(work.gradients))
         token.set_user_attr(_PRODUCTS, float(work.products))
-        if np.isfinite(loss):
+        if reached is not None:
+            leaves = jax.tree.leaves(eqx.filter(reached, eqx.is_inexact_array))
+            is_small = sum(leaf.size for leaf in leaves) <= _MAX_REACHED
+            values = [np.asarray(leaf, float).tolist() for leaf in leaves]
+            token.set_user_attr(_REACHED, values if is_small else None)
+        if np.isnan(loss):
+            self.study.tell(token, state=self.states.PRUNED)
+        elif np.isfinite(loss):
             self.study.tell(token, loss)
         else:
-            self.study.tell(token, state=self.failed)
+            self.study.tell(token, state=self.states.FAIL)
 
 
-_GRADIENTS, _PRODUCTS = "gradients", "products"
+_GRADIENTS, _PRODUCTS, _REACHED = "gradients", "products", "reached"
+_MAX_REACHED = 1000  # numbers
+
+
+def _replaced(hyper: Hyper, values: list[Any]) -> Hyper:
+    """Outer variables with other numbers in their arrays of floats."""
+    floats, rest = eqx.partition(hyper, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(floats)
+    new = [jnp.asarray(value, leaf.dtype) for value, leaf in zip(values, leaves)]
+    return eqx.combine(jax.tree.unflatten(structure, new), rest)
+
+
+def _check_pruner(pruner: str | None, batch_size: int) -> None:
+    if pruner is None:
+        return
+    found = {}
+    for name, member in vars(_optuna().pruners).items():
+        if inspect.isclass(member) and not inspect.isabstract(member):
+            given = inspect.signature(member).parameters.values()
+            if all(p.default is not p.empty for p in given):
+                found[name] = member
+    if pruner not in found:
+        names = ", ".join(sorted(found))
+        raise ValueError(f"`pruner` must be one of {names}; got {pruner!r}.")
+    if batch_size != 1:
+        raise ValueError(
+            f"`batch_size` is {batch_size}, and a pruner stops trials one by one. Leave "
+            "`batch_size` out."
+        )
 
 
 def _parameter(name: str, index: tuple[int, ...]) -> str:

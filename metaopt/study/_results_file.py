@@ -10,27 +10,40 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._core._description import description
+from .._core._description import description, first_change
 from .._core._files import check_writable, write_atomically
 from .._core._lock import locked
 from ._comparison import Record
 
 
-_VERSION = 1
+_VERSION = 2
 _NAME = "results.json"
 
 
 def digest(x: Any) -> str:
     """A text that is the same for equal settings, in another process as well."""
-    rows = json.dumps(description(x, ""), sort_keys=True)
-    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+    return _hashed(description(x, ""))
+
+
+def described(x: Any, name: str) -> dict[str, str]:
+    """The settings of `x` by their names, as texts; of very many of them a hash."""
+    rows = description(x, name)
+    return rows if len(rows) <= _MAX_ROWS else {name: _hashed(rows)}
+
+
+_MAX_ROWS = 1000
+
+
+def _hashed(rows: Mapping[str, str]) -> str:
+    text = json.dumps(rows, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def results_file(
     folder: str | os.PathLike | None,
-    settings: Mapping[str, str],
-    methods: Mapping[str, str],
+    settings: dict[str, dict[str, str]],
+    methods: dict[str, dict[str, str]],
 ) -> Iterator["ResultsFile"]:
     """Open the file of a study, which no other process may write until the block ends.
 
@@ -56,8 +69,9 @@ class ResultsFile:
     **Arguments:**
 
     - `folder`: the folder of the study; `None` keeps nothing.
-    - `settings`: digests of the settings that all records share, by their names.
-    - `methods`: a digest of each method, by its name.
+    - `settings`: the settings that all records share, by their names, each as rows of
+        texts.
+    - `methods`: the settings of each method, by its name.
 
     **Raises:**
 
@@ -67,8 +81,8 @@ class ResultsFile:
     def __init__(
         self,
         folder: str | os.PathLike | None,
-        settings: Mapping[str, str],
-        methods: Mapping[str, str],
+        settings: dict[str, dict[str, str]],
+        methods: dict[str, dict[str, str]],
     ):
         self.path = None if folder is None else Path(folder) / _NAME
         self.settings = dict(settings)
@@ -128,7 +142,8 @@ class ResultsFile:
                 for method, rows in content["records"].items()
                 if version == _VERSION
             }
-            settings, methods = dict(settings), dict(methods)
+            if version == _VERSION:
+                settings, methods = _rows_of(settings), _rows_of(methods)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no file of results of a study, or is damaged ({error!r}). Name "
@@ -140,22 +155,26 @@ class ResultsFile:
                 f"version {_VERSION}. Name another folder as `out`."
             )
         for name, value in self.settings.items():
-            if settings.get(name) != value:
+            if change := first_change(settings.get(name, {}), value):
                 raise ValueError(
-                    f"{path} holds results of another study: `{name}` was another one. "
-                    "Name another folder as `out`, or remove the file."
+                    f"{path} holds results of another study: {change}. Name another folder "
+                    "as `out`, or remove the file."
                 )
         for name, value in self.methods.items():
             if all(record.error for record in found.get(name, {}).values()):
                 found.pop(name, None)  # another one may take its place
-            elif methods.get(name, value) != value:
+            elif change := first_change(methods.get(name, value), value):
                 raise ValueError(
-                    f"{path} holds results of another method under the name {name!r}. "
-                    "Name this one otherwise, or name another folder as `out`."
+                    f"{path} holds results of another method under the name {name!r}: "
+                    f"{change}. Name this one otherwise, or name another folder as `out`."
                 )
         # Methods that are asked for no longer stay in the file.
         self.methods = methods | self.methods
         self.records = found
+
+
+def _rows_of(settings: Any) -> dict[str, dict[str, str]]:
+    return {name: dict(rows) for name, rows in settings.items()}
 
 
 def _finite(x: Any) -> Any:

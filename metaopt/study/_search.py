@@ -3,6 +3,7 @@
 import abc
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -43,15 +44,40 @@ class AbstractSession(abc.ABC):
         """
         return []
 
+    def solve(
+        self,
+        task: Task,
+        tokens: Sequence[Any],
+        hypers: Sequence[Hyper],
+        numbers: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Solve the inner problem at each of some settings.
+
+        **Arguments:**
+
+        - `task`: the task.
+        - `tokens`: the tokens of the settings, `None` for those that nobody asked for.
+        - `hypers`: the settings.
+        - `numbers`: the numbers of the trials, by which their randomness differs.
+
+        **Returns:**
+
+        The outer loss of each at its inner solution, infinite where it is not finite, and
+        NaN where the search stopped the trial before its end; and the number of inner
+        steps; arrays of shape `(num_trials,)`.
+        """
+        return trial_losses(task, hypers, numbers)
+
     @abc.abstractmethod
-    def tell(self, token: Any, loss: float, work: Work) -> None:
+    def tell(self, token: Any, loss: float, work: Work, reached: Hyper = None) -> None:
         """Tell the search the loss of settings that it proposed.
 
         **Arguments:**
 
         - `token`: the token of the proposal.
-        - `loss`: the outer loss; infinite for a failure.
+        - `loss`: the outer loss, as of `solve`.
         - `work`: the work that it took.
+        - `reached`: the outer variables that the loss is of, where the trial changed them.
         """
 
 
@@ -93,19 +119,20 @@ class AbstractSearch(AbstractMethod):
         session = self.session(task)
         if trace.budget.cost(None, np.zeros(())) is not None:
             # Compiles, which the budget leaves out.
-            trial_losses(task, [task.hyper] * self.batch_size, range(self.batch_size))
+            count = self.batch_size
+            session.solve(task, [None] * count, [task.hyper] * count, range(count))
         best, number = _Best(task.hyper), 0
 
-        def count(hyper: Hyper, loss: float, work: Work, seconds: float) -> bool:
+        def add(hyper: Hyper, loss: float, work: Work, seconds: float) -> bool:
             nonlocal number
             number += 1
             best.see(loss, hyper)
             added = trace.add(work, seconds, best.loss, best.hyper)
-            if added and not np.isfinite(loss):
+            if added and np.isinf(loss):
                 trace.fail("The outer loss at the inner solution is not finite.")
             return added
 
-        while all(count(*trial) for trial in session.news()):
+        while all(add(*trial) for trial in session.news()):
             each = trace.spent / number if number else 0.0
             if not trace.fits(each):
                 return
@@ -119,12 +146,14 @@ class AbstractSearch(AbstractMethod):
             hypers += [hypers[-1]] * (self.batch_size - len(hypers))
             begin = time.perf_counter()
             numbers = range(number, number + self.batch_size)
-            losses, steps = trial_losses(task, hypers, numbers)
+            tokens = [token for token, _ in asked]
+            tokens += [None] * (self.batch_size - len(tokens))
+            losses, steps = session.solve(task, tokens, hypers, numbers)
             seconds = (time.perf_counter() - begin) / len(asked)
             fits = True
             for (token, hyper), loss, taken in zip(asked, losses, steps):
                 session.tell(token, float(loss), _work(taken))
-                fits = fits and count(hyper, float(loss), _work(taken), seconds)
+                fits = fits and add(hyper, float(loss), _work(taken), seconds)
             if not fits:
                 return
 
@@ -179,7 +208,7 @@ class _RandomSession(AbstractSession):
         drawn = [self.space.at_uniforms(self._draw()) for _ in range(count - len(given))]
         return [("", hyper) for hyper in given + drawn]
 
-    def tell(self, token, loss, work):
+    def tell(self, token, loss, work, reached=None):
         pass
 
     def _draw(self) -> dict[str, np.ndarray]:
@@ -241,7 +270,7 @@ class _GridSession(AbstractSession):
         taken, self.left = self.left[:count], self.left[count:]
         return [("", hyper) for hyper in taken]
 
-    def tell(self, token, loss, work):
+    def tell(self, token, loss, work, reached=None):
         pass
 
     def _at(self, point: tuple[float, ...]) -> Hyper:

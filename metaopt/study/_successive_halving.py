@@ -1,27 +1,21 @@
 """Successive halving: many settings trained a little, the best of them to the end."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core._compiled import compiled
-from .._core._tree import split_trainable, tree_strong
-from .._core._types import Hyper, Key, PyTree
+from .._core._types import Hyper, PyTree
 from .._core._validate import check_count
-from .._objective import Objective
 from .._report import Work
-from .._solver import AbstractIterativeSolver, can_go_on, Earlier
 from ._method import AbstractMethod, least_steps, Task
+from ._pieces import check_pieces, train_on
 from ._search import numpy_seed
 from ._space import Space
 from ._trace import endless, too_small
-from ._trials import stack
 
 
 class SuccessiveHalving(AbstractMethod):
@@ -71,28 +65,11 @@ class SuccessiveHalving(AbstractMethod):
     def check(self, task, trace):
         """Check the space and the inner solver, and that the budget pays for a bracket."""
         Space(self.space, task.hyper)
-        solver = task.inner
-        if not (isinstance(solver, AbstractIterativeSolver) and can_go_on(solver)):
-            raise ValueError(
-                "`SuccessiveHalving` trains settings further, and "
-                f"`{type(solver).__name__}` cannot go on from its own state. Use "
-                "`metaopt.Descent`, or `metaopt.study.RandomSearch`."
-            )
-        if solver.stops_early:
-            raise ValueError(
-                "`SuccessiveHalving` compares settings after the same number of inner "
-                "steps, and this inner solver may stop before. Drop its tolerance."
-            )
-        if task.train.num_batches is not None:
-            raise ValueError(
-                "`SuccessiveHalving` trains in several pieces, each of which would begin "
-                "at the first batch of a `BatchSequence`. Use `metaopt.Minibatches` or "
-                "plain arrays as `train`."
-            )
+        check_pieces(task, "`SuccessiveHalving`", "`metaopt.study.RandomSearch`")
         if min(self._steps(task)) < 1:
             raise ValueError(
                 f"`num_settings` is {self.num_settings}, and the inner solver takes only "
-                f"{solver.num_steps} steps: the first rung would have none."
+                f"{least_steps(task.inner)} steps: the first rung would have none."
             )
         cost = trace.budget.cost(self._work(task), np.zeros(()))
         if cost is not None and not trace.fits(float(cost)):
@@ -152,46 +129,10 @@ class SuccessiveHalving(AbstractMethod):
             if states is not None:
                 states = _chosen(states, kept)
             rung_key = jax.random.fold_in(key, rung)
-            losses, states = _train_on(task, more, hypers, states, key, rung_key)
+            losses, states = train_on(task, more, hypers, states, key, rung_key)
         return float(losses[0]), hypers[0]
 
 
 def _chosen(states: PyTree, kept: Sequence[int] | np.ndarray) -> PyTree:
     pick = lambda leaf: leaf[jnp.asarray(kept)] if eqx.is_array(leaf) else leaf
     return jax.tree.map(pick, states)
-
-
-def _train_on(
-    task: Task, more: int, hypers: Sequence[Hyper], states: Any, start_key: Key, key: Key
-) -> tuple[np.ndarray, Any]:
-    """Train settings for some more steps; their outer losses and new states."""
-    inner = dataclasses.replace(task.inner, num_steps=more)
-    data = task.train, task.valid, task.params, task.model_state
-    stacked = stack(hypers)
-    losses, states = _advance(task.problem, inner, *data, stacked, states, start_key, key)
-    losses = np.asarray(losses, float)
-    return np.where(np.isfinite(losses), losses, np.inf), states
-
-
-@compiled
-def _advance(
-    problem, inner, train, valid, params, model_state, hypers, states, start_key, key
-):
-    def one(hyper, state):
-        # The start is that of the bracket, the draws are those of the rung.
-        begin = Objective(problem, inner, train, valid, params, model_state, start_key)
-        if state is None:
-            start, first_state = begin.start(hyper)
-            solver_state = tree_strong(
-                inner.init(problem.inner, split_trainable(start)[0], hyper)
-            )
-        else:
-            start, first_state, solver_state = state
-        objective = Objective(problem, inner, train, valid, params, model_state, key)
-        earlier = Earlier(solver_state, jnp.asarray(state is not None))
-        solve = dataclasses.replace(objective.solve, earlier=earlier)
-        outcome = solve.primal(start, hyper, first_state)
-        loss, _ = objective.outer(outcome.params, hyper, outcome.model_state)
-        return loss, (outcome.params, outcome.model_state, outcome.solver_state)
-
-    return eqx.filter_vmap(one)(hypers, states)
