@@ -154,6 +154,14 @@ VALUE_ERRORS = {
         lambda: data_call((X, Y), (X, np.full(20, np.nan))),
         r"`valid\[1\]` holds infinite or NaN",
     ),
+    "minibatches of minibatches": (
+        lambda: data_call(mo.Minibatches(mo.Minibatches((X, Y), 8), 4)),
+        "the data of `Minibatches` are a source of batches, a `metaopt.Minibatches`",
+    ),
+    "minibatches of folds": (
+        lambda: data_call(mo.Minibatches(mo.Folds([(X, Y), (X, Y)]), 4)),
+        r"a `metaopt.Folds`. .*`metaopt.Folds\(\[metaopt.Minibatches\(fold, 32\)",
+    ),
     "data empty": (lambda: data_call((X[:0], Y[:0])), r"`train\[0\]` is an empty array"),
     "rows differ": (
         lambda: data_call((X, Y[:5])),

@@ -265,7 +265,17 @@ def as_data(data: Any, name: str) -> AbstractData:
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
-    """Raise a `ValueError` where every array is empty. Beside others one may be."""
+    """Raise a `ValueError` for a source in the place of arrays, and where every array is
+    empty. Beside others one may be."""
+    is_source = lambda node: isinstance(node, AbstractData)
+    for node in jax.tree.leaves(arrays, is_leaf=is_source):
+        if is_source(node):
+            kind = type(node).__name__
+            raise ValueError(
+                f"{whose} are a source of batches, a `metaopt.{kind}`. Hand over its "
+                "arrays. Minibatches of folds are folds of minibatches: "
+                "`metaopt.Folds([metaopt.Minibatches(fold, 32) for fold in folds])`."
+            )
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if eqx.is_array(leaf)]
     if leaves and all(leaf.size == 0 for leaf in leaves):
         shape = leaves[0].shape

@@ -20,7 +20,7 @@ from ._trace import Trace
 
 
 class Call(NamedTuple):
-    """What one compiled call has done.
+    """The steps of one compiled call.
 
     **Attributes:**
 
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 class SideBySide:
     """Runs of one bilevel solver, each on a task of its own, vectorised over them.
 
-    What is the same object in all tasks is there once; the rest is stacked.
+    An array that all tasks share is there once; the others are stacked.
 
     **Arguments:**
 
