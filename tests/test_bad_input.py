@@ -156,11 +156,11 @@ VALUE_ERRORS = {
     ),
     "minibatches of minibatches": (
         lambda: data_call(mo.Minibatches(mo.Minibatches((X, Y), 8), 4)),
-        "the data of `Minibatches` are a source of batches, a `metaopt.Minibatches`",
+        "the data of `Minibatches` are a source of batches, of class `Minib.*its arrays",
     ),
     "minibatches of folds": (
         lambda: data_call(mo.Minibatches(mo.Folds([(X, Y), (X, Y)]), 4)),
-        r"a `metaopt.Folds`. .*`metaopt.Folds\(\[metaopt.Minibatches\(fold, 32\)",
+        r"of class `Folds`. .*`metaopt.Folds\(\[metaopt.Minibatches\(fold, 32\)",
     ),
     "data empty": (lambda: data_call((X[:0], Y[:0])), r"`train\[0\]` is an empty array"),
     "rows differ": (

@@ -238,3 +238,46 @@ def test_folds_are_for_the_nested_solver():
         mo.solve_bilevel(PROBLEM, HYPER, trains, valids, solver=solver, num_steps=1)
     with pytest.raises(ValueError, match="num_seeds"):
         nested(ADJOINTS["unrolled"], num_seeds=0)
+
+
+def counted_loss(params, hyper, batch, state):
+    x, y = batch
+    mean = 0.9 * state["mean"] + 0.1 * jnp.mean(x, axis=0)
+    loss = jnp.mean(((x - state["mean"]) @ params - y) ** 2)
+    return loss + hyper["l2"].value * jnp.sum(params**2), {"mean": mean}
+
+
+def counted_error(params, hyper, batch, state):
+    x, y = batch
+    return jnp.mean(((x - state["mean"]) @ params - y) ** 2)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.parametrize(
+    "start", [mo.ColdStart(), mo.WarmStart(), mo.Windows(restart_every=2)]
+)
+def test_params_and_state_of_an_init_are_those_that_are_given(start, num_seeds):
+    # A run that started from scratch at each step was refused, as if a state were given.
+    first = jnp.ones(3), {"mean": jnp.zeros(3)}
+    inner = mo.InnerProblem(counted_loss, lambda hyper, key: first, has_state=True)
+    descent = mo.Descent(optax.sgd(0.1), 3, state_policy=mo.nn.CarriedState())
+    solver = mo.NestedSolver(
+        descent, mo.UnrolledAdjoint(), optax.sgd(0.1), start=start, num_seeds=num_seeds
+    )
+
+    def solve(params, model_state):
+        return mo.solve_bilevel(
+            mo.BilevelProblem(inner, counted_error),
+            HYPER,
+            mo.Minibatches((X, Y), 4),
+            (X, Y),
+            params=params,
+            model_state=model_state,
+            solver=solver,
+            num_steps=4,
+        )
+
+    drawn, given = solve(None, None), solve(*first)
+    np.testing.assert_array_equal(drawn.history.outer_loss, given.history.outer_loss)
+    np.testing.assert_array_equal(drawn.hyper["l2"].raw, given.hyper["l2"].raw)
+    np.testing.assert_array_equal(drawn.model_state["mean"], given.model_state["mean"])

@@ -1,6 +1,7 @@
 """Seeds side by side in one program, trials that are stopped, trials in a journal."""
 
 import dataclasses
+import json
 
 import equinox as eqx
 import jax
@@ -10,7 +11,18 @@ import optax
 import pytest
 
 import metaopt as mo
-from test_study import compare, INNER, nested, outer_loss, PROBLEM, SPACE, start, task
+from metaopt.extend import Work
+from test_study import (
+    compare,
+    INNER,
+    inner_loss,
+    nested,
+    outer_loss,
+    PROBLEM,
+    SPACE,
+    start,
+    task,
+)
 
 
 METHODS = {
@@ -138,7 +150,8 @@ def test_seeds_that_spend_the_budget_sooner_end_sooner():
     ]
     together, alone = new_traces(), new_traces()
     method = mo.study.Tuned(solver)
-    assert method.run_seeds(tasks, together)
+    # The one that spends more in each step ends first.
+    assert list(method.run_seeds(tasks, together)) == [1, 0]
     for one, trace in zip(tasks, alone):
         method.run(one, trace)
     assert len(alone[0].points) != len(alone[1].points)
@@ -149,7 +162,7 @@ def test_seeds_that_spend_the_budget_sooner_end_sooner():
         )
 
 
-def test_failures_of_a_seed_are_its_own():
+def test_each_seed_has_its_own_failures():
     # The outer loss of the second seed is not finite.
     tasks = [
         dataclasses.replace(task(start()), valid=mo.FullBatch(jnp.full(2, value)))
@@ -158,42 +171,148 @@ def test_failures_of_a_seed_are_its_own():
     problem = mo.BilevelProblem(PROBLEM.inner, lambda p, h, data: jnp.sum((p - data) ** 2))
     tasks = [dataclasses.replace(each, problem=problem) for each in tasks]
     traces = [mo.study.Trace(mo.study.GradientBudget(400), 9, start()) for _ in tasks]
-    assert mo.study.Tuned(nested()).run_seeds(tasks, traces)
+    assert sorted(mo.study.Tuned(nested()).run_seeds(tasks, traces)) == [0, 1]
     assert traces[0].num_failed == 0 and traces[0].failure == ""
     assert traces[1].num_failed == len(traces[1].points) - 1 > 0
     assert "finite" in traces[1].failure
     assert traces[1].last.hyper["l2"].value == pytest.approx(0.5)
 
 
-def test_what_cannot_run_at_once_runs_one_after_the_other():
+def test_seeds_of_different_shapes_run_one_after_the_other():
     method, budget = mo.study.Tuned(nested()), mo.study.GradientBudget(400)
     traces = lambda budget: [mo.study.Trace(budget, 9, start()) for _ in range(2)]
     given = task(start())
     other = dataclasses.replace(given, train=mo.FullBatch(jnp.zeros((1, 2))))
     batches = dataclasses.replace(given, train=mo.Minibatches(jnp.zeros((4, 2)), 2))
-    assert not method.run_seeds([given, other], traces(budget))
-    assert not method.run_seeds([given, batches], traces(budget))
-    assert not method.run_seeds([given, given], traces(mo.study.TimeBudget(1.0)))
-    assert method.run_seeds([given, given], traces(budget))
+    run = lambda tasks, budget: list(method.run_seeds(tasks, traces(budget)))
+    assert run([given, other], budget) == run([given, batches], budget) == []
+    assert run([given, given], mo.study.TimeBudget(1.0)) == []
+    assert run([given, given], budget) == [0, 1]
 
 
-class OnlyOne(mo.study.AbstractMethod):
-    """A method that has no memory for several seeds."""
+class InParts(mo.study.AbstractMethod):
+    """A method that fails after the first of several seeds."""
+
+    error: Exception = eqx.field(static=True)
+    calls: list[str] = eqx.field(static=True)
 
     def check(self, task, trace):
         pass
 
     def run(self, task, trace):
-        mo.study.Untuned().run(task, trace)
+        self.calls.append("one")
+        one = Work(np.asarray(10.0), np.asarray(0.0))
+        trace.add(one, 0.1, 0.5, start(0.25))
 
     def run_seeds(self, tasks, traces):
-        raise MemoryError("RESOURCE_EXHAUSTED")
+        one = Work(np.asarray(20.0), np.asarray(0.0))
+        traces[1].add(one, 0.1, 0.5, start(1.0))
+        self.calls.append("several")
+        yield 1
+        raise self.error
 
 
 def test_seeds_that_do_not_fit_into_memory_run_one_after_the_other():
-    with pytest.warns(UserWarning, match="'big' is run on one seed.*RESOURCE_EXHAUSTED"):
-        table = compare({"big": OnlyOne()}, seeds_per_call=2)
-    assert [row.error for row in table.records["big"].values()] == ["", ""]
+    method = InParts(MemoryError("RESOURCE_EXHAUSTED"), [])
+    with pytest.warns(UserWarning, match="'big' goes on with one seed.*RESOURCE_EXHAUSTED"):
+        table = compare({"big": method}, seeds=[0, 1, 2], seeds_per_call=3)
+    rows = table.records["big"]
+    assert [row.error for row in rows.values()] == ["", "", ""]
+    # Each record is of its own seed, and the one that was there is kept.
+    assert {s: row.gradients for s, row in rows.items()} == {0: 10, 1: 20, 2: 10}
+    assert method.calls == ["several", "one", "one"]
+
+
+def test_errors_of_a_method_are_told_once():
+    method = InParts(ValueError("of this method"), [])
+    table = compare({"big": method}, seeds_per_call=2)  # a warning would be an error
+    assert [row.gradients for row in table.records["big"].values()] == [10, 20]
+
+
+def test_a_seed_that_has_ended_is_kept(tmp_path):
+    method = InParts(KeyboardInterrupt(), [])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(KeyboardInterrupt) as error:
+        compare({"big": method}, seeds_per_call=2, out=tmp_path)
+    assert "1 of 2 runs are finished" in error.value.__notes__[0]
+    found = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert list(found["big"]) == ["1"]
+
+
+class Stopping(mo.study.AbstractMethod):
+    """A method that is interrupted."""
+
+    def check(self, task, trace):
+        pass
+
+    def run(self, task, trace):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_the_first_result_names_no_file(tmp_path):
+    method = Stopping()
+    with pytest.raises(KeyboardInterrupt) as error:
+        compare({"big": method}, out=tmp_path)
+    assert error.value.__notes__ == ["0 of 2 runs are finished."]
+
+
+DATA = jnp.full(2, 3.0)
+
+
+def one_class(params, hyper, batch):
+    """A metric that raises on the data of seed 2."""
+    if batch[0] == 2.0:
+        raise ValueError("only one class in the test data")
+    return batch[0]
+
+
+@pytest.mark.parametrize("seeds_per_call", [1, 3])
+def test_a_metric_that_raises_is_told_of_its_seed(seeds_per_call, tmp_path):
+    # The record of the first seed was once kept as that of the third.
+    with pytest.raises(ValueError, match="only one class"):
+        mo.study.compare(
+            {"a": nested()},
+            PROBLEM,
+            start(),
+            split=lambda seed: (DATA, DATA, jnp.full(2, 1.0 * seed)),
+            params=jnp.zeros(2),
+            inner=INNER,
+            budget=mo.study.GradientBudget(200),
+            seeds=[0, 1, 2],
+            seeds_per_call=seeds_per_call,
+            metrics={"m": one_class},
+            out=tmp_path,
+            progress=False,
+        )
+    found = json.loads((tmp_path / "results.json").read_text())["records"]["a"]
+    assert {seed: row["values"]["m"][-1] for seed, row in found.items()} == {
+        "0": 0.0,
+        "1": 1.0,
+    }
+
+
+@pytest.mark.parametrize("seeds_per_call", [1, 2])
+def test_seeds_before_a_split_that_raises_are_kept(seeds_per_call, tmp_path):
+    def split(seed: int):
+        if seed:
+            raise OSError("no such file")
+        return shapes(seed)
+
+    with pytest.raises(OSError, match="no such file"):
+        mo.study.compare(
+            {"untuned": mo.study.Untuned()},
+            PROBLEM,
+            start(),
+            split=split,
+            params=jnp.zeros(2),
+            inner=INNER,
+            budget=mo.study.GradientBudget(200),
+            seeds=[0, 1],
+            seeds_per_call=seeds_per_call,
+            out=tmp_path,
+            progress=False,
+        )
+    found = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert list(found["untuned"]) == ["0"]
 
 
 def test_a_study_goes_on_with_the_seeds_that_are_missing(tmp_path):
@@ -260,6 +379,7 @@ def test_a_trial_in_pieces_is_a_whole_one():
     [
         ({"pruner": "Median"}, "`pruner` must be one of .*MedianPruner"),
         ({"pruner": "PercentilePruner"}, "`pruner` must be one of"),
+        ({"pruner": "ThresholdPruner"}, "`pruner` must be one of"),
         ({"pruner": "MedianPruner", "batch_size": 2}, "one by one"),
         ({"num_reports": 1}, "`num_reports` must be at least 2"),
     ],
@@ -292,17 +412,52 @@ def test_hybrid_trials_are_not_pruned():
 # A journal of tuned trials
 
 
-def test_hybrid_goes_on_from_its_journal(tmp_path):
+@pytest.mark.parametrize("size", [1, 1200])
+def test_hybrid_goes_on_from_its_journal(tmp_path, size):
     # The trials of before a kill were neither paid for nor known.
+    hyper = start() | {"bias": jnp.zeros(size)}
+    problem = mo.BilevelProblem(
+        lambda params, hyper, data: inner_loss(params, hyper, data + hyper["bias"][0]),
+        outer_loss,
+    )
+    given = task(hyper, problem=problem)
     journal = tmp_path / "journal"
     search = mo.study.OptunaSearch(SPACE, sampler="RandomSampler", journal=journal)
     method = mo.study.Hybrid(search, nested(), 4)
     first, second = trial_trace(2_000), trial_trace(4_000)
-    method.run(task(start()), first)
+    method.run(given, first)
     assert first.spent > 1_000
-    method.run(task(start()), second)
+    method.run(given, second)
     costs = [point.cost for point in second.points]
     assert costs[: len(first.points)] == [point.cost for point in first.points]
     assert second.last.loss <= first.last.loss
     known = second.points[len(first.points) - 1]
-    np.testing.assert_array_equal(known.hyper["l2"].value, first.last.hyper["l2"].value)
+    for mine, other in zip(jax.tree.leaves(known.hyper), jax.tree.leaves(first.last.hyper)):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_journal_holds_no_larger_hyper(tmp_path):
+    search = mo.study.OptunaSearch(SPACE, journal=tmp_path / "journal")
+    method = mo.study.Hybrid(search, nested(), 1)
+    given = task(start() | {"weights": jnp.zeros(200_000)})
+    with pytest.raises(ValueError, match="200,001 numbers.* Leave `journal` out"):
+        method.check(given, trial_trace(4_000))
+
+
+@pytest.mark.parametrize("kind", ["search", "hybrid"])
+def test_failures_are_in_the_journal(tmp_path, kind):
+    problem = mo.BilevelProblem(
+        inner_loss,
+        lambda params, hyper, data: jnp.log(hyper["l2"].value - 0.3) + params[0],
+    )
+    search = mo.study.OptunaSearch(
+        SPACE, sampler="RandomSampler", journal=tmp_path / "journal"
+    )
+    method = search if kind == "search" else mo.study.Hybrid(search, nested(rate=0.0), 1)
+    given = task(start(), problem=problem)
+    first = trial_trace(1_000)
+    method.run(given, first)
+    again = trial_trace(first.spent)
+    method.run(given, again)
+    assert again.num_failed == first.num_failed > 1
+    assert again.failure == first.failure != ""

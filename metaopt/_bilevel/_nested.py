@@ -188,8 +188,6 @@ class NestedSolver(AbstractBilevelSolver):
             each = [jax.random.split(k, count) for k in keys]
             first = over_lanes(lane, each, train, valid)
         outer = optax.with_extra_args_support(self.outer)
-        if given is None:
-            given_state = first.model_state
         return NestedState(
             hyper=hyper,
             params=first.params,

@@ -16,7 +16,7 @@ from .._core._shuffle import permuted
 from .._core._tree import leaf_names
 from .._core._types import IntScalar, Key
 from .._core._validate import check_count
-from ._base import AbstractData
+from ._base import AbstractData, AbstractFoldedData
 
 
 class FullBatch(AbstractData):
@@ -38,7 +38,7 @@ class FullBatch(AbstractData):
         return None
 
     def check(self, num_steps):
-        _check_arrays(self.arrays, "the data")
+        _check_arrays(self.arrays, "the data of `FullBatch`")
 
     def init(self, key):
         return None
@@ -265,17 +265,18 @@ def as_data(data: Any, name: str) -> AbstractData:
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
-    """Raise a `ValueError` for a source in the place of arrays, and where every array is
-    empty. Beside others one may be."""
+    """Raise a `ValueError` for a source of batches among the arrays, and where every array
+    is empty. Beside others one may be."""
     is_source = lambda node: isinstance(node, AbstractData)
     for node in jax.tree.leaves(arrays, is_leaf=is_source):
         if is_source(node):
-            kind = type(node).__name__
-            raise ValueError(
-                f"{whose} are a source of batches, a `metaopt.{kind}`. Hand over its "
-                "arrays. Minibatches of folds are folds of minibatches: "
-                "`metaopt.Folds([metaopt.Minibatches(fold, 32) for fold in folds])`."
-            )
+            text = f"{whose} are a source of batches, of class `{type(node).__name__}`."
+            if isinstance(node, AbstractFoldedData):
+                raise ValueError(
+                    f"{text} Write folds of minibatches instead: `metaopt.Folds("
+                    "[metaopt.Minibatches(fold, 32) for fold in folds])`."
+                )
+            raise ValueError(f"{text} Hand over its arrays.")
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if eqx.is_array(leaf)]
     if leaves and all(leaf.size == 0 for leaf in leaves):
         shape = leaves[0].shape

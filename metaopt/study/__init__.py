@@ -22,6 +22,7 @@ from ._search import (
     AbstractSession as AbstractSession,
     GridSearch as GridSearch,
     RandomSearch as RandomSearch,
+    Trial as Trial,
 )
 from ._space import (
     AbstractRange as AbstractRange,

@@ -126,10 +126,11 @@ def compare(
     - `target`: the name of a metric and a value: the table says what each method spends
         until it is reached.
     - `num_points`: the number of parts of the budget after which is measured.
-    - `seeds_per_call`: on how many seeds a bilevel solver runs at once, as one compiled
-        program whose memory grows with them. The results are the same to rounding. Searches
-        and other methods run on one seed after the other, and so do all methods where the
-        budget is in seconds.
+    - `seeds_per_call`: the number of seeds that a bilevel solver runs on at once, as one
+        compiled program whose memory grows with them. The numbers are the same to rounding;
+        an inner solver with a tolerance may stop a step sooner or later. Searches and
+        other methods run on one seed after the other; so do all methods where seconds are
+        the budget, or where the data of the seeds differ in their shapes.
     - `out`: a folder for `results.json`, `table.txt` and `curves.png`.
     - `progress`: whether a progress bar is shown.
 

@@ -13,7 +13,7 @@ from .._core._validate import check_count, check_kind
 from .._report import Work
 from ..hyper import freeze, Frozen, Integer
 from ._method import AbstractMethod, checked_cost, least_work, Task, work_of
-from ._search import AbstractSearch, AbstractSession
+from ._search import AbstractSearch, AbstractSession, Best, Trial
 from ._trace import too_small
 from ._tuned import solve_whole
 
@@ -55,40 +55,31 @@ class Hybrid(AbstractMethod):
         session = self._session(task)
         if trace.budget.cost(None, np.zeros(1)) is not None:
             self._tune(task, task.hyper, 0)  # compiles, which the budget leaves out
-        best_loss, best_hyper, number = np.inf, task.hyper, 0
+        best, number = Best(task.hyper), 0
 
-        def add(hyper: Hyper, loss: float, work: Work | None, seconds: float) -> bool:
-            nonlocal best_loss, best_hyper, number
+        def add(trial: Trial) -> bool:
+            nonlocal number
             number += 1
-            if loss < best_loss:
-                best_loss, best_hyper = loss, hyper
-            return trace.add(work, seconds, best_loss, best_hyper)
+            return best.add(trial, trace)
 
-        while all(add(*trial) for trial in session.news()):
+        while all(map(add, session.news())):
             if not trace.fits(trace.spent / number if number else 0.0):
                 return
             asked = session.ask(1)
             if not asked:
                 return
             [(token, start)] = asked
-            begin = time.perf_counter()
-            hyper, loss, work, failure = self._tune(task, start, number)
-            seconds = time.perf_counter() - begin
-            checked_cost(self.solver, trace, work, seconds)
-            if failure:
-                trace.fail(failure)
-            nothing = Work(np.zeros(()), np.zeros(()))
-            session.tell(token, loss, nothing if work is None else work, hyper)
-            if not add(hyper, loss, work, seconds):
+            trial = self._tune(task, start, number)
+            checked_cost(self.solver, trace, trial.work, trial.seconds)
+            session.tell(token, trial)
+            if not add(trial):
                 return
 
     def _session(self, task: Task) -> AbstractSession:
         return self.search.session(task, (self.solver, self.num_steps))
 
-    def _tune(
-        self, task: Task, start: Hyper, number: int
-    ) -> tuple[Hyper, float, Work | None, str]:
-        """The tuned settings, their outer loss, the work, and a failure in words."""
+    def _tune(self, task: Task, start: Hyper, number: int) -> Trial:
+        begin = time.perf_counter()
         solution = solve_whole(
             task.problem,
             freeze(start, Integer),
@@ -112,7 +103,8 @@ class Hybrid(AbstractMethod):
         loss = loss if np.isfinite(loss) else np.inf
         failed = bool(solution.result != RESULTS.successful)
         failure = RESULTS[solution.result] if failed else ""
-        return _as_given(start, solution.hyper), loss, work, failure
+        seconds = time.perf_counter() - begin
+        return Trial(_as_given(start, solution.hyper), loss, work, seconds, failure)
 
 
 def _as_given(start: Hyper, tuned: Hyper) -> Hyper:

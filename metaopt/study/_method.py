@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
@@ -75,7 +75,7 @@ class AbstractMethod(eqx.Module):
 class RunsSeeds(Protocol):
     """A method that can run on several seeds at once."""
 
-    def run_seeds(self, tasks: Sequence[Task], traces: Sequence[Trace]) -> bool:
+    def run_seeds(self, tasks: Sequence[Task], traces: Sequence[Trace]) -> Iterator[int]:
         """Run on several seeds at once, each until its budget is spent.
 
         **Arguments:**
@@ -84,7 +84,8 @@ class RunsSeeds(Protocol):
 
         **Returns:**
 
-        Whether it has; otherwise they are run one after the other.
+        The places of the seeds, each as soon as its budget is spent. Seeds that are not
+        returned are run one by one.
         """
         ...
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .._report import Work
 from ._method import least_steps, Task
 from ._pieces import check_pieces, train_on
 from ._results_file import digest
-from ._search import AbstractSearch, AbstractSession, numpy_seed
+from ._search import AbstractSearch, AbstractSession, numpy_seed, Trial
 from ._space import is_hyper, LogUniform, Shares, Slot, Space, Uniform, Whole
 from ._trials import trial_losses
 
@@ -72,10 +73,10 @@ class OptunaSearch(AbstractSearch):
     - `journal`: the file that the trials are kept in; by default they are kept in memory.
     - `batch_size`: how many trials are tried together.
     - `pruner`: the name of a pruner in `optuna.pruners`, such as `"MedianPruner"` or
-        `"HyperbandPruner"`, which is shown the outer loss within each trial, and stops
-        those that promise little. Their work counts, their loss does not. The inner solver
-        must be able to go on from its own state, and trials are tried one by one.
-    - `num_reports`: how many times within a trial the pruner is shown the outer loss.
+        `"HyperbandPruner"`, which sees the outer loss within each trial, and may stop it.
+        The work of a stopped trial counts, its loss does not. The inner solver must be able
+        to go on from its own state, and trials are tried one by one.
+    - `num_reports`: the number of losses within a trial that the pruner sees.
 
     **Raises:**
 
@@ -145,6 +146,9 @@ class _OptunaSession(AbstractSession):
                     f"{least_steps(task.inner)} steps. Give fewer reports."
                 )
         self.space = Space(search.space, task.hyper)
+        self.keeps_reached = trial is not None
+        if self.keeps_reached and search.journal is not None:
+            _check_reached(task.hyper)
         seed = numpy_seed(task)
         own = np.random.default_rng([*seed, os.getpid() if search.journal else 0])
         make = vars(optuna.samplers)[search.sampler]
@@ -156,7 +160,8 @@ class _OptunaSession(AbstractSession):
             backend = journal.JournalFileBackend(search.journal, lock_obj=lock)
             storage = optuna.storages.JournalStorage(backend)
             # A loss of another problem or another kind of trial is no loss of this one.
-            kind = trial if self.pruner is None else (self.pruner, self.num_reports)
+            kind = (trial, "with what it has reached") if self.keeps_reached else None
+            kind = kind if self.pruner is None else (self.pruner, self.num_reports)
             same = dataclasses.replace(task, key=None), search.space, search.sampler, kind
             name = "-".join([*map(str, seed), digest(same)])
         before = optuna.logging.get_verbosity()
@@ -206,12 +211,10 @@ class _OptunaSession(AbstractSession):
             loss = np.nan if trial.state == self.states.PRUNED else loss
             seconds = trial.duration.total_seconds() if trial.duration else 0.0
             hyper = self.space.at(draws)
-            if _REACHED in trial.user_attrs:
-                values = trial.user_attrs[_REACHED]
-                # One that is too large to be kept is no result.
-                loss = np.inf if values is None else loss
-                hyper = hyper if values is None else _replaced(hyper, values)
-            found.append((hyper, loss, work, seconds))
+            if self.keeps_reached:
+                hyper = _replaced(hyper, trial.user_attrs[_REACHED])
+            failure = trial.user_attrs.get(_FAILURE, "")
+            found.append(Trial(hyper, loss, work, seconds, failure))
         return found
 
     def solve(self, task, tokens, hypers, numbers):
@@ -231,24 +234,36 @@ class _OptunaSession(AbstractSession):
                     return np.full(1, np.nan), np.full(1, float(end))
         return np.full(1, loss), np.full(1, float(ends[-1]))
 
-    def tell(self, token, loss, work, reached=None):
-        token.set_user_attr(_GRADIENTS, float(work.gradients))
-        token.set_user_attr(_PRODUCTS, float(work.products))
-        if reached is not None:
-            leaves = jax.tree.leaves(eqx.filter(reached, eqx.is_inexact_array))
-            is_small = sum(leaf.size for leaf in leaves) <= _MAX_REACHED
+    def tell(self, token, trial):
+        work = trial.work or Work(np.zeros(()), np.zeros(()))
+        token.set_user_attr(_FAILURE, trial.failure)
+        if self.keeps_reached:
+            leaves = jax.tree.leaves(eqx.filter(trial.hyper, eqx.is_inexact_array))
             values = [np.asarray(leaf, float).tolist() for leaf in leaves]
-            token.set_user_attr(_REACHED, values if is_small else None)
-        if np.isnan(loss):
+            token.set_user_attr(_REACHED, values)
+        token.set_user_attr(_PRODUCTS, float(work.products))
+        token.set_user_attr(_GRADIENTS, float(work.gradients))
+        if np.isnan(trial.loss):
             self.study.tell(token, state=self.states.PRUNED)
-        elif np.isfinite(loss):
-            self.study.tell(token, loss)
+        elif np.isfinite(trial.loss):
+            self.study.tell(token, trial.loss)
         else:
             self.study.tell(token, state=self.states.FAIL)
 
 
 _GRADIENTS, _PRODUCTS, _REACHED = "gradients", "products", "reached"
-_MAX_REACHED = 1000  # numbers
+_FAILURE = "failure"
+_MAX_REACHED = 100_000  # numbers
+
+
+def _check_reached(hyper: Hyper) -> None:
+    leaves = jax.tree.leaves(eqx.filter(hyper, eqx.is_inexact_array))
+    count = sum(leaf.size for leaf in leaves)
+    if count > _MAX_REACHED:
+        raise ValueError(
+            f"`hyper` has {count:,} numbers, and a `journal` of tuned trials keeps up to "
+            f"{_MAX_REACHED:,} of each. Leave `journal` out."
+        )
 
 
 def _replaced(hyper: Hyper, values: list[Any]) -> Hyper:
@@ -262,12 +277,15 @@ def _replaced(hyper: Hyper, values: list[Any]) -> Hyper:
 def _check_pruner(pruner: str | None, batch_size: int) -> None:
     if pruner is None:
         return
-    found = {}
+    found = []
     for name, member in vars(_optuna().pruners).items():
         if inspect.isclass(member) and not inspect.isabstract(member):
-            given = inspect.signature(member).parameters.values()
-            if all(p.default is not p.empty for p in given):
-                found[name] = member
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    member()
+            except (TypeError, ValueError):  # needs settings
+                continue
+            found.append(name)
     if pruner not in found:
         names = ", ".join(sorted(found))
         raise ValueError(f"`pruner` must be one of {names}; got {pruner!r}.")

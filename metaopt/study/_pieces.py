@@ -23,8 +23,8 @@ def check_pieces(task: Task, whose: str, instead: str) -> None:
     **Arguments:**
 
     - `task`: the task.
-    - `whose`: what needs it, in words.
-    - `instead`: what does not.
+    - `whose`: the method that needs it, in words.
+    - `instead`: another one, that does not.
 
     **Raises:**
 
@@ -60,7 +60,7 @@ def train_on(
     - `task`: the task.
     - `more`: the number of steps.
     - `hypers`: the settings, pytrees of one structure.
-    - `states`: what the call before returned; `None` in the first.
+    - `states`: those of the call before; `None` in the first.
     - `start_key`, `key`: the randomness of the start, and that of these steps.
 
     **Returns:**

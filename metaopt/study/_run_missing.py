@@ -38,39 +38,72 @@ def run_missing(
             missing = {n: [s for s in group if file.get(n, s) is None] for n in methods}
             needed = {seed for found in missing.values() for seed in found}
             bar.update(len(methods) * len(group) - sum(map(len, missing.values())))
-            measures = {seed: measure(seed) for seed in sorted(needed)}
+            measures, error = _measures(measure, sorted(needed))
             for name, left in missing.items():
-                bar.set_description(f"{name}, seed {', '.join(map(str, left))}")
+                at_seeds = {seed: measures[seed] for seed in left if seed in measures}
+                if not at_seeds:
+                    continue
+                bar.set_description(f"{name}, seed {', '.join(map(str, at_seeds))}")
                 with _told(file, total):
-                    at_seeds = [measures[seed] for seed in left]
-                    records = _records(name, methods[name], at_seeds, new_trace)
-                    for seed, record in zip(left, records):
+                    for seed, record in _records(name, methods[name], at_seeds, new_trace):
                         file.put(name, seed, record)
                         bar.update()
+            if error is not None:
+                raise error
+
+
+def _measures(
+    measure: Callable[[int], Measure], seeds: Sequence[int]
+) -> tuple[dict[int, Measure], Exception | None]:
+    """The task of each seed up to the first error, and that error."""
+    found: dict[int, Measure] = {}
+    for seed in seeds:
+        try:
+            found[seed] = measure(seed)
+        except Exception as error:  # the seeds before it are run
+            return found, error
+    return found, None
 
 
 def _records(
     name: str,
     method: AbstractMethod,
-    measures: Sequence[Measure],
+    measures: Mapping[int, Measure],
     new_trace: Callable[[], Trace],
-) -> Iterator[Record]:
-    """The record of each seed, at once if the method can."""
-    traces = [new_trace() for _ in measures]
-    if len(measures) > 1 and isinstance(method, RunsSeeds):
-        tasks = [measure.task for measure in measures]
+) -> Iterator[tuple[int, Record]]:
+    """Each seed with its record, as soon as it is there."""
+    left = dict(measures)
+    if len(left) > 1 and isinstance(method, RunsSeeds):
+        for seed, trace in _finished(name, method, measures, new_trace):
+            yield seed, left.pop(seed).record(trace)
+    for seed, measure in left.items():
+        yield seed, _record(method, measure, new_trace())
+
+
+def _finished(
+    name: str,
+    method: RunsSeeds,
+    measures: Mapping[int, Measure],
+    new_trace: Callable[[], Trace],
+) -> Iterator[tuple[int, Trace]]:
+    """The seeds that spend their budget side by side, each with its trace."""
+    seeds, tasks = list(measures), [measure.task for measure in measures.values()]
+    traces = [new_trace() for _ in seeds]
+    running = method.run_seeds(tasks, traces)
+    while True:
         try:
-            if method.run_seeds(tasks, traces):
-                for measure, trace in zip(measures, traces):
-                    yield measure.record(trace)
-                return
+            index = next(running, None)
+        except ValueError:  # about the method, whose seeds say it one by one
+            return
         except Exception as error:  # such as one about memory
             warn(
-                f"{name!r} is run on one seed after the other, since on {len(measures)} at "
-                f"once it raises {type(error).__name__}: {error}"
+                f"{name!r} goes on with one seed after the other, since with {len(seeds)} "
+                f"at once it raises {type(error).__name__}: {error}"
             )
-    for measure in measures:
-        yield _record(method, measure, new_trace())
+            return
+        if index is None:
+            return
+        yield seeds[index], traces[index]
 
 
 def _record(method: AbstractMethod, measure: Measure, trace: Trace) -> Record:
@@ -84,11 +117,12 @@ def _record(method: AbstractMethod, measure: Measure, trace: Trace) -> Record:
 
 @contextlib.contextmanager
 def _told(file: ResultsFile, total: int) -> Iterator[None]:
-    """Say what an interrupt leaves behind."""
+    """Add the number of finished runs to an interrupt."""
     try:
         yield
     except KeyboardInterrupt as error:
         done = f"{file.num_finished} of {total} runs are finished"
         there = f", and in {file.path}. The same call goes on from there."
-        error.add_note(done + ("." if file.path is None else there))
+        is_there = file.path is not None and file.path.exists()
+        error.add_note(done + (there if is_there else "."))
         raise

@@ -4,7 +4,7 @@ import abc
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,8 +15,28 @@ from .._core._validate import check_count
 from .._report import Work
 from ._method import AbstractMethod, least_steps, Task
 from ._space import Shares, Space
-from ._trace import endless, too_small
+from ._trace import endless, too_small, Trace
 from ._trials import trial_losses
+
+
+class Trial(NamedTuple):
+    """A trial of a search.
+
+    **Attributes:**
+
+    - `hyper`: the outer variables that the loss is of.
+    - `loss`: the outer loss; infinite where it is not finite, and NaN of a trial that the
+        search stopped before its end.
+    - `work`: the work that it took.
+    - `seconds`: the wall time.
+    - `failure`: how it failed, in words; empty if it did not.
+    """
+
+    hyper: Hyper
+    loss: float
+    work: Work | None
+    seconds: float
+    failure: str = ""
 
 
 class AbstractSession(abc.ABC):
@@ -35,13 +55,8 @@ class AbstractSession(abc.ABC):
         Pairs of a token and the outer variables; none at the end of the search.
         """
 
-    def news(self) -> list[tuple[Hyper, float, Work, float]]:
-        """The trials of other processes, and of those before, since it was asked last.
-
-        **Returns:**
-
-        The outer variables, loss, work and seconds of each.
-        """
+    def news(self) -> list[Trial]:
+        """The trials of other processes, and of those before, since it was asked last."""
         return []
 
     def solve(
@@ -69,15 +84,13 @@ class AbstractSession(abc.ABC):
         return trial_losses(task, hypers, numbers)
 
     @abc.abstractmethod
-    def tell(self, token: Any, loss: float, work: Work, reached: Hyper = None) -> None:
-        """Tell the search the loss of settings that it proposed.
+    def tell(self, token: Any, trial: Trial) -> None:
+        """Tell the search how settings that it proposed have done.
 
         **Arguments:**
 
         - `token`: the token of the proposal.
-        - `loss`: the outer loss, as of `solve`.
-        - `work`: the work that it took.
-        - `reached`: the outer variables that the loss is of, where the trial changed them.
+        - `trial`: the trial, whose `hyper` may have been tuned further.
         """
 
 
@@ -121,18 +134,14 @@ class AbstractSearch(AbstractMethod):
             # Compiles, which the budget leaves out.
             count = self.batch_size
             session.solve(task, [None] * count, [task.hyper] * count, range(count))
-        best, number = _Best(task.hyper), 0
+        best, number = Best(task.hyper), 0
 
-        def add(hyper: Hyper, loss: float, work: Work, seconds: float) -> bool:
+        def add(trial: Trial) -> bool:
             nonlocal number
             number += 1
-            best.see(loss, hyper)
-            added = trace.add(work, seconds, best.loss, best.hyper)
-            if added and np.isinf(loss):
-                trace.fail("The outer loss at the inner solution is not finite.")
-            return added
+            return best.add(trial, trace)
 
-        while all(add(*trial) for trial in session.news()):
+        while all(map(add, session.news())):
             each = trace.spent / number if number else 0.0
             if not trace.fits(each):
                 return
@@ -152,22 +161,37 @@ class AbstractSearch(AbstractMethod):
             seconds = (time.perf_counter() - begin) / len(asked)
             fits = True
             for (token, hyper), loss, taken in zip(asked, losses, steps):
-                session.tell(token, float(loss), _work(taken))
-                fits = fits and add(hyper, float(loss), _work(taken), seconds)
+                failure = _NOT_FINITE if np.isinf(loss) else ""
+                trial = Trial(hyper, float(loss), _work(taken), seconds, failure)
+                session.tell(token, trial)
+                fits = fits and add(trial)
             if not fits:
                 return
 
 
-class _Best:
-    """The settings of the lowest loss."""
+_NOT_FINITE = "The outer loss at the inner solution is not finite."
+
+
+class Best:
+    """The settings of the lowest loss among trials.
+
+    **Arguments:**
+
+    - `hyper`: the settings before the first trial.
+    """
 
     def __init__(self, hyper: Hyper):
         self.loss = float("inf")
         self.hyper = hyper
 
-    def see(self, loss: float, hyper: Hyper) -> None:
-        if loss < self.loss:
-            self.loss, self.hyper = loss, hyper
+    def add(self, trial: Trial, trace: Trace) -> bool:
+        """Add a trial to a trace, and say whether the budget paid for it."""
+        if trial.loss < self.loss:
+            self.loss, self.hyper = trial.loss, trial.hyper
+        added = trace.add(trial.work, trial.seconds, self.loss, self.hyper)
+        if added and trial.failure:
+            trace.fail(trial.failure)
+        return added
 
 
 def _work(steps: float) -> Work:
@@ -208,7 +232,7 @@ class _RandomSession(AbstractSession):
         drawn = [self.space.at_uniforms(self._draw()) for _ in range(count - len(given))]
         return [("", hyper) for hyper in given + drawn]
 
-    def tell(self, token, loss, work, reached=None):
+    def tell(self, token, trial):
         pass
 
     def _draw(self) -> dict[str, np.ndarray]:
@@ -270,7 +294,7 @@ class _GridSession(AbstractSession):
         taken, self.left = self.left[:count], self.left[count:]
         return [("", hyper) for hyper in taken]
 
-    def tell(self, token, loss, work, reached=None):
+    def tell(self, token, trial):
         pass
 
     def _at(self, point: tuple[float, ...]) -> Hyper:

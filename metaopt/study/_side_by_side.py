@@ -39,7 +39,7 @@ class Call(NamedTuple):
 class SideBySide:
     """Runs of one bilevel solver, each on a task of its own, vectorised over them.
 
-    An array that all tasks share is there once; the others are stacked.
+    An array that all tasks share is kept once; the others are stacked.
 
     **Arguments:**
 

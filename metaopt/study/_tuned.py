@@ -20,8 +20,8 @@ from ._trace import too_small, Trace
 class Tuned(AbstractMethod):
     """Tuning by a bilevel solver, whose settings are those of its last outer step.
 
-    A bilevel solver in the place of a method becomes one of these. Steps that fail leave
-    `hyper` alone where the hypergradient is not finite; their number is reported.
+    A bilevel solver that is handed over as a method becomes one of these. Steps that fail
+    leave `hyper` alone where the hypergradient is not finite; their number is reported.
 
     **Arguments:**
 
@@ -67,16 +67,17 @@ class Tuned(AbstractMethod):
 
     def run_seeds(self, tasks, traces):
         """Run on several seeds as one compiled program, unless seconds are the budget or
-        the data of the seeds have other shapes."""
+        the data of the seeds differ in more than numbers."""
         budget = traces[0].budget
         if budget.cost(None, np.zeros(1)) is not None or not can_stack(tasks):
-            return False
+            return
         runs = SideBySide(self.solver, tasks, self.steps_per_call)
         left = list(range(len(tasks)))
         while left:
             call = runs.advance()
-            left = [i for i in left if self._goes_on(runs, call, i, traces[i])]
-        return True
+            going_on = [i for i in left if self._goes_on(runs, call, i, traces[i])]
+            yield from (i for i in left if i not in going_on)
+            left = going_on
 
     def _goes_on(self, runs: SideBySide, call: Call, index: int, trace: Trace) -> bool:
         """Add a call to the trace of one seed, and say whether it takes another."""
@@ -97,7 +98,7 @@ _MANY = 2**30  # outer steps; the budget ends the run before
 def solve_whole(*args: Any, **options: Any) -> BilevelSolution:
     """Solve as [`metaopt.solve_bilevel`][], but let an interrupt through.
 
-    It returns what was reached, which is no result of a whole run.
+    What was reached is no result of a whole run.
 
     **Raises:**
 
