@@ -98,7 +98,7 @@ _MANY = 2**30  # outer steps; the budget ends the run before
 def solve_whole(*args: Any, **options: Any) -> BilevelSolution:
     """Solve as [`metaopt.solve_bilevel`][], but let an interrupt through.
 
-    What was reached is no result of a whole run.
+    The solution of a run that was cut is no result of a whole run.
 
     **Raises:**
 
