@@ -45,9 +45,13 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Mark slow all but every n-th variant of a test with `@pytest.mark.one_of(n)`."""
+    """Mark slow all but every n-th variant of a test with `@pytest.mark.one_of(n)`, and
+    what is left to `.ci/run`."""
     seen = collections.Counter()
     for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.slow)
+            continue
         thinned = item.get_closest_marker("one_of")
         if thinned and not item.get_closest_marker("slow"):
             (count,) = thinned.args

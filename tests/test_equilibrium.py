@@ -107,6 +107,7 @@ def test_value_and_gradient_are_those_of_unrolling_to_convergence(name, solver):
     assert_close(both[0], both[1])
 
 
+@pytest.mark.ci
 def test_one_layer_under_vmap_is_one_for_each_example():
     cell, initial = Tanh(), CELLS["tanh"][1]
     layer = mo.nn.Equilibrium(cell, initial, solver=mo.Anderson(rtol=1e-12), adjoint=EXACT)
@@ -215,6 +216,7 @@ def test_other_adjoints(adjoint, cosine):
         assert not np.allclose(ours, exact, rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_errors_of_approximate_derivatives():
     """At a norm of 0.8: the last step alone keeps the direction, and terms of the series
     gain a digit for two or three of them."""
@@ -239,6 +241,7 @@ def test_errors_of_approximate_derivatives():
     assert 0.9 < cosine / jnp.linalg.norm(exact) < 0.995
 
 
+@pytest.mark.ci
 def test_memory_does_not_grow_with_the_steps():
     def temporaries(adjoint, num_steps):
         solver = mo.Anderson(num_steps, rtol=None)
@@ -289,6 +292,7 @@ def test_a_warm_start_takes_fewer_steps():
 # Parts of the layer
 
 
+@pytest.mark.ci
 def test_solvers_of_other_libraries():
     cell, initial = Tanh(), CELLS["tanh"][1]
     x = normal((INPUTS,), 9)
@@ -325,6 +329,7 @@ def test_inference_mode_has_a_solver_of_its_own():
     np.testing.assert_array_equal(same, plain(x)[0])
 
 
+@pytest.mark.ci
 def test_iterates_on_the_way():
     cell, initial = Tanh(0.95), CELLS["tanh"][1]
     solver = mo.Anderson(rtol=1e-9)
@@ -391,6 +396,7 @@ def test_normalisations_of_equinox_work_in_a_cell():
     assert float(jnp.linalg.norm(slope.cell.hidden.layer.weight)) > 0
 
 
+@pytest.mark.ci
 def test_the_hyperparameter_of_a_network_with_an_equilibrium():
     """The hypergradient of the decay and of the scale of a cell, through training."""
     x, y = normal((8, INPUTS)), normal((8,), 1)

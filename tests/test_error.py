@@ -339,6 +339,7 @@ def residuals_and_errors(family, newton_steps):
     return np.log(residual), np.log(error)
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(5)
 @pytest.mark.parametrize("family", ["logistic", "softmax"])
 @pytest.mark.parametrize("newton_steps", [0, 1])
@@ -347,6 +348,7 @@ def test_error_is_quadratic_in_the_residual_after_a_newton_step(family, newton_s
     assert abs(slope - 1 - newton_steps) < 0.2
 
 
+@pytest.mark.ci
 def test_newton_step_solves_a_quadratic_problem():
     # A nonlinear outer loss, so that a correction of the hypergradient to first order
     # would leave an error.

@@ -149,6 +149,7 @@ def test_digits_implicit_against_the_dense_solve(digits, implicit, without_hessi
     assert error_after_rescaling(without_hessian, digits.exact) > 0.3
 
 
+@pytest.mark.ci
 def test_digits_forward_against_reverse(digits):
     # From zero, with nothing converged. `ForwardAdjoint` pushes one tangent for each
     # number: here for one penalty for each class, spread over the weights.

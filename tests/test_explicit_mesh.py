@@ -116,6 +116,7 @@ _PROGRAMS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "name",
     [

@@ -240,6 +240,7 @@ def test_saddle_beside_the_outer_gradient(linear_solver):
     assert code(report) in ("linear_indefinite", "linear_diverged")
 
 
+@pytest.mark.ci
 def test_preconditioner_of_arrays_that_are_traced():
     # It was a constant of the rule before, which neither `jit` nor `vmap` could lift.
     def value(hyper, curvatures):
@@ -301,6 +302,7 @@ def test_slope_of_what_users_compute_from_hyper_is_their_own(name):
         call(problem, 0.0, inner=inner, adjoint=PATHS[name])
 
 
+@pytest.mark.ci
 def test_line_search_under_reverse_mode_names_the_remedy():
     # Elsewhere: that reverse mode does not work for a loop, and no more.
     inner = mo.Descent(optax.lbfgs(), num_steps=5)
@@ -755,6 +757,7 @@ def test_plain_derivative_that_fails_is_nan_or_raises(inner, adjoint):
 # Settings of JAX
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "setting",

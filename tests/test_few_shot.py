@@ -240,6 +240,7 @@ def test_learned_curvature_begins_as_descent_and_is_learned():
     np.testing.assert_allclose(updates.layers[1].weight, expected, rtol=1e-12)
 
 
+@pytest.mark.ci
 def test_reptile_goes_where_adaptation_leads():
     learner = few_shot.Reptile(squared_error, mo.Descent(TRANSFORMS["adam"], 5))
     value, gradient, stats = learner.value_and_grad(MODEL, TASKS)
@@ -311,6 +312,7 @@ def test_an_implicit_adjoint_without_proximal_term_is_refused():
                 maml(num_steps=5, adjoint=adjoint, proximal=none)
 
 
+@pytest.mark.ci
 def test_tasks_that_are_not_solved_are_counted():
     adjoint = mo.ImplicitAdjoint(mo.CG(rtol=1e-10))
     learner = maml(num_steps=1, adjoint=adjoint, proximal=2.0)
@@ -415,6 +417,7 @@ def test_model_state_is_a_choice(policy, chunk_size):
     assert_close(eqx.filter(stats.model_state, eqx.is_inexact_array), average, 1e-9)
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(3)
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_states_of_each_step_outlast_the_tasks(chunk_size):
@@ -489,6 +492,7 @@ def by_hand_with_marks(num_steps, weights):
     return jnp.mean(jax.vmap(one)(TASKS.support, TASKS.query))
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(6)
 @pytest.mark.parametrize("num_slots", [3, 5])
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
@@ -618,6 +622,7 @@ def test_model_state_without_a_choice_is_refused():
     del state
 
 
+@pytest.mark.ci
 def test_model_state_and_each_step_counting():
     model, state = normalised()
     inner = mo.Descent(optax.sgd(0.05), 2, state_policy=mo.nn.CarriedState())

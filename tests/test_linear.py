@@ -1255,6 +1255,7 @@ def at_saddle(problem, hyper, linear_solver):
     )
 
 
+@pytest.mark.ci
 def test_minres_gives_the_derivative_of_a_saddle_and_reports_it():
     problem, hyper, expected, least = saddle()
     gradient, report = at_saddle(problem, hyper, MINRES(rtol=1e-12))

@@ -115,6 +115,7 @@ def test_plans_agree(plan, optimizer):
 _QUICK = {("blocks", 1), ("blocks of blocks", 13)}
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "plan, num_steps",
@@ -131,6 +132,7 @@ def test_any_number_of_steps(plan, num_steps):
     assert relative_error(got, jax.tree.leaves(want)) < 1e-12
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(6)
 @pytest.mark.parametrize("plan", ["updates", "steps", "blocks"])
 def test_plans_in_forward_mode_and_batched(plan):
@@ -148,6 +150,7 @@ def test_plans_in_forward_mode_and_batched(plan):
     assert relative_error(first, want) < 1e-12
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "plan, second",

@@ -181,6 +181,7 @@ def test_trained_response_is_the_implicit_one():
     assert error(jax.jacfwd(at)(jnp.zeros(1))[:, 0], jacobian()) < 0.05
 
 
+@pytest.mark.ci
 def test_tunes_from_both_sides():
     x, y = VALID
     grid = np.linspace(-12, 2, 57)
@@ -459,6 +460,7 @@ def test_plain_losses_are_enough_for_stn():
     np.testing.assert_allclose(a.params.weight, b.params.weight, rtol=1e-12)
 
 
+@pytest.mark.ci
 @each_method
 def test_hyper_stays_where_nothing_responds(method):
     solver = made(method, response=optax.set_to_zero())
@@ -587,6 +589,7 @@ def four_steps():
     return solve(FOUR, LEAVES, solver=solver, num_steps=4)
 
 
+@pytest.mark.ci
 def test_a_leaf_without_influence_is_listed_and_left_alone():
     solution = four_steps()
     assert solution.report.outer.unreached == ("hyper['rate']",)
@@ -612,6 +615,7 @@ def test_scales_stay_within_bounds():
     np.testing.assert_allclose(scales, [2, 0.1, 0.1, 2, 2], rtol=1e-12)
 
 
+@pytest.mark.ci
 def test_entropy_is_paid_for_by_the_scale():
     def log_scale(weight):
         return solve(
@@ -958,6 +962,7 @@ def test_an_inner_loss_that_ignores_the_params_is_refused():
         solve(in_one(lambda params, hyper, batch: jnp.exp(hyper) * jnp.mean(batch[1] ** 2)))
 
 
+@pytest.mark.ci
 @each_method
 def test_the_rate_of_a_dropout_layer_is_tuned(method):
     # Equinox has it behind a `stop_gradient`, which once passed for "no influence".

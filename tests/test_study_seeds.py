@@ -448,7 +448,7 @@ def test_a_journal_holds_no_larger_hyper(tmp_path):
 def test_failures_are_in_the_journal(tmp_path, kind):
     problem = mo.BilevelProblem(
         inner_loss,
-        lambda params, hyper, data: jnp.log(hyper["l2"].value - 0.3) + params[0],
+        lambda params, hyper, data: jnp.log(hyper["l2"].value - 10) + params[0],
     )
     search = mo.study.OptunaSearch(
         SPACE, sampler="RandomSampler", journal=tmp_path / "journal"

@@ -484,6 +484,7 @@ def test_an_interrupt_within_a_compiled_call_ends_the_run_after_it(tmp_path, cap
 # -- threads
 
 
+@pytest.mark.ci
 def test_threads_that_share_a_solver_give_the_numbers_of_one():
     def both(start: float) -> tuple[np.ndarray, ...]:
         solution = solve(4, [mo.callbacks.KeepBest()], start=start)
@@ -620,6 +621,7 @@ _PROCESS = textwrap.dedent(
 )
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_process_with_a_bad_jaxlib_no_jaxopt_strict_warnings_and_little_memory():
     done = subprocess.run(

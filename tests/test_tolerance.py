@@ -62,6 +62,7 @@ def run(
     )
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fewer_products_at_equal_outer_loss(name):
@@ -146,6 +147,7 @@ def test_tolerance_at_the_first_steps(tolerance, at_steps_0_to_3):
     np.testing.assert_allclose(found, at_steps_0_to_3, rtol=1e-12)
 
 
+@pytest.mark.ci
 def test_the_inner_solution_may_be_as_far_off():
     # A few steps from zero: an inner error of some per cent, which raises by default.
     inner = mo.Descent(optax.sgd(1.0), num_steps=40)

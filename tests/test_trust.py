@@ -64,6 +64,7 @@ def test_accepted_hypergradients_are_right(trust, name, dtype):
     assert row["products"] <= (1.5 if trust.FAMILIES[name].minimise else 4) * row["plain"]
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", ["ridge", "logistic, per feature", "softmax"])
 def test_bounds_from_data_hold_and_are_close(trust, name):
@@ -206,6 +207,7 @@ def test_plain_derivative_judges_its_error_too():
     assert slope(-4.0, 3000) == near(exact, rel=1e-3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scale, num_steps", [(1e-6, 150), (1e6, 400)])
 def test_scale_does_not_change_the_verdict(scale, num_steps):
     def call(of_params, of_losses) -> tuple[Any, Any]:
