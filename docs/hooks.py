@@ -1,10 +1,13 @@
-"""A hook of mkdocs: writes mathematics as MathML, and cleans up what is shown of classes
-without `__init__` docstring."""
+"""A hook of mkdocs: writes mathematics as MathML, the page of result codes and the version,
+and cleans up what is shown of classes without `__init__` docstring."""
 
 import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+import metaopt as mo
 
 
 # Python's text for every `__init__` that has none of its own. Equinox writes the
@@ -14,6 +17,30 @@ _EMPTY_INIT = "<p>Initialize self.  See help(type(self)) for accurate signature.
 # As `pymdownx.arithmatex` marks mathematics (`generic: true`).
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+
+
+_CODES = """\
+# Result codes
+
+`solution.result` and `report.result` are codes; `metaopt.RESULTS[result]` is the text of
+one, which names the cause and the remedy. Under `throw=True`, the default, a code other
+than `successful` is raised as a [`metaopt.SolveError`][] with this text. Codes of
+optimistix and lineax pass through and are not listed.
+"""
+
+
+def on_config(config, **_):
+    config.copyright = f"metaopt {mo.__version__}, Apache-2.0"
+    return config
+
+
+def on_files(files: Files, config, **_) -> Files:
+    theirs = set(mo.RESULTS.__mro__[1]._name_to_item)
+    names = [name for name in mo.RESULTS._name_to_item if name not in theirs]
+    parts = [f"## `{name}`\n\n{mo.RESULTS[vars(mo.RESULTS)[name]]}\n" for name in names]
+    content = "\n".join([_CODES, *parts])
+    files.append(File.generated(config, "result_codes.md", content=content))
+    return files
 
 
 def on_page_content(content: str, **_) -> str:

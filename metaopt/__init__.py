@@ -43,6 +43,7 @@ from ._core._results import (
     RESULTS as RESULTS,
     SolveError as SolveError,
 )
+from ._core._self_test import warn_if_known_bad as _warn_if_known_bad
 from ._data import (
     BatchSequence as BatchSequence,
     Folds as Folds,
@@ -75,7 +76,6 @@ from ._report import (
     Report as Report,
     Solution as Solution,
 )
-from ._self_test import warn_if_known_bad as _warn_if_known_bad
 from ._solve_bilevel import (
     solve_bilevel as solve_bilevel,
 )

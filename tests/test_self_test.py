@@ -9,7 +9,9 @@ from typing import Any
 import jaxlib.version
 import pytest
 
-from metaopt import __main__ as command_line, _self_test
+from metaopt import _command as command_line
+from metaopt._command import _check
+from metaopt._core import _self_test
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_check_passes(capsys):
 
 
 def test_check_fails_aloud(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "known_answer", lambda: False)
+    monkeypatch.setattr(_check, "known_answer", lambda: False)
     assert command_line.main(["check"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG")
 
@@ -93,7 +95,7 @@ def test_check_without_a_device_is_one_sentence(monkeypatch, capsys):
     def fails():
         raise RuntimeError("Unable to initialize backend 'cuda'\nand more")
 
-    monkeypatch.setattr(command_line, "known_answer", fails)
+    monkeypatch.setattr(_check, "known_answer", fails)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert command_line.main(["check"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
@@ -120,12 +122,19 @@ def test_version(capsys):
         ([], "no command given"),
         (["chek"], "did you mean 'check'"),
         (["--versoin"], "did you mean '--version'"),
-        (["zzzzzz"], "known: check, --version, --help"),
-        (["check", "now"], "'check' takes no argument 'now'"),
-        (["--version", "--version"], "'--version' takes no argument '--version'"),
+        (["zzzzzz"], "known: info, check, examples, show, resume, --version"),
+        (["check", "now"], "unrecognized arguments: now"),
+        (["show"], "the following arguments are required: RUN"),
+        (["resume", "--maybe"], "required: RUN"),
+        (["examples", "walk"], "invalid choice: 'walk'"),
+        (["examples", "run", "tune_learning_rte"], "did you mean 'tune_learning_rate'"),
+        (["examples", "run", "zzz"], "no example 'zzz'; there are deq_digits"),
+        (["show", "nowhere"], "nowhere is not there. Name a checkpoint or a study"),
+        (["resume", "nowhere"], "nowhere is no checkpoint"),
         ([""], "unknown command ''"),
         (["a\nb\udcff"], r"unknown command 'a\nb\udcff'"),
-        (["check" * 10_000], "...'; known: check"),
+        (["check" * 10_000], "...'; known: info, check"),
+        (["check", "now" * 10_000], "unrecognized arguments: nownow"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):

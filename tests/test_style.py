@@ -329,7 +329,7 @@ def is_reexport(node: ast.stmt) -> bool:
 def is_root_extra(node: ast.stmt) -> bool:
     """What the package's own `__init__.py` may do besides: version and warning."""
     match node:
-        case ast.ImportFrom(module="_self_test"):
+        case ast.ImportFrom(module="_core._self_test"):
             return True
         case ast.Assign(targets=[ast.Name(id="__version__")], value=ast.Constant()):
             return True

@@ -168,6 +168,22 @@ def read_entry(path: Path, name: str) -> np.ndarray:
     raise CheckpointError(f"{path} holds no `{name}`, which this run has.")
 
 
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array in the file, by its name.
+
+    **Raises:**
+
+    [`metaopt.CheckpointError`][] where there is none, or where it is a key.
+    """
+    kinds = {row: (kind, shape) for row, kind, shape in described(path)}
+    content = read_entry(path, name)
+    kind, shape = kinds[name]
+    try:
+        return np.frombuffer(content.tobytes(), jnp.dtype(kind)).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise UnsoundCheckpointError(f"{path}: `{name}` is damaged: {error}") from error
+
+
 def _check_same(
     path: Path,
     rows: list[tuple[str, str, tuple[int, ...]]],

@@ -2,6 +2,7 @@
 
 from ._base import AbstractCallback as AbstractCallback
 from ._checkpoint import Checkpoint as Checkpoint
+from ._checkpoint_file import CheckpointFile as CheckpointFile
 from ._keep_best import KeepBest as KeepBest
 from ._log import Log as Log
 from ._progress import Progress as Progress

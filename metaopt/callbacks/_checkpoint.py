@@ -30,6 +30,7 @@ from .._core._validate import check_count, check_flag, check_tolerance
 from .._core._warn import warn
 from .._report import Best, is_float_array
 from ._base import AbstractCallback
+from ._checkpoint_file import present_command
 from ._roll_back import Undo
 
 
@@ -85,7 +86,7 @@ class Checkpoint(AbstractCallback):
         self._written = 0  # outer steps in the file
         self._written_at = 0.0  # seconds of the run
         self._is_sound = False  # the file, which may then be kept as the previous one
-        self._settings = b""
+        self._settings = self._command = b""
         self._held = contextlib.ExitStack()  # the lock and the handler of SIGTERM
         self._blocked: ValueError | None = None  # why the file cannot be written
         self._terminated = self._closing = False
@@ -103,6 +104,7 @@ class Checkpoint(AbstractCallback):
         self._kept = run.num_skipped, run.result, run.reason
         settings = run.settings
         self._settings = json.dumps(settings).encode()
+        self._command = present_command()
         self._is_sound = False
         with contextlib.ExitStack() as held:
             self._begin(run, settings, held)
@@ -171,9 +173,11 @@ class Checkpoint(AbstractCallback):
         num_skipped, result, reason = self._kept
         notes = np.asarray(num_skipped), result, reason, _best_or(run)
         settings = np.frombuffer(self._settings, np.uint8)
+        command = np.frombuffer(self._command, np.uint8)
         if self._is_sound:
             _keep(self.path, self.previous)
-        save(self.path, _Content(settings, state, columns, path, *notes, run.undo))
+        content = _Content(settings, state, columns, path, *notes, run.undo, command)
+        save(self.path, content)
         self._is_sound = True
         self._written = run.num_steps - run.failed
         self._written_at = run.seconds
@@ -213,16 +217,19 @@ class Checkpoint(AbstractCallback):
         columns: dict[str, np.ndarray] = {}
         undo: Undo | None = None
         path: list[np.ndarray] = []
+        command: np.ndarray | None = None
         for name, kind, shape in described(file):
             if match := re.fullmatch(r"\.columns\['(\w+)'\]", name):
                 columns[match[1]] = np.zeros(shape, kind)
             elif re.fullmatch(r"\.path\[\d+\]", name):
                 path.append(np.zeros(shape, kind))
+            elif name == ".command":
+                command = np.zeros(shape, kind)
             elif name.startswith(".undo."):
                 undo = Undo(run.state, run.state, np.asarray(0))
         success: Any = RESULTS.successful
         notes = np.asarray(0), success, success, _best_or(run)
-        return load(file, _Content(found, run.state, columns, path, *notes, undo))
+        return load(file, _Content(found, run.state, columns, path, *notes, undo, command))
 
     def _go_on(self, run: Any, file: Path, content: "_Content") -> None:
         state = content.state
@@ -262,6 +269,7 @@ class _Content(eqx.Module):
     reason: RESULTS
     best: Best  # of step -1 where nobody keeps one
     undo: Undo | None  # of `RollBack`
+    command: np.ndarray | None  # that started the run, as the bytes of JSON
 
 
 def _best_or(run: Any) -> Best:

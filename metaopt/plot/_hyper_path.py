@@ -1,6 +1,7 @@
 """Plots of the path of each outer variable."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,23 +12,30 @@ from .._core._tree import leaf_names
 from .._core._validate import check_kind
 from .._report import History, is_float_array
 from ..hyper import values
+from ._lines import draw_lines, entries, MAX_LINES, readable
 from ._matplotlib import new_figure, tidy
 
 
-_PER_ROW = 4
-_WIDE = 20.0  # a range of values that a logarithmic axis shows better
-_MAX_LINES = 12
+_PER_ROW = 3
 
 
-def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
+def hyper_path(
+    history: History,
+    *,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    figure: Any = None,
+) -> list[Any]:
     """Draw the outer variables over the outer steps, one panel for each leaf of `hyper`.
 
-    Hyperparameters of [`metaopt.hyper`][] are drawn by their values. An axis is
+    Hyperparameters of [`metaopt.hyper`][] are drawn by their values. A leaf of more than
+    12 numbers is drawn as their median, the middle half and the middle 90 %. An axis is
     logarithmic where values are positive and span a factor of more than 20.
 
     **Arguments:**
 
-    - `history`: what `solution.history` is.
+    - `history`: the `history` of a solution.
+    - `labels`: names for the entries of a leaf, by the title of its panel, such as
+        `{"rate": ["first layer", "second layer"]}`; by default they are counted from 1.
     - `figure`: a matplotlib figure or subfigure to draw into; by default a new one.
 
     **Returns:**
@@ -36,8 +44,8 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
 
     **Raises:**
 
-    `ValueError` for anything else, or a history without a path of `hyper`; `ImportError`
-    without matplotlib.
+    `ValueError` for anything else, for a history without a path of `hyper`, and for labels
+    that do not fit; `ImportError` without matplotlib.
     """
     check_kind(history, History, "history", "solution.history")
     if history.hyper is None:
@@ -48,18 +56,20 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
     path = values(history.hyper)
     # Leaves that are no floats are kept once, without an axis of steps.
     path = eqx.filter(path, is_float_array)
-    names, leaves = leaf_names(path, ""), jax.tree.leaves(path)
+    titles = [readable(name) or "hyper" for name in leaf_names(path, "")]
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(path)]
+    named = _checked_labels(labels, titles, leaves)
     columns = min(_PER_ROW, len(leaves))
     rows = math.ceil(len(leaves) / columns)
     if figure is None:
-        figure = new_figure(3.2 * columns, 2.4 * rows)
+        figure = new_figure(4.2 * columns, 2.6 * rows)
     grid = np.atleast_1d(figure.subplots(rows, columns, sharex=True, squeeze=False)).ravel()
     for axes in grid[len(leaves) :]:
         axes.set_visible(False)
-    for axes, name, leaf in zip(grid, names, leaves):
-        leaf = np.asarray(leaf, np.float64)
-        _draw(axes, leaf.reshape(len(leaf), -1))
-        axes.set_title(name.removeprefix(".") or "hyper")
+    for axes, title, leaf, of_leaf in zip(grid, titles, leaves, named):
+        steps = np.arange(1, len(leaf) + 1)
+        draw_lines(axes, steps, leaf.reshape(len(leaf), -1), of_leaf)
+        axes.set_title(title)
         tidy(axes)
     for axes in grid[max(len(leaves) - columns, 0) : len(leaves)]:
         axes.set_xlabel("outer step")
@@ -67,14 +77,23 @@ def hyper_path(history: History, *, figure: Any = None) -> list[Any]:
     return list(grid[: len(leaves)])
 
 
-def _draw(axes: Any, lines: np.ndarray) -> None:
-    steps = np.arange(1, len(lines) + 1)
-    many = lines.shape[1] > _MAX_LINES
-    for index, line in enumerate(lines.T):
-        style = {"color": "C0", "alpha": 0.3, "linewidth": 0.8} if many else {}
-        label = str(index) if lines.shape[1] > 1 and not many else None
-        axes.plot(steps, line, label=label, **style)
-    if np.min(lines) > 0 and np.max(lines) > _WIDE * np.min(lines):
-        axes.set_yscale("log")
-    if lines.shape[1] > 1 and not many:
-        axes.legend(frameon=False, fontsize="small")
+def _checked_labels(
+    labels: Mapping[str, Sequence[str]] | None, titles: list[str], leaves: list[np.ndarray]
+) -> list[list[str]]:
+    """The names of the entries of each leaf."""
+    given = {} if labels is None else dict(labels)
+    if unknown := [title for title in given if title not in titles]:
+        raise ValueError(
+            f"`labels` names {unknown[0]!r}, and the panels are {', '.join(titles)}."
+        )
+    named = []
+    for title, leaf in zip(titles, leaves):
+        count = math.prod(leaf.shape[1:])
+        of_leaf = list(given.get(title, [])) or entries(leaf.shape[1:])
+        if len(of_leaf) != count and count <= MAX_LINES:
+            raise ValueError(
+                f"`labels[{title!r}]` has {len(of_leaf)} names, and the leaf has {count} "
+                "numbers."
+            )
+        named.append(of_leaf)
+    return named

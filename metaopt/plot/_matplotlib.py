@@ -22,3 +22,15 @@ def new_figure(width: float, height: float) -> Any:
 def tidy(axes: Any) -> None:
     """Take away the frame on two sides."""
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_beside(axes: Any) -> None:
+    """A legend to the right of a panel, where it hides no curve."""
+    axes.legend(
+        frameon=False,
+        fontsize="small",
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        borderaxespad=0.2,
+        handlelength=1.3,
+    )

@@ -6,7 +6,8 @@ import numpy as np
 
 from .._core._validate import check_kind
 from ..diagnostics import ResponseCheck
-from ._matplotlib import new_figure, tidy
+from ._lines import readable
+from ._matplotlib import legend_beside, new_figure, tidy
 
 
 def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
@@ -35,13 +36,14 @@ def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
     left.barh(rows, np.nan_to_num(check.cosine), color=colors)
     left.set(xlim=(-1, 1), title="cosine of the responses")
     left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(rows, [name.removeprefix("hyper.") for name in check.names])
+    names = [readable(name).removeprefix("hyper.") for name in check.names]
+    left.set_yticks(rows, names)
     left.invert_yaxis()
     right.barh(rows - 0.2, check.learned_slope, 0.4, color="C0", label="learned")
     right.barh(rows + 0.2, check.implicit_slope, 0.4, color="C1", label="implicit")
     right.set(title=f"slope of the outer loss (cosine {check.slope_cosine:.2f})")
     right.axvline(0, color="black", linewidth=0.8)
-    right.legend(frameon=False)
+    legend_beside(right)
     for axes in (left, right):
         tidy(axes)
     return [left, right]

@@ -17,6 +17,7 @@ from ._method import (
 )
 from ._multi_start import MultiStart as MultiStart
 from ._optuna import OptunaSearch as OptunaSearch
+from ._results_file import read_comparison as read_comparison
 from ._search import (
     AbstractSearch as AbstractSearch,
     AbstractSession as AbstractSession,

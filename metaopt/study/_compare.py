@@ -186,10 +186,17 @@ def compare(
     settings = {name: described(x, name) for name, x in shared.items()}
     of_methods = {name: described(x, f"methods[{name!r}]") for name, x in named.items()}
     higher = {LOSS: False} | {n: m.higher_is_better for n, m in measured.items()}
-    with results_file(out, settings, of_methods) as file:
+    rest = higher, budget.amount, budget.unit, target, parts.measured_on
+    about = {
+        "budget": {"amount": budget.amount, "unit": budget.unit},
+        "higher_is_better": higher,
+        "target": target,
+        "data": parts.measured_on,
+        "asked": list(named),
+    }
+    with results_file(out, settings, of_methods, about) as file:
         run_missing(named, numbers, seeds_per_call, measure, new_trace, file, progress)
         records = {name: {s: file.records[name][s] for s in numbers} for name in named}
-        rest = higher, budget.amount, budget.unit, target, parts.measured_on
         table = Comparison(records, *rest)
         if out is not None:
             _write_summary(Path(out), table, file)
@@ -248,9 +255,6 @@ def _write_summary(folder: Path, table: Comparison, file: ResultsFile) -> None:
         for method, p in table.p_values(metric).items():
             means[method][metric]["p"] = p
     summary = {
-        "budget": {"amount": table.budget, "unit": table.unit},
-        "higher_is_better": table.metrics,
-        "data": table.data,
         "means": means,
         "verdicts": [table.verdict(metric) for metric in table.metrics],
     }

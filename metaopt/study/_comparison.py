@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plot import curves_figure
+from ..plot import comparison
 from ._statistics import adjusted, LEVEL, Mean, paired_p_value
 
 
@@ -226,17 +226,7 @@ class Comparison:
         A figure of matplotlib, with one panel for each metric: means over seeds, and bands
         of one standard error.
         """
-        shares = np.linspace(0, 1, 41)
-        panels = {}
-        for metric in self.metrics:
-            lines = {}
-            for method in self.records:
-                means = [self.mean(method, metric, s * self.budget) for s in shares]
-                centre = np.array([m.mean for m in means])
-                width = np.nan_to_num([m.standard_error for m in means])
-                lines[method] = (shares * self.budget, centre, width)
-            panels[metric] = lines
-        return curves_figure(panels, self.unit, f"{{}} ({self.data})")
+        return comparison(self)
 
     def plot(self, path: str | Path) -> None:
         """Write the figure to a file.

@@ -13,7 +13,7 @@ from typing import Any
 from .._core._description import description, first_change
 from .._core._files import check_writable, write_atomically
 from .._core._lock import locked
-from ._comparison import Record
+from ._comparison import Comparison, Record
 
 
 _VERSION = 2
@@ -44,12 +44,13 @@ def results_file(
     folder: str | os.PathLike | None,
     settings: dict[str, dict[str, str]],
     methods: dict[str, dict[str, str]],
+    about: Mapping[str, Any],
 ) -> Iterator["ResultsFile"]:
     """Open the file of a study, which no other process may write until the block ends.
 
     **Arguments:**
 
-    - `folder`, `settings`, `methods`: as for `ResultsFile`.
+    - `folder`, `settings`, `methods`, `about`: as for `ResultsFile`.
 
     **Raises:**
 
@@ -60,7 +61,7 @@ def results_file(
             path = Path(folder) / _NAME
             check_writable(path)
             held.enter_context(locked(path, "file"))
-        yield ResultsFile(folder, settings, methods)
+        yield ResultsFile(folder, settings, methods, about)
 
 
 class ResultsFile:
@@ -72,6 +73,7 @@ class ResultsFile:
     - `settings`: the settings that all records share, by their names, each as rows of
         texts.
     - `methods`: the settings of each method, by its name.
+    - `about`: all else that a table of the records needs.
 
     **Raises:**
 
@@ -83,10 +85,12 @@ class ResultsFile:
         folder: str | os.PathLike | None,
         settings: dict[str, dict[str, str]],
         methods: dict[str, dict[str, str]],
+        about: Mapping[str, Any],
     ):
         self.path = None if folder is None else Path(folder) / _NAME
         self.settings = dict(settings)
         self.methods = dict(methods)
+        self.about = dict(about)
         self.records: dict[str, dict[int, Record]] = {}
         if self.path is None:
             return
@@ -126,6 +130,7 @@ class ResultsFile:
             "version": _VERSION,
             "settings": self.settings,
             "methods": self.methods,
+            **self.about,
             **summary,
             "records": records,
         }
@@ -194,3 +199,45 @@ def _record(row: Mapping[str, Any]) -> Record:
     values = {name: [number(x) for x in xs] for name, xs in row["values"].items()}
     amounts = {name: number(row[name]) for name in ("gradients", "products", "seconds")}
     return Record(**{**row, "values": values, **amounts})
+
+
+def read_comparison(folder: str | os.PathLike) -> Comparison:
+    """Read the results of a study, finished or not.
+
+    Seeds that some method has not finished are left out.
+
+    **Arguments:**
+
+    - `folder`: the `out` of [`metaopt.study.compare`][].
+
+    **Returns:**
+
+    A [`metaopt.study.Comparison`][].
+
+    **Raises:**
+
+    `ValueError` for a folder without results, and for a file that is damaged.
+    """
+    path = Path(folder) / _NAME
+    if not path.exists():
+        raise ValueError(f"{path} is not there: the folder holds no study.")
+    file = ResultsFile(folder, {}, {}, {})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        budget, target = content["budget"], content["target"]
+        names = content["asked"]
+        rest = (
+            dict(content["higher_is_better"]),
+            float(budget["amount"]),
+            str(budget["unit"]),
+            None if target is None else (str(target[0]), float(target[1])),
+            str(content["data"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of results of a study: {error!r}.") from error
+    rows = {name: file.records[name] for name in names if file.records.get(name)}
+    seeds = set.intersection(*map(set, rows.values())) if rows else set()
+    if not seeds:
+        raise ValueError(f"{path}: no seed is finished by all methods so far.")
+    kept = {name: {s: row[s] for s in sorted(seeds)} for name, row in rows.items()}
+    return Comparison(kept, *rest)

@@ -1,0 +1,3 @@
+"""The command line: `python -m metaopt`."""
+
+from ._main import main as main
