@@ -1,11 +1,10 @@
 """Plots of schedules over the steps of an inner solver."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..hyper import values
 from ._lines import draw_lines, entries
 from ._matplotlib import new_figure, tidy
 
@@ -66,9 +65,15 @@ def schedule(
     return all_axes
 
 
+@runtime_checkable
+class _HasValue(Protocol):
+    @property
+    def value(self) -> Any: ...
+
+
 def _table(title: str, given: Any) -> np.ndarray:
     """The numbers of a schedule, of shape `(num_steps, num_parts)`."""
-    found = values({"": given})[""]
+    found = given.value if isinstance(given, _HasValue) else given
     try:
         table = np.asarray(found, np.float64)
     except (TypeError, ValueError):
