@@ -31,7 +31,7 @@ import metaopt as mo
 
 
 KNOTS = 5  # of the schedule of each array
-FACTOR = 8.0  # by which searches scale the rate and the decay of an array, at most
+FACTOR = 5.0  # by which searches scale the rate and the decay of an array, at most
 NUM_AGAIN = 8  # models that are trained at the settings that were found
 
 
@@ -262,7 +262,7 @@ def spaces(hyper) -> dict[str, Any]:
     curve = hyper["curve"]
     peak = float(curve.peak.value)
     ranges = (
-        mo.study.LogUniform(peak / 30, peak * 30),
+        mo.study.LogUniform(peak / 10, peak * 10),
         mo.study.Uniform(0.0, 0.6),
         mo.study.Uniform(0.0, 1.0),
     )
@@ -407,7 +407,7 @@ def main():
         budget=mo.study.GradientBudget(budget),
         seeds=arguments.seeds or seeds,
         metrics=measures(model, problem, inner, setting.batch_size),
-        num_points=8,
+        num_points=5,
         out=arguments.out or pathlib.Path("runs/schedules") / arguments.setting,
     )
     print(f"{arguments.setting}: {num_hyper(hyper)} numbers, {num_steps} inner steps")
