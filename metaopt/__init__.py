@@ -44,6 +44,7 @@ from ._core._results import (
     SolveError as SolveError,
 )
 from ._core._self_test import warn_if_known_bad as _warn_if_known_bad
+from ._core._version import __version__ as __version__
 from ._data import (
     BatchSequence as BatchSequence,
     Folds as Folds,
@@ -96,8 +97,6 @@ from ._solver import (
 from .diagnostics._check import check_hypergradient as check_hypergradient
 from .diagnostics._compare import compare_hypergradients as compare_hypergradients
 
-
-__version__ = "0.1.0"
 
 _warn_if_known_bad()
 

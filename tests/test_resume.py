@@ -35,7 +35,7 @@ def solve(
     num_steps: int,
     path: Path,
     every: int = 2,
-    rate: float = 0.1,
+    rate: Any = 0.1,
     more: Any = (),
     hyper: Any = None,
     state: Any = None,
@@ -128,6 +128,17 @@ def test_other_settings_are_named(tmp_path, whole):
         changed.history.outer_loss[:4], whole.history.outer_loss[:4]
     )
     assert changed.history.outer_loss[5] != whole.history.outer_loss[5]
+
+
+def test_a_schedule_whose_settings_change_their_type_goes_on(tmp_path):
+    # The first call of it makes the 10 that it closes over 10.0.
+    rate = optax.cosine_decay_schedule(0.1, 10)
+    solve(2, tmp_path / "run", rate=rate)
+    assert_whole(
+        solve(4, tmp_path / "run", rate=rate), solve(4, tmp_path / "other", rate=rate)
+    )
+    with pytest.raises(mo.CheckpointError, match=r"decay_steps` was 10(\.0)? and is 11"):
+        solve(6, tmp_path / "run", rate=optax.cosine_decay_schedule(0.1, 11))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, whole, monkeypatch):

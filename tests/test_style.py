@@ -327,11 +327,9 @@ def is_reexport(node: ast.stmt) -> bool:
 
 
 def is_root_extra(node: ast.stmt) -> bool:
-    """What the package's own `__init__.py` may do besides: version and warning."""
+    """What the package's own `__init__.py` may do besides: the warning."""
     match node:
         case ast.ImportFrom(module="_core._self_test"):
-            return True
-        case ast.Assign(targets=[ast.Name(id="__version__")], value=ast.Constant()):
             return True
         case ast.Expr(value=ast.Call(func=ast.Name(id=called), args=[], keywords=[])):
             return called.endswith("warn_if_known_bad")

@@ -4,48 +4,59 @@
 # Learn an initialisation from which a few steps on a few examples are enough for classes
 # that nobody has seen (MAML). You need images sorted by class: arrays, or a folder with
 # one folder for each class. Here they are written to such a folder first, as yours may
-# be.
+# be: the letters of the alphabet, in sixteen fonts that come with Matplotlib.
 
 # %%
 import pathlib
+import string
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from PIL import Image, ImageDraw, ImageFont
 
 import metaopt as mo
 
 
-digits = mo.datasets.load_digits()
+fonts = sorted(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf").glob("*.ttf"))
+kinds = "DejaVuSans", "DejaVuSerif", "STIXGeneral"
+fonts = [
+    font for font in fonts if font.name.startswith(kinds) and "Display" not in font.name
+]
 folder = pathlib.Path("images")
-for label in range(10):
-    (folder / f"digit {label}").mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(digits.x[digits.y == label][:40]):
-        path = folder / f"digit {label}" / f"{number}.png"
-        plt.imsave(path, image.reshape(8, 8), cmap="gray", vmin=0, vmax=1)
+for letter in string.ascii_letters:
+    case = "small" if letter.islower() else "large"
+    name = folder / f"{letter.upper()}, {case}"
+    name.mkdir(parents=True, exist_ok=True)
+    for number, font in enumerate(fonts):
+        image = Image.new("L", (28, 28))
+        drawn = ImageFont.truetype(str(font), 22)
+        ImageDraw.Draw(image).text((14, 14), letter, 255, drawn, anchor="mm")
+        image.save(name / f"{number}.png")
 
-classes = mo.datasets.load_image_folder(folder, size=8).with_rotations()
+classes = mo.datasets.load_image_folder(folder, size=14).with_rotations()
 print(classes.x.shape, classes.x.dtype)
 
 # %% [markdown]
-# Each digit that is turned by a quarter is a class of its own: 40 classes. Some are kept
-# for the end. `Episodes` draws tasks: three classes, one example of each to adapt to,
-# five of each to be judged by.
+# Each letter that is turned by a quarter is a class of its own: 208 classes. Some are kept
+# for the end. `Episodes` draws tasks: five classes, one example of each to adapt to, five
+# of each to be judged by.
 
 # %%
-order = np.random.default_rng(0).permutation(40)
-learn, new = classes[order[:28]], classes[order[28:]]
-episodes = mo.few_shot.Episodes(learn, num_ways=3, num_shots=1, num_queries=5, num_tasks=16)
+order = np.random.default_rng(0).permutation(208)
+learn, new = classes[order[:160]], classes[order[160:]]
+episodes = mo.few_shot.Episodes(learn, num_ways=5, num_shots=1, num_queries=5, num_tasks=16)
 tasks = episodes(jax.random.key(0))
 
-figure, panels = plt.subplots(1, 3, figsize=(4.2, 1.6), layout="constrained")
+figure, panels = plt.subplots(1, 5, figsize=(6.4, 1.6), layout="constrained")
 for panel, image in zip(panels, tasks.support[0][0]):
-    panel.imshow(image.reshape(8, 8), cmap="gray_r")
+    panel.imshow(image.reshape(14, 14), cmap="gray_r")
     panel.set(xticks=[], yticks=[])
-figure.suptitle("One task: adapt to these three")
+_ = figure.suptitle("One task: adapt to these five")
 
 
 # %% [markdown]
@@ -59,8 +70,8 @@ class Classifier(eqx.Module):
 
     def __init__(self, key):
         keys = jax.random.split(key)
-        self.first = eqx.nn.Linear(64, 64, key=keys[0])
-        self.second = eqx.nn.Linear(64, 3, key=keys[1])
+        self.first = eqx.nn.Linear(196, 64, key=keys[0])
+        self.second = eqx.nn.Linear(64, 5, key=keys[1])
 
     def __call__(self, image):
         return self.second(jax.nn.relu(self.first(jnp.ravel(image))))
@@ -118,7 +129,7 @@ other = mo.few_shot.train(
     steps_per_call=100,
     key=jax.random.key(2),
 )
-unseen = mo.few_shot.Episodes(new, 3, 1, 5)
+unseen = mo.few_shot.Episodes(new, 5, 1, 5)
 for name, meta in {
     "not learned": start,
     "MAML": solution.meta,

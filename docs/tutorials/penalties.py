@@ -81,7 +81,7 @@ print(solution.report)
 # an estimate of the error that both leave.
 
 # %%
-mo.plot.history(solution.history)
+_ = mo.plot.history(solution.history)
 _ = mo.plot.hyper_path(solution.history)
 
 # %% [markdown]

@@ -80,13 +80,16 @@ hyper = {"rate": mo.hyper.PiecewiseLinear(knots, NUM_STEPS)}
 training = mo.Descent(lambda hyper: optax.adam(hyper["rate"]), num_steps=NUM_STEPS)
 problem = mo.BilevelProblem(mo.InnerProblem(loss, lambda hyper, key: Model(key)), loss)
 batches = mo.Minibatches(train, 64)
+falling = optax.cosine_decay_schedule(0.3, 25)
 
 solution = mo.solve_bilevel(
     problem,
     hyper,
     batches,
     mo.Minibatches(valid, 256),
-    solver=mo.NestedSolver(training, mo.UnrolledAdjoint(), optax.adam(0.15), num_seeds=2),
+    solver=mo.NestedSolver(
+        training, mo.UnrolledAdjoint(), optax.adam(falling), num_seeds=2
+    ),
     num_steps=25,
     key=jax.random.key(0),
     steps_per_call=5,
@@ -98,7 +101,7 @@ print(solution)
 # the mean of their hypergradients: a schedule that suits one draw only would not do.
 
 # %%
-mo.plot.schedule({"constant": hyper["rate"], "tuned": solution.hyper["rate"]})
+_ = mo.plot.schedule({"constant": hyper["rate"], "tuned": solution.hyper["rate"]})
 _ = mo.plot.history(solution.history)
 
 # %% [markdown]
@@ -108,7 +111,7 @@ _ = mo.plot.history(solution.history)
 table = mo.study.compare(
     {
         "tuned schedule": mo.study.Tuned(
-            mo.NestedSolver(training, mo.UnrolledAdjoint(), optax.adam(0.15)), 5
+            mo.NestedSolver(training, mo.UnrolledAdjoint(), optax.adam(falling)), 5
         ),
         "random search": mo.study.RandomSearch(
             mo.study.LogUniform(3e-4, 3e-1), batch_size=4
@@ -122,7 +125,7 @@ table = mo.study.compare(
     test,
     inner=training,
     budget=mo.study.GradientBudget(4_000),
-    seeds=range(2),
+    seeds=range(3),
     num_points=4,
     progress=False,
 )

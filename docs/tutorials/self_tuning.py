@@ -73,7 +73,7 @@ solution = mo.solve_bilevel(
     key=jax.random.key(0),
 )
 print(solution)
-print(mo.hyper.values(solution.hyper))
+print(jax.tree.map(float, mo.hyper.values(solution.hyper)))
 _ = mo.plot.hyper_path(solution.history)
 
 # %% [markdown]

@@ -7,8 +7,8 @@ import platform
 import jax
 import jax.numpy as jnp
 
-from .. import __version__
 from .._core._self_test import is_known_bad
+from .._core._version import __version__
 
 
 _NEEDED = ("jax", "jaxlib", "equinox", "optax", "lineax", "optimistix", "jaxopt", "numpy")

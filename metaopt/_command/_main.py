@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Never, TextIO
 
-from .. import __version__
+from .._core._version import __version__
 from ._check import check
 from ._examples import list_examples, run_example
 from ._info import info
@@ -125,9 +125,9 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
 
 
 def _is_agreed(command: str) -> bool:
-    print(f"The file says that its run was started by:\n  {command}")
+    question = f"The file says that its run was started by:\n  {command}\nRun that? [y/N] "
     try:
-        return input("Run that? [y/N] ").strip().lower() in ("y", "yes")
+        return input(question).strip().lower() in ("y", "yes")
     except EOFError:  # nobody is there to ask
         return False
 

@@ -44,9 +44,17 @@ def first_change(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     """
     for name in [*here, *there]:
         was, now = there.get(name, "not there"), here.get(name, "not there")
-        if was != now:
+        if was != now and not _is_same_number(was, now):
             return f"`{name}` was {was} and is {now}"
     return ""
+
+
+def _is_same_number(a: str, b: str) -> bool:
+    """Whether two texts are one number: schedules of optax turn 66 into 66.0 when called."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return False
 
 
 @runtime_checkable

@@ -80,7 +80,9 @@ class HypergradientCheck(eqx.Module):
         elif not self.passed:
             text = (
                 "The two do NOT agree, by more than the differences are wrong: the "
-                "derivative is biased, or the problem is not the same at every call."
+                "derivative is biased, the problem is not the same at every call, or its "
+                "losses have kinks (such as of relu) that a difference steps over. Try a "
+                "smaller `step` in float64, or a smooth activation such as tanh."
             )
         return table("Hypergradient (left) against finite differences", rows, text)
 
