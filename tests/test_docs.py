@@ -141,6 +141,7 @@ PAGES = pages()
 DOCSTRINGS = docstrings()
 
 
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page, as_a_reader):
     says, printed = run(python_blocks(PAGES[page]), str(REPOSITORY / page))

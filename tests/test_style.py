@@ -143,6 +143,7 @@ def public_names() -> dict[str, object]:
         module = import_module(module_name(path))
         for name in exported_names(path):
             names[f"{module.__name__}.{name}"] = getattr(module, name)
+    names.pop("metaopt.__version__")  # a text, not an object with a docstring
     return names
 
 

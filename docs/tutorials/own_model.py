@@ -253,4 +253,5 @@ _ = table.figure()
 
 # %% [markdown]
 # With two settings random search is hard to beat, and the table would say so. The
-# hypergradient pays off where there are more settings than a search can try: go on with [one penalty for each parameter](penalties.md) or [a schedule](schedule.md).
+# hypergradient pays off where there are more settings than a search can try: go on with
+# [one penalty for each parameter](penalties.md) or [a schedule](schedule.md).

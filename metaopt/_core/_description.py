@@ -50,7 +50,7 @@ def first_change(there: Mapping[str, str], here: Mapping[str, str]) -> str:
 
 
 def _is_same_number(a: str, b: str) -> bool:
-    """Whether two texts are one number: schedules of optax turn 66 into 66.0 when called."""
+    """Whether two texts are one number: a schedule of optax turns its 66 into 66.0."""
     try:
         return float(a) == float(b)
     except ValueError:
