@@ -37,7 +37,7 @@ def on_config(config, **_):
 def on_files(files: Files, config, **_) -> Files:
     theirs = set(mo.RESULTS.__mro__[1]._name_to_item)
     names = [name for name in mo.RESULTS._name_to_item if name not in theirs]
-    parts = [f"## `{name}`\n\n{mo.RESULTS[vars(mo.RESULTS)[name]]}\n" for name in names]
+    parts = [f"## `{n}`\n\n{mo.RESULTS[getattr(mo.RESULTS, n)]}\n" for n in names]
     content = "\n".join([_CODES, *parts])
     files.append(File.generated(config, "result_codes.md", content=content))
     return files

@@ -5,7 +5,7 @@
 # derivative has as many entries as there are steps, and costs a few trainings.
 #
 # The model predicts the next character of the help pages that ship with Python, from the
-# sixteen before it. It is trained for 60 steps of Adam. Which learning rates are best?
+# eight before it. It is trained for 40 steps of SGD. Which learning rates are best?
 
 # %%
 import pydoc_data.topics
@@ -24,7 +24,7 @@ text = "\n".join(
 )
 alphabet = sorted(set(text))
 codes = np.array([alphabet.index(letter) for letter in text[:60_000]], np.int32)
-LENGTH, WIDTH, NUM_STEPS = 16, 24, 60
+LENGTH, WIDTH, NUM_STEPS = 8, 16, 40
 
 
 def windows(part):
@@ -39,26 +39,22 @@ print(len(train[0]), "windows,", len(alphabet), "characters")
 
 # %%
 class Model(eqx.Module):
-    """Embeddings, one layer of attention to the last character, and a readout."""
+    """The neural language model of Bengio et al. (2003): embeddings, one hidden layer."""
 
     embed: jax.Array
-    place: jax.Array
-    attention: eqx.nn.MultiheadAttention
     hidden: eqx.nn.Linear
     readout: eqx.nn.Linear
 
     def __init__(self, key):
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 3)
         self.embed = 0.3 * jax.random.normal(keys[0], (len(alphabet), WIDTH))
-        self.place = 0.3 * jax.random.normal(keys[1], (LENGTH, WIDTH))
-        self.attention = eqx.nn.MultiheadAttention(2, WIDTH, key=keys[2])
-        self.hidden = eqx.nn.Linear(WIDTH, 2 * WIDTH, key=keys[3])
-        self.readout = eqx.nn.Linear(2 * WIDTH, len(alphabet), key=keys[4])
+        self.hidden = eqx.nn.Linear(LENGTH * WIDTH, 64, key=keys[1])
+        self.readout = eqx.nn.Linear(64, len(alphabet), key=keys[2])
 
     def __call__(self, letters):
-        states = self.embed[letters] + self.place
-        seen = self.attention(states[-1:], states, states)[0] + states[-1]
-        return self.readout(jax.nn.relu(self.hidden(seen)))
+        # A product: on a CPU its derivative is quicker than that of `self.embed[letters]`.
+        states = jax.nn.one_hot(letters, len(alphabet)) @ self.embed
+        return self.readout(jax.nn.tanh(self.hidden(jnp.ravel(states))))
 
 
 def loss(model, hyper, batch):
@@ -75,22 +71,25 @@ def loss(model, hyper, batch):
 # It starts at a constant rate that one would write down.
 
 # %%
-knots = mo.hyper.Positive(jnp.full(8, 3e-3))
+knots = mo.hyper.Positive(jnp.full(8, 0.1))
 hyper = {"rate": mo.hyper.PiecewiseLinear(knots, NUM_STEPS)}
-training = mo.Descent(lambda hyper: optax.adam(hyper["rate"]), num_steps=NUM_STEPS)
+training = mo.Descent(
+    lambda hyper: optax.sgd(hyper["rate"], momentum=0.9), num_steps=NUM_STEPS
+)
 problem = mo.BilevelProblem(mo.InnerProblem(loss, lambda hyper, key: Model(key)), loss)
-batches = mo.Minibatches(train, 64)
-falling = optax.cosine_decay_schedule(0.3, 25)
+batches = mo.Minibatches(train, 32)
+outer = optax.chain(
+    optax.clip_by_global_norm(1.0),  # one bad draw should not move the schedule far
+    optax.adam(optax.cosine_decay_schedule(0.3, 30)),
+)
 
 solution = mo.solve_bilevel(
     problem,
     hyper,
     batches,
     mo.Minibatches(valid, 256),
-    solver=mo.NestedSolver(
-        training, mo.UnrolledAdjoint(), optax.adam(falling), num_seeds=2
-    ),
-    num_steps=25,
+    solver=mo.NestedSolver(training, mo.UnrolledAdjoint(), outer, num_seeds=2),
+    num_steps=30,
     key=jax.random.key(0),
     steps_per_call=5,
 )
@@ -111,10 +110,10 @@ _ = mo.plot.history(solution.history)
 table = mo.study.compare(
     {
         "tuned schedule": mo.study.Tuned(
-            mo.NestedSolver(training, mo.UnrolledAdjoint(), optax.adam(falling)), 5
+            mo.NestedSolver(training, mo.UnrolledAdjoint(), outer), 10
         ),
         "random search": mo.study.RandomSearch(
-            mo.study.LogUniform(3e-4, 3e-1), batch_size=4
+            mo.study.LogUniform(1e-2, 10.0), batch_size=4
         ),
         "constant rate": mo.study.Untuned(),
     },

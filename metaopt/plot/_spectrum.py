@@ -59,7 +59,9 @@ def _draw_plane(axes: Any, given: Mapping[str, np.ndarray]) -> None:
     axes.plot(np.cos(angles), np.sin(angles), color="black", lw=0.8)
     for number, (name, found) in enumerate(given.items()):
         label = name or None
-        axes.scatter(found.real, found.imag, s=14, color=f"C{number % 10}", label=label)
+        axes.scatter(
+            np.real(found), np.imag(found), s=14, color=f"C{number % 10}", label=label
+        )
     radius = max(float(np.max(np.abs(found))) for found in given.values())
     axes.set(
         title=f"Eigenvalues; spectral radius {radius:.3g}",
