@@ -19,7 +19,7 @@ import pytest
 
 import kill_runs
 import metaopt as mo
-from metaopt._core._description import description
+from metaopt._core._description import description, first_change
 from metaopt._core._lock import locked
 from metaopt._outer._interrupts import Interrupts
 from metaopt.callbacks import Checkpoint
@@ -139,6 +139,8 @@ def test_a_schedule_whose_settings_change_their_type_goes_on(tmp_path):
     )
     with pytest.raises(mo.CheckpointError, match=r"decay_steps` was 10(\.0)? and is 11"):
         solve(6, tmp_path / "run", rate=optax.cosine_decay_schedule(0.1, 11))
+    # Floats cannot tell these apart.
+    assert first_change({"seed": str(2**53 + 1)}, {"seed": str(2**53)}) != ""
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, whole, monkeypatch):

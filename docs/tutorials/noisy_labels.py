@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Noisy labels
 #
-# Half of the labels of a training set are wrong, and nobody knows which. A small set with
+# Four in ten labels of a training set are wrong, and nobody knows which. A small set with
 # true labels is at hand. Each training example gets a weight between 0 and 1, tuned for
 # the loss on the true labels: wrong examples lose their weight.
 

@@ -87,9 +87,8 @@ _ = mo.plot.hyper_path(solution.history)
 # %% [markdown]
 # ## Where the penalties went
 #
-# Averaged over the classes, as an image: pixels at the border carry no ink, and no
-# penalty is needed there; the strong ones are where the digits of the training set
-# mislead.
+# Averaged over the classes, as an image. Pixels without ink in any example, such as some
+# at the border, have no influence and keep the penalty that they began with, 1e-3.
 
 # %%
 decays = np.log10(np.asarray(solution.hyper["weight"].value)).mean(axis=1)

@@ -1,6 +1,7 @@
 """Descriptions of objects that are the same in another process."""
 
 import dataclasses
+import fractions
 import functools
 import hashlib
 import types
@@ -52,7 +53,7 @@ def first_change(there: Mapping[str, str], here: Mapping[str, str]) -> str:
 def _is_same_number(a: str, b: str) -> bool:
     """Whether two texts are one number: a schedule of optax turns its 66 into 66.0."""
     try:
-        return float(a) == float(b)
+        return fractions.Fraction(a) == fractions.Fraction(b)  # exact for long seeds
     except ValueError:
         return False
 

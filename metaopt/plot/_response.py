@@ -34,7 +34,7 @@ def response(check: ResponseCheck, *, figure: Any = None) -> list[Any]:
     rows = np.arange(count)
     colors = ["C0" if c > 0 else "C3" for c in np.nan_to_num(check.cosine)]
     left.barh(rows, np.nan_to_num(check.cosine), color=colors)
-    left.set(xlim=(-1, 1), title="cosine of the responses")
+    left.set(xlim=(-1, 1), xticks=(-1, 0, 1), title="cosine of the responses")
     left.axvline(0, color="black", linewidth=0.8)
     names = [readable(name).removeprefix("hyper.") for name in check.names]
     left.set_yticks(rows, names)
