@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import equinox as eqx
 import jax
@@ -332,7 +333,13 @@ def trial_trace(budget: float) -> mo.study.Trace:
     return mo.study.Trace(mo.study.GradientBudget(budget), 1000, start())
 
 
-def test_a_pruner_stops_trials_whose_work_counts(tmp_path):
+@pytest.fixture
+def same_draws(monkeypatch):
+    """The draws of a search with a journal, which are of a process, the same in each."""
+    monkeypatch.setattr(os, "getpid", lambda: 300)
+
+
+def test_a_pruner_stops_trials_whose_work_counts(tmp_path, same_draws):
     optuna = pytest.importorskip("optuna")
     journal = str(tmp_path / "journal")
     search = mo.study.OptunaSearch(
@@ -413,7 +420,7 @@ def test_hybrid_trials_are_not_pruned():
 
 
 @pytest.mark.parametrize("size", [1, 1200])
-def test_hybrid_goes_on_from_its_journal(tmp_path, size):
+def test_hybrid_goes_on_from_its_journal(tmp_path, size, same_draws):
     # The trials of before a kill were neither paid for nor known.
     hyper = start() | {"bias": jnp.zeros(size)}
     problem = mo.BilevelProblem(
@@ -445,7 +452,7 @@ def test_a_journal_holds_no_larger_hyper(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["search", "hybrid"])
-def test_failures_are_in_the_journal(tmp_path, kind):
+def test_failures_are_in_the_journal(tmp_path, kind, same_draws):
     problem = mo.BilevelProblem(
         inner_loss,
         lambda params, hyper, data: jnp.log(hyper["l2"].value - 10) + params[0],
