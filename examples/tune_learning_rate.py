@@ -2,9 +2,9 @@
 
 A small network is trained for 30 steps. Unrolled differentiation through all of them says
 how each setting should change for a lower validation loss: the schedule of the learning
-rate, its shape for each layer, a momentum and a weight decay. Random search and TPE, the
-sampler of Optuna, spend the same number of gradients. Then models are trained anew at what
-each of them found, and measured on test data.
+rate, its shape for each array of the params, a momentum, and a weight decay for each array.
+Random search and TPE, the sampler of Optuna, spend the same number of gradients. Then
+models are trained anew at what each of them found, and measured on test data.
 
 Inner steps, budget and outer rate were chosen on splits of the seeds 100 to 104.
 """
@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 
 NUM_STEPS = 30  # of the inner solver
 BATCH_SIZE = 100
-KNOTS = 5  # of the schedule of each layer
+KNOTS = 5  # of the schedule of each array
 NUM_SEEDS = 3
 NUM_AGAIN = 8  # models that are trained at the settings that were found
 STEP_COST = 3 * NUM_STEPS + 1  # gradients of an outer step; a second derivative is two
@@ -42,8 +42,11 @@ class Classifier(mo.extend.AbstractInnerProblem):
         keys = jax.random.split(key, len(self.widths) - 1)
         shapes = zip(self.widths[:-1], self.widths[1:])
         return {
-            f"layer {i}": eqx.nn.Linear(fan_in, fan_out, key=k)
-            for i, (k, (fan_in, fan_out)) in enumerate(zip(keys, shapes), start=1)
+            f"layer {i}": {
+                "weight": jax.random.normal(k, shape) / shape[0] ** 0.5,
+                "bias": jnp.zeros(shape[1]),
+            }
+            for i, (k, shape) in enumerate(zip(keys, shapes), start=1)
         }
 
     def loss(self, params, hyper, batch):
@@ -53,8 +56,8 @@ class Classifier(mo.extend.AbstractInnerProblem):
 def predict(params, x):
     *hidden, last = params.values()
     for layer in hidden:
-        x = jnp.tanh(x @ layer.weight.T + layer.bias)
-    return x @ last.weight.T + last.bias
+        x = jnp.tanh(x @ layer["weight"] + layer["bias"])
+    return x @ last["weight"] + last["bias"]
 
 
 def cross_entropy(params, hyper, batch):
@@ -72,39 +75,36 @@ def accuracy(params, hyper, batch):
     return jnp.mean(jnp.argmax(predict(params, x), axis=-1) == y)
 
 
-def default_hyper(layers) -> dict[str, Any]:
+def default_hyper(params) -> dict[str, Any]:
     """The settings that each method starts at."""
+    for_each = lambda x: mo.hyper.PerLeaf(mo.hyper.Positive(x), params, "*")
     return {
         "curve": mo.hyper.WarmupCosine(1.0, NUM_STEPS),
         "friction": mo.hyper.Interval(0.1, 0.0, 1.0),  # one minus the momentum
         "decay": mo.hyper.Positive(1e-4),
-        "shapes": {name: mo.hyper.Positive(jnp.ones(KNOTS)) for name in layers},
+        "shapes": for_each(jnp.ones(KNOTS)),
+        "decays": for_each(1.0),  # times `decay`
     }
 
 
 def rates_of(hyper):
-    """The learning rate of each layer at each step."""
+    """The learning rates of each step (rows) and array (columns)."""
     places = jnp.linspace(0, KNOTS - 1, NUM_STEPS)
-    curve = hyper["curve"].value
-    along = lambda shape: jnp.exp(jnp.interp(places, jnp.arange(KNOTS), jnp.log(shape)))
-    return {name: curve * along(shape.value) for name, shape in hyper["shapes"].items()}
+    hats = jnp.maximum(1 - jnp.abs(places[:, None] - jnp.arange(KNOTS)), 0)
+    shapes = jnp.stack(list(hyper["shapes"].value.values()))
+    return hyper["curve"].value[:, None] * jnp.exp(hats @ jnp.log(shapes).T)
 
 
 def optimizer(hyper):
     """SGD with momentum, decoupled weight decay and the rates of `hyper`."""
-    rates, decay = rates_of(hyper), hyper["decay"].value
+    rates = rates_of(hyper)
+    decays = hyper["decay"].value * jnp.stack(list(hyper["decays"].value.values()))
 
     def update(updates, state, params=None):
-        # The step of a layer is its own rate times the direction.
-        scaled = {
-            name: jax.tree.map(
-                lambda u, w, rate=rate: -rate[state] * (u + decay * w),
-                updates[name],
-                params[name],
-            )
-            for name, rate in rates.items()
-        }
-        return scaled, state + 1
+        leaves, structure = jax.tree.flatten(updates)
+        arrays = zip(leaves, jax.tree.leaves(params), rates[state], decays)
+        scaled = [-rate * (u + decay * w) for u, w, rate, decay in arrays]
+        return jax.tree.unflatten(structure, scaled), state + 1
 
     # A run that leaves the stable rates has no useful derivative; clipping keeps it in.
     clip = optax.clip_by_global_norm(1.0)
@@ -114,7 +114,7 @@ def optimizer(hyper):
 
 
 def spaces(hyper) -> dict[str, Any]:
-    """The ranges of searches: those of five numbers, and one more for each layer."""
+    """The ranges of searches: those of five numbers, and one more for each array."""
     ranges = (
         mo.study.LogUniform(0.1, 10.0),
         mo.study.Uniform(0.0, 0.6),
@@ -126,8 +126,8 @@ def spaces(hyper) -> dict[str, Any]:
         "friction": mo.study.LogUniform(0.02, 0.8),
         "decay": mo.study.LogUniform(1e-5, 1e-1),
     }
-    shapes = mo.study.LogUniform(0.1, 10.0, shared=True)
-    return {"few": few, "per layer": few | {"shapes": shapes}}
+    shapes = mo.study.LogUniform(0.2, 5.0, shared=True)
+    return {"few": few, "per array": few | {"shapes": shapes}}
 
 
 def methods_of(inner, hyper, num_outer: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def methods_of(inner, hyper, num_outer: int) -> dict[str, Any]:
         TUNED: mo.NestedSolver(inner, mo.UnrolledAdjoint(), outer),
         "random search": mo.study.RandomSearch(space["few"]),
         "TPE": mo.study.OptunaSearch(space["few"]),
-        "TPE, per layer": mo.study.OptunaSearch(space["per layer"]),
+        "TPE, per array": mo.study.OptunaSearch(space["per array"]),
         "untuned": mo.study.Untuned(),
     }
 
@@ -192,9 +192,8 @@ def results_of(table, metric: str) -> dict[str, Any]:
 
 def pictures(out, table, metric: str, before, after):
     """The schedules before and after, and the loss over what was spent."""
-    panels = {"Before": rates_of(before), "Tuned": rates_of(after)}
-    tables = {title: np.stack(list(r.values()), axis=-1) for title, r in panels.items()}
-    axes = mo.plot.schedule(tables, labels=list(before["shapes"]))
+    tables = {"Before": rates_of(before), "Tuned": rates_of(after)}
+    axes = mo.plot.schedule(tables, labels=list(before["shapes"].value))
     axes[0].set_ylabel("learning rate")
     axes[0].figure.savefig(out / "tune_learning_rate.png", dpi=130)
     mo.plot.comparison(table, metrics=[metric]).savefig(out / "comparison.png", dpi=130)
@@ -207,7 +206,7 @@ def main():
     digits = arguments.data == "digits"
     sizes = (900, 400, 497) if digits else (5000, 1000, 5000)
     problem = mo.BilevelProblem(Classifier((data.x.shape[1], 50, 50, 10)), outer_loss)
-    hyper = default_hyper([f"layer {i}" for i in (1, 2, 3)])
+    hyper = default_hyper(problem.inner.init(None, jax.random.key(0)))
     inner = mo.Descent(optimizer, NUM_STEPS)
 
     def split(seed):

@@ -41,7 +41,7 @@ def test_tuned_rates_beat_the_default_and_searches(tmp_path):
     results = metrics["results"]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     tuned, untuned = results["hypergradient"], results["untuned"]
-    for name in ("random search", "TPE", "TPE, per layer"):
+    for name in ("random search", "TPE", "TPE, per array"):
         assert results[name]["spent"] == pytest.approx(tuned["spent"], rel=0.02)
     for other in (untuned, results["random search"]):
         assert tuned["test_loss"] < other["test_loss"]
