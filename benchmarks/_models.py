@@ -94,7 +94,9 @@ class Transformer(eqx.Module):
         return params | {"readout": dense(next(keys), d, self.num_characters)}
 
     def __call__(self, params, x):
-        h = params["embedding"]["weight"][x] + params["position"]["weight"][: x.shape[1]]
+        # A product: second derivatives of a look-up are slow.
+        h = jax.nn.one_hot(x, self.num_characters) @ params["embedding"]["weight"]
+        h = h + params["position"]["weight"][: x.shape[1]]
         for i in range(self.num_blocks):
             block = params[f"block{i}"]
             h = h + self.attend(block, normalised(h) * block["scale"][0])

@@ -11,7 +11,8 @@ counts as two. Models are then trained anew, and measured on test data.
     METAOPT_DATA=... python benchmarks/tuned_schedules.py --setting fashion
     METAOPT_DATA=... python benchmarks/tuned_schedules.py --setting shakespeare
 
-All settings were chosen on seeds 100 to 104. Started again with the same options it goes
+The settings of digits and of the transformer were chosen on seeds 100 to 104; those of
+Fashion-MNIST were not chosen by any run. Started again with the same options it goes
 on after the last run that it finished.
 """
 
@@ -32,12 +33,13 @@ import metaopt as mo
 
 
 KNOTS = 5  # of the schedule of each array
-FACTOR = 5.0  # by which searches scale the rate and the decay of an array, at most
+FACTOR = 10.0  # by which searches scale the rate and the decay of an array, at most
 NUM_AGAIN = 8  # models that are trained at the settings that were found
 
 
 def losses(logits, labels):
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.losses.softmax_cross_entropy(logits, one_hot)
 
 
 class Training(mo.extend.AbstractInnerProblem):
@@ -78,7 +80,7 @@ class Setting(NamedTuple):
     batch_size: int
     num_trials: int
     outer_rate: float
-    num_seeds: int
+    outer_clip: float
 
 
 def digits() -> Setting:
@@ -89,7 +91,7 @@ def digits() -> Setting:
         train, valid, test = mo.datasets.split(data, (900, 400, 497), seed)
         return pairs(train, valid, test)
 
-    return Setting(model, split, momentum, 1.0, 30, 100, 200, 0.05, 10)
+    return Setting(model, split, momentum, 1.0, 30, 100, 500, 0.05, 1.0)
 
 
 def fashion() -> Setting:
@@ -100,7 +102,7 @@ def fashion() -> Setting:
         train, valid = mo.datasets.split(data[:20_000], (8000, 1000), seed)
         return pairs(train, valid, data[20_000:])
 
-    return Setting(ConvNet((8, 16, 32)), split, momentum, 1.0, 50, 50, 180, 0.05, 5)
+    return Setting(ConvNet((8, 16, 32)), split, momentum, 1.0, 30, 50, 180, 0.05, 0.2)
 
 
 def shakespeare() -> Setting:
@@ -116,7 +118,7 @@ def shakespeare() -> Setting:
         return tuple(train), tuple(valid), windows(last, length, 1_000, random)
 
     model = Transformer(size, 32, 1, length, 2)
-    return Setting(model, split, adam, 0.01, 50, 8, 180, 0.05, 5)
+    return Setting(model, split, adam, 0.03, 50, 8, 180, 0.12, 0.2)
 
 
 SETTINGS = {"digits": digits, "fashion": fashion, "shakespeare": shakespeare}
@@ -181,9 +183,8 @@ def optimizer(setting: Setting):
     def build(hyper):
         # A run that leaves the stable rates has no useful derivative; clipping keeps it in.
         clip = optax.clip_by_global_norm(1.0)
-        return optax.chain(
-            clip, setting.direction(hyper), descend(hyper, setting.num_steps)
-        )
+        direction = optax.flatten(optax.chain(clip, setting.direction(hyper)))
+        return optax.chain(direction, descend(hyper, setting.num_steps))
 
     return build
 
@@ -193,7 +194,9 @@ def momentum(hyper):
 
 
 def adam(hyper):
-    return optax.scale_by_adam(b1=1 - hyper["friction"].value, b2=0.99, eps=1e-6)
+    return optax.scale_by_adam(
+        b1=1 - hyper["friction"].value, b2=0.99, eps=0.0, eps_root=1e-5
+    )
 
 
 def descend(hyper, num_steps):
@@ -214,11 +217,13 @@ def descend(hyper, num_steps):
     return optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
 
 
-def outer_optimizer(rate, budget, num_steps):
+def outer_optimizer(setting: Setting, rate: float | None):
     """Adam with a cosine decay over the outer steps that the budget pays for."""
-    num_outer = int(budget / (3 * num_steps + 1))
-    schedule = optax.cosine_decay_schedule(rate, num_outer)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    num_steps = setting.num_steps
+    num_outer = num_steps * setting.num_trials // (3 * num_steps + 1)
+    schedule = optax.cosine_decay_schedule(rate or setting.outer_rate, num_outer)
+    clip = optax.clip_by_global_norm(setting.outer_clip)
+    return optax.chain(clip, optax.adam(schedule, b2=0.99))
 
 
 def measures(model, problem, inner, batch_size):
@@ -266,6 +271,7 @@ def main():
     parser.add_argument("--setting", choices=tuple(SETTINGS), default="digits")
     parser.add_argument("--quick", action="store_true", help="three seeds, a few minutes")
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--methods", nargs="+", help="names, such as tuned 'TPE, few'")
     parser.add_argument("--outer-rate", type=float)
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -275,7 +281,7 @@ def main():
     problem = mo.BilevelProblem(Training(model), outer_loss(model))
     inner = mo.Descent(optimizer(setting), num_steps)
     budget = num_steps * setting.num_trials
-    outer = outer_optimizer(arguments.outer_rate or setting.outer_rate, budget, num_steps)
+    outer = outer_optimizer(setting, arguments.outer_rate)
     methods: dict[str, Any] = {
         "tuned": mo.NestedSolver(inner, mo.UnrolledAdjoint(), outer),
         "untuned": mo.study.Untuned(),
@@ -289,15 +295,15 @@ def main():
         data = mo.Minibatches(train, setting.batch_size), mo.FullBatch((valid,))
         return *data, mo.FullBatch((test, train))
 
-    seeds = range(3) if arguments.quick else range(setting.num_seeds)
+    names = arguments.methods or methods
     table = mo.study.compare(
-        methods,
+        {name: methods[name] for name in names},
         problem,
         hyper,
         split=split,
         inner=inner,
         budget=mo.study.GradientBudget(budget),
-        seeds=arguments.seeds or seeds,
+        seeds=arguments.seeds or range(3 if arguments.quick else 5),
         metrics=measures(model, problem, inner, setting.batch_size),
         num_points=5,
         out=arguments.out or pathlib.Path("runs/schedules") / arguments.setting,
