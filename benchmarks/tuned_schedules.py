@@ -5,7 +5,9 @@ warm-up, end), its momentum and its weight decay, and with these, for each array
 params, a weight decay and a learning rate at five knots of the run. Searches draw only the
 former (`few`), those and one learning rate for each array (`per array`), or all of them
 (`all`). Each method has the same number of gradients; a product with second derivatives
-counts as two. Models are then trained anew, and measured on test data.
+counts as two. Models are then trained anew, and measured on test data. The figure by which
+methods are judged is the mean test loss of eight models, trained from other starts on other
+batches (`loss of 8`): that of one model has more chance in it than methods differ by.
 
     python benchmarks/tuned_schedules.py  # digits, which ship with scikit-learn
     METAOPT_DATA=... python benchmarks/tuned_schedules.py --setting fashion

@@ -209,41 +209,35 @@ def memory(way, data, key) -> float:
 
 
 def picture(out, runs, accuracies, sizes):
-    figure, grid = plt.subplots(2, 2, figsize=(10.5, 8), layout="constrained")
-    axes = grid.ravel()
-    shown = [name for name in runs if name.startswith("implicit")]
-    for color, name in zip(("C0", "C3", "C1", "C2"), shown):
-        steps, radii = np.asarray(runs[name]["spectral_radius"]).T
-        axes[0].plot(steps, radii, "o-", color=color, markersize=3, label=name)
-        smooth = np.convolve(runs[name]["solver_steps"], np.ones(10) / 10, "valid")
-        axes[1].plot(smooth, color=color, label=name)
-    axes[0].axhline(1, color="0.5", linestyle=":", linewidth=1.2)
-    axes[0].set(
-        title="Largest spectral radius of the Jacobian",
-        xlabel="training step",
-        ylim=(0, None),
-    )
-    axes[1].axhline(MAX_STEPS, color="0.5", linestyle=":", linewidth=1.2)
-    axes[1].set(
-        title="Steps of the solver (dotted: the most it takes)",
-        xlabel="training step",
-        ylim=(0, 1.7 * MAX_STEPS),
-    )
-    for axis in axes[:2]:
-        axis.legend(frameon=False)
-    for axis, table in zip(axes[2:], (accuracies, sizes), strict=True):
-        # Dashes, where lines lie on one another.
-        for style, (name, row) in zip(("o-", "s-", "^--"), table.items(), strict=True):
-            axis.plot(list(row), list(row.values()), style, label=name)
-            axis.set_xscale("log")
-            axis.set(xticks=list(row), xticklabels=list(row))
-        axis.set(xlabel="evaluations of the cell")
-        axis.minorticks_off()
-        axis.legend(frameon=False)
-    axes[2].set(title="Test accuracy (%), trained with so many", ylim=(90, 100))
-    axes[3].set(title="Memory of a gradient (MiB)", yscale="log")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+    figure, grid = plt.subplots(2, 2, figsize=(13, 7.6), layout="constrained")
+    shown = {name: runs[name] for name in runs if name.startswith("implicit")}
+    radii = {
+        name: tuple(np.asarray(run["spectral_radius"]).T) for name, run in shown.items()
+    }
+    smooth = {
+        name: np.convolve(run["solver_steps"], np.ones(10) / 10, "valid")
+        for name, run in shown.items()
+    }
+    over_training = {
+        "largest spectral radius of the Jacobian": (radii, {"no contraction": 1}),
+        "steps of the solver": (smooth, {"the most it takes": MAX_STEPS}),
+    }
+    for axes, (title, (lines, levels)) in zip(grid[0], over_training.items()):
+        options = {"title": title, "xlabel": "training step", "axes": axes}
+        mo.plot.curves(lines, levels=levels, **options)
+    by_evaluations = {
+        "test accuracy (%), trained with so many": accuracies,
+        "memory of a gradient (MiB)": sizes,
+    }
+    for axes, (title, table) in zip(grid[1], by_evaluations.items()):
+        lines = {name: (list(row), list(row.values())) for name, row in table.items()}
+        options = {"title": title, "xlabel": "evaluations of the cell", "axes": axes}
+        mo.plot.curves(lines, **options)
+        counts = list(next(iter(table.values())))
+        axes.set_xscale("log")
+        axes.set_xticks(counts, counts)
+        axes.minorticks_off()
+    grid[1, 0].set_ylim(90, 100)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "deq_digits.png", dpi=130)
 

@@ -267,40 +267,38 @@ def memory(num_characters, key, depths) -> dict[str, list[float]]:
 
 
 def picture(out, runs, tried, sizes, depths):
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    colors = dict(zip(runs, ("0.7", "0.5", "0.3", "C0", "C1", "C2"), strict=True))
-    # Dashes, where lines lie on one another.
-    styles = dict(zip(runs, ("-", "-", "-", "-", "-", "--"), strict=True))
-    for name, run in runs.items():
-        smooth = min(100, len(run["loss"]))
-        mean = np.convolve(run["loss"], np.ones(smooth) / smooth, "valid")
-        axes[0].plot(mean, styles[name], color=colors[name], label=name)
-        if "at_budgets" in run:
-            row = run["at_budgets"]
-            axes[1].plot(tried, row, "o" + styles[name], color=colors[name], label=name)
-        else:
-            axes[1].axhline(run["test"], color=colors[name], linestyle=":", linewidth=1.2)
-    axes[0].set(title="Bits per character in training", xlabel="training step")
+    figure, axes = plt.subplots(1, 3, figsize=(18, 4.2), layout="constrained")
+    width = min(100, len(next(iter(runs.values()))["loss"]))
+    smooth = {
+        name: np.convolve(run["loss"], np.ones(width) / width, "valid")
+        for name, run in runs.items()
+    }
+    mo.plot.curves(
+        smooth,
+        title="bits per character in training",
+        xlabel="training step",
+        axes=axes[0],
+    )
+    mo.plot.curves(
+        {n: (tried, run["at_budgets"]) for n, run in runs.items() if "at_budgets" in run},
+        levels={n: run["test"] for n, run in runs.items() if "at_budgets" not in run},
+        title="bits per character on the test",
+        xlabel="evaluations of the cell",
+        axes=axes[1],
+    )
+    mo.plot.curves(
+        {name: (depths, row) for name, row in sizes.items()},
+        title="memory of a gradient (MiB)",
+        xlabel="evaluations of the cell",
+        axes=axes[2],
+    )
     best = min(run["test"] for run in runs.values())
     for axis in axes[:2]:
         axis.set_ylim(best - 0.25, best + 1.25)
-    axes[1].set(
-        title="On the test, by evaluations of the cell (dotted: explicit)",
-        xlabel="evaluations",
-        xticks=tried,
-    )
-    for color, (name, row) in zip(("C0", "C1", "C2"), sizes.items(), strict=True):
-        axes[2].loglog(depths, row, "o-", color=color, label=name)
-    axes[2].set(
-        title="Memory of a gradient (MiB)",
-        xlabel="evaluations",
-        xticks=depths,
-        xticklabels=depths,
-    )
-    axes[2].minorticks_off()
-    for axis in axes:
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+    for axis, counts in zip(axes[1:], (tried, depths)):
+        axis.set_xscale("log")
+        axis.set_xticks(counts, counts)
+        axis.minorticks_off()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "deq_text.png", dpi=130)
 

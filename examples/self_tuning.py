@@ -303,16 +303,21 @@ def implicit(setting: Setting):
 def picture(out, setting: Setting, solution, curve, check, rows):
     figure = plt.figure(figsize=(13, 8.4), layout="constrained")
     upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.25, 1)))
-    mo.plot.hyper_path(solution.history, figure=upper)
+    layers = ["of the image", "of hidden 1", "of hidden 2"]
+    labels = {"dropout": layers, "decay": ["layer 1", "layer 2", "layer 3"]}
+    mo.plot.hyper_path(solution.history, labels=labels, figure=upper)
     upper.suptitle("What the run did with each hyperparameter")
     left, right = np.asarray(lower.subfigures(1, 2, width_ratios=(1, 1.5)))
-    axes = left.subplots()
-    axes.plot(np.arange(1, len(curve) + 1), curve, color="C0", label="self-tuning")
-    for color, name in (("C3", "initial values"), ("C1", _random_name(setting.num_trials))):
-        axes.axhline(rows[name]["valid_loss"], color=color, linestyle=":", label=name)
-    axes.set(xlabel="outer step", ylabel="validation loss", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    mo.plot.curves(
+        {"self-tuning": (np.arange(1, len(curve) + 1), np.asarray(curve))},
+        levels={
+            name: rows[name]["valid_loss"]
+            for name in ("initial values", _random_name(setting.num_trials))
+        },
+        title="validation loss",
+        xlabel="outer step",
+        axes=left.subplots(),
+    )
     mo.plot.response(check, figure=right)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "self_tuning.png", dpi=120)

@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
-import matplotlib.colors
 import numpy as np
 import optax
 from _shared import load, parse_arguments, print_table, write_metrics
@@ -152,46 +151,48 @@ def run_split(data, sizes, seed, steps):
         inner, best, train, valid, test, steps, jax.random.key(seed)
     )
     # Solved anew from scratch, so that nothing is owed to the warm starts.
-    rows = {
-        "best of 21 shared decays": measure(fit(inner, best, train), parts),
-        "one decay per parameter": measure(fit(inner, solution.hyper, train), parts),
+    fitted = {
+        "best of 21 shared decays": fit(inner, best, train),
+        "one decay per parameter": fit(inner, solution.hyper, train),
     }
-    return rows, solution, test_losses, losses
+    rows = {name: measure(params, parts) for name, params in fitted.items()}
+    weights = {name: np.asarray(params["weight"]) for name, params in fitted.items()}
+    return rows, (losses, solution, test_losses, rows, weights)
 
 
-def picture(out, data, grid_losses, solution, test_losses, rows):
-    figure = plt.figure(figsize=(13, 6.4), layout="constrained")
-    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.45, 1)))
+def picture(out, data, grid_losses, solution, test_losses, rows, weights):
+    figure = plt.figure(figsize=(13, 6.2), layout="constrained")
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.2, 1)))
     axes = upper.subplots(1, 2)
-    axes[0].plot(GRID / np.log(10), grid_losses, "o-", color="C0")
-    axes[0].set(
-        title="One shared decay: the grid",
-        xlabel="decay, powers of ten",
-        ylabel="validation loss",
+    mo.plot.curves(
+        {"validation loss": (np.exp(GRID), np.asarray(grid_losses))},
+        title="One decay for all: the validation loss of a grid",
+        xlabel="decay",
+        axes=axes[0],
     )
     base = rows["best of 21 shared decays"]
-    axes[1].plot(solution.history.outer_loss, color="C0", label="validation")
-    axes[1].plot(test_losses, color="C3", label="test")
-    axes[1].axhline(base["valid_loss"], color="C0", linestyle=":", linewidth=1.2)
-    axes[1].axhline(base["test_loss"], color="C3", linestyle=":", linewidth=1.2)
-    axes[1].set(
-        title="One decay per parameter (dotted: the best of the grid)",
+    mo.plot.curves(
+        {"validation": solution.history.outer_loss, "test": test_losses},
+        levels={
+            "best of the grid, validation": base["valid_loss"],
+            "best of the grid, test": base["test_loss"],
+        },
+        title="One decay for each parameter, while tuned",
         xlabel="outer step",
-        ylabel="loss",
+        axes=axes[1],
     )
-    axes[1].set_ylim(bottom=0)
-    axes[1].legend(frameon=False)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
     side = int(np.sqrt(data.x.shape[1]))
-    decays = np.asarray(solution.hyper["weight"]) / np.log(10)
-    images = lower.subplots(1, data.num_classes)
-    colors = matplotlib.colors.Normalize(*np.quantile(decays, (0.02, 0.98)))
-    for label, axis in enumerate(images):
-        axis.imshow(decays[:, label].reshape(side, side), cmap="viridis", norm=colors)
-        axis.set(title=str(label), xticks=[], yticks=[])
-    lower.suptitle("Learned decay of each weight, by class (powers of ten)")
-    lower.colorbar(plt.cm.ScalarMappable(colors, "viridis"), ax=images, shrink=0.8)
+    images = lower.subplots(len(weights), data.num_classes)
+    for row, (name, weight) in zip(images, weights.items()):
+        limit = np.quantile(np.abs(weight), 0.98)
+        for label, axis in enumerate(row):
+            shown = weight[:, label].reshape(side, side)
+            axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for label, axis in enumerate(images[0]):
+        axis.set_title(str(label))
+    lower.suptitle("Weights of each class: red for it, blue against it, white none")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "tune_regularization.png", dpi=130)
 
@@ -206,8 +207,8 @@ def main():
     first = None
     for split in range(arguments.seed, arguments.seed + num_splits):
         print(f"\nSplit {split}")
-        rows, solution, test_losses, grid_losses = run_split(data, sizes, split, steps)
-        first = first or (grid_losses, solution, test_losses, rows)
+        rows, drawn = run_split(data, sizes, split, steps)
+        first = first or drawn
         metrics[f"split {split}"] = rows
         for name, row in rows.items():
             table.append(

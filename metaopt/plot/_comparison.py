@@ -34,13 +34,20 @@ class Comparable(Protocol):
         ...
 
 
-def comparison(table: Comparable, *, metrics: Sequence[str] | None = None) -> Any:
+def comparison(
+    table: Comparable,
+    *,
+    metrics: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+) -> Any:
     """Draw each metric of a comparison over the part of the budget that is spent.
 
     **Arguments:**
 
     - `table`: the [`metaopt.study.Comparison`][] that `compare` returns.
     - `metrics`: the names of those to draw; by default all.
+    - `methods`: the names of those to draw, by default all. Leave out one that is far from
+        the rest, to see how they differ.
 
     **Returns:**
 
@@ -49,24 +56,18 @@ def comparison(table: Comparable, *, metrics: Sequence[str] | None = None) -> An
 
     **Raises:**
 
-    `ValueError` for anything else, and for a metric that is not there; `ImportError`
-    without matplotlib.
+    `ValueError` for anything else, and for a metric or a method that is not there;
+    `ImportError` without matplotlib.
     """
     if not isinstance(table, Comparable):
         raise ValueError(
             "`table` must be something like `metaopt.study.compare(...)`; got "
             f"{type(table).__name__}."
         )
-    names = list(table.metrics) if metrics is None else list(metrics)
-    for name in names:
-        if name not in table.metrics:
-            raise ValueError(
-                f"`metrics` has {name!r}, and the comparison has "
-                f"{', '.join(table.metrics)}."
-            )
+    shown = _checked("metrics", metrics, table.metrics)
+    drawn = _checked("methods", methods, table.records)
     panels: Mapping[str, Mapping[str, Line]] = {
-        name: {method: _line(table, method, name) for method in table.records}
-        for name in names
+        name: {method: _line(table, method, name) for method in drawn} for name in shown
     }
     return curves_figure(panels, table.unit, f"{{}} ({table.data})")
 
@@ -76,3 +77,17 @@ def _line(table: Comparable, method: str, metric: str) -> Line:
     means = [table.mean(method, metric, cost) for cost in spent.tolist()]
     centre = np.array([m.mean for m in means])
     return spent, centre, np.nan_to_num([m.standard_error for m in means])
+
+
+def _checked(
+    argument: str, names: Sequence[str] | None, known: Mapping[str, Any]
+) -> list[str]:
+    """The names that were asked for, which are all there; by default all."""
+    if names is None:
+        return list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"`{argument}` has {name!r}, and the comparison has {', '.join(known)}."
+            )
+    return list(names)
