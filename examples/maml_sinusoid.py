@@ -83,17 +83,17 @@ def learners(model):
 
 
 def picture(out, histories, learned, tasks):
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
     axes = axes.ravel()
+    lines = {}
     for name, history in histories.items():
         window = max(1, len(history.outer_loss) // 100)
         count = len(history.outer_loss) // window
         means = history.outer_loss[: count * window].reshape(count, window).mean(axis=1)
-        axes[0].plot(window * np.arange(1, count + 1), means, label=name)
-    axes[0].set(
-        title="While it learns", xlabel="meta-step", ylabel="query loss", yscale="log"
-    )
-    axes[0].legend(frameon=False, fontsize=8)
+        lines[name] = window * np.arange(1, count + 1), means
+    title = "query loss while it learns"
+    mo.plot.curves(lines, title=title, xlabel="meta-step", axes=axes[0])
+    axes[0].set(xscale="linear", yscale="log")
     shown = [*(("MAML", index) for index in range(4)), ("trained on all tasks", 1)]
     for axis, (name, index) in zip(axes[1:], shown):
         learner, meta = learned[name]
@@ -107,7 +107,7 @@ def picture(out, histories, learned, tasks):
             axis.plot(x[order], line, style, color="C0", label=f"after {count} steps")
         axis.plot(*support, "o", color="C3", markersize=5, label="what it saw")
         axis.set(title=f"{name}: wave {index + 1}", ylim=(-6, 6))
-    axes[1].legend(frameon=False, fontsize=8, ncols=2)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     out.mkdir(parents=True, exist_ok=True)
