@@ -332,3 +332,11 @@ def test_few_shot_statistics_count_what_is_left_out():
     )
     flat = solution.history.num_flat
     assert flat is not None and flat[0] == 12 and "left out" in str(solution)
+
+
+def test_a_function_of_no_module_builds_an_optimizer():
+    # What `exec` defines without a `__name__`, as some notebooks do.
+    names: dict[str, Any] = {"optax": optax}
+    exec("build = lambda hyper: optax.sgd(hyper)", names)
+    solver = mo.Descent(names["build"], num_steps=3)
+    assert solver.num_steps == 3

@@ -200,6 +200,51 @@ def test_comparisons_of_something_else_are_refused():
         mo.plot.comparison(table(), metrics=["F1"])
 
 
+def test_a_method_far_from_the_rest_can_be_left_out():
+    figure = mo.plot.comparison(table(), methods=["b"])
+    assert texts(figure.legends[0]) == ["b"]
+    with pytest.raises(ValueError, match="`methods` has 'c', and the comparison has a, b"):
+        mo.plot.comparison(table(), methods=["c"])
+
+
+# Curves
+
+
+def test_curves_have_their_names_beside_the_panel():
+    lines = {"one": [3.0, 2.0, 1.0], "two": ([0, 10, 20], [1.0, 2.0, 2.5])}
+    axes = mo.plot.curves(lines, levels={"best": 0.5}, title="loss", xlabel="step")
+    one, two, best = axes.lines
+    np.testing.assert_array_equal(one.get_xdata(), [0, 1, 2])
+    np.testing.assert_array_equal(two.get_data(), [[0, 10, 20], [1.0, 2.0, 2.5]])
+    assert best.get_ydata()[0] == 0.5 and best.get_linestyle() == ":"
+    assert texts(axes.get_legend()) == ["one", "two", "best"]
+    draw(axes)
+    # To the right of the panel, where no curve is.
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1 - 1
+    assert [axes.get_xscale(), axes.get_yscale()] == ["linear", "linear"]
+
+
+def test_a_curve_on_another_is_dashed():
+    x = np.linspace(1.0, 2.0, 50)
+    axes = mo.plot.curves({"a": x, "b": x + 1e-4, "c": x + 0.5}, legend=False)
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "-"]
+    assert axes.get_legend() is None
+
+
+def test_axes_of_curves_are_logarithmic_where_values_are_wide():
+    axes = mo.plot.curves({"a": ([1, 10, 100], [1.0, 30.0, 900.0])})
+    assert [axes.get_xscale(), axes.get_yscale()] == ["log", "log"]
+    draw(axes)
+
+
+def test_curves_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="`lines` is empty"):
+        mo.plot.curves({})
+    for given in (1.0, np.ones((2, 2)), ([1, 2], [1.0, 2.0, 3.0]), []):
+        with pytest.raises(ValueError, match=r"`lines\['a'\]` must be values of shape"):
+            mo.plot.curves({"a": given})
+
+
 # Eigenvalues
 
 
@@ -211,6 +256,13 @@ def test_real_eigenvalues_are_drawn_by_their_size():
     assert negative.get_color() == "C3" and axes.get_yscale() == "log"
     assert texts(axes.get_legend()) == ["positive", "negative"]
     draw(axes)
+
+
+def test_eigenvalues_of_zero_are_counted():
+    axes = mo.plot.spectrum(np.array([3.0, 0.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [3.0, 1.0])
+    assert axes.get_title() == "Eigenvalues; 2 of 4 are zero"
+    draw(mo.plot.spectrum(np.zeros(3)))
 
 
 def test_complex_eigenvalues_are_drawn_in_the_plane():

@@ -246,7 +246,7 @@ def _taken(function: Callable, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_optax(function: Callable) -> bool:
-    return function.__module__.split(".")[0] == "optax"
+    return (function.__module__ or "").split(".")[0] == "optax"  # None under `exec`
 
 
 def _is_transform(x: Any) -> bool:

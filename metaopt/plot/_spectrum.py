@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ._lines import is_wide
 from ._matplotlib import legend_beside, new_figure, tidy
 
 
@@ -12,8 +13,9 @@ def spectrum(eigenvalues: Any, *, figure: Any = None) -> Any:
     """Draw eigenvalues: real ones by their size, complex ones in the plane.
 
     Of the Hessian of an inner loss, say: negative ones, drawn in red, are directions in
-    which the inner problem is not at a minimum. Of the Jacobian of a fixed-point map: it
-    contracts where all of them lie within the unit circle, which is drawn.
+    which the inner problem is not at a minimum; the title has the number of zeros. Of the
+    Jacobian of a fixed-point map: it contracts where all of them lie within the unit
+    circle, which is drawn.
 
     **Arguments:**
 
@@ -82,7 +84,9 @@ def _draw_sizes(axes: Any, given: Mapping[str, np.ndarray]) -> None:
         if np.any(sizes < 0):
             label = f"{name}, negative".removeprefix(", ")
             axes.plot(places[sizes < 0], -sizes[sizes < 0], ".", color="C3", label=label)
-    positive = [x for found in given.values() for x in np.abs(found[found != 0])]
-    if positive and max(positive) > 20 * min(positive):
+    sizes = np.abs(np.concatenate(list(given.values())))
+    zeros = np.count_nonzero(sizes == 0)
+    if is_wide(sizes[sizes > 0]):
         axes.set_yscale("log")
-    axes.set(title="Eigenvalues", xlabel="number, the largest first", ylabel="size")
+    title = f"Eigenvalues; {zeros} of {sizes.size} are zero" if zeros else "Eigenvalues"
+    axes.set(title=title, xlabel="number, the largest first", ylabel="size")
