@@ -30,6 +30,7 @@ from ._bilevel import (
     NestedSolver as NestedSolver,
     PolynomialTolerance as PolynomialTolerance,
     SelfTuningSolver as SelfTuningSolver,
+    step_back as step_back,
     STN as STN,
     WarmStart as WarmStart,
     Windows as Windows,

@@ -33,6 +33,7 @@ from ._start import (
     ColdStart as ColdStart,
     WarmStart as WarmStart,
 )
+from ._step_back import step_back as step_back
 from ._tolerance import (
     AbstractTolerance as AbstractTolerance,
     GeometricTolerance as GeometricTolerance,
