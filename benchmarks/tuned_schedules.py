@@ -92,7 +92,7 @@ def digits() -> Setting:
         train, valid, test = mo.datasets.split(data, (900, 400, 497), seed)
         return pairs(train, valid, test)
 
-    return Setting(model, split, momentum, 1.0, 30, 100, 500, 0.05, 1.0)
+    return Setting(model, split, momentum, 1.0, 30, 100, 200, 0.05, 0.2)
 
 
 def fashion() -> Setting:
@@ -219,12 +219,16 @@ def descend(hyper, num_steps):
 
 
 def outer_optimizer(setting: Setting, rate: float | None):
-    """Adam with a cosine decay over the outer steps that the budget pays for."""
+    """Adam with a cosine decay over the outer steps that the budget pays for.
+
+    Rates grow until training is at the edge of what is stable; beyond it the hypergradient
+    has no direction, and Adam alone does not always come back.
+    """
     num_steps = setting.num_steps
     num_outer = num_steps * setting.num_trials // (3 * num_steps + 1)
     schedule = optax.cosine_decay_schedule(rate or setting.outer_rate, num_outer)
     clip = optax.clip_by_global_norm(setting.outer_clip)
-    return optax.chain(clip, optax.adam(schedule, b2=0.99))
+    return mo.step_back(optax.chain(clip, optax.adam(schedule, b2=0.99)), max_norm=1.0)
 
 
 def measures(model, problem, inner, batch_size):

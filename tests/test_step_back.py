@@ -75,11 +75,12 @@ def test_a_run_that_would_explode_comes_back():
         )
 
     adam = optax.adam(0.2)
-    lost = run(optax.chain(optax.clip(1.0), adam))
-    kept = run(mo.step_back(adam, max_norm=10.0))
-    print(lost.hyper, kept.hyper, lost.history.outer_loss, kept.history.outer_loss)
-    assert float(lost.hyper) > 1.0 and float(jnp.max(lost.history.outer_loss)) > 1e3
-    assert float(kept.hyper) <= 1.2 and abs(float(kept.outer_loss)) < 1.0
+    lost = run(optax.chain(optax.clip(1.0), adam)).history.outer_loss
+    kept = run(mo.step_back(adam, max_norm=10.0)).history.outer_loss
+    # The second step of both is far beyond: 5.6e4. The one finds its way back to rates
+    # with a loss near -0.094, the least, and the other does not.
+    assert lost[1] == kept[1] > 1e4
+    assert np.mean(kept[4:]) < -0.08 < -0.07 < np.mean(lost[4:])
 
 
 def test_other_arguments_are_refused():
@@ -90,6 +91,10 @@ def test_other_arguments_are_refused():
         mo.step_back(adam, max_norm=0)
     with pytest.raises(ValueError, match="`memory` must be a number, at least 0 and less"):
         mo.step_back(adam, 1.0, memory=1.0)
+    with pytest.raises(
+        ValueError, match="`factor` must be a number, above 0 and at most 1"
+    ):
+        mo.step_back(adam, 1.0, factor=1.5)
     with pytest.raises(ValueError, match="`step_back` needs the variables"):
         outer = mo.step_back(adam, 1.0)
         outer.update(gradient(0.1), outer.init(HYPER))

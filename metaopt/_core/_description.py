@@ -1,11 +1,16 @@
 """Descriptions of objects that are the same in another process."""
 
+import ast
 import dataclasses
 import fractions
 import functools
 import hashlib
+import inspect
+import sysconfig
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,25 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 
+_LIBRARIES = [
+    Path(__file__).parents[1],
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
+]
 _MAX_ROWS = 20_000  # more tell nobody anything
 _MAX_DEPTH = 300  # the names grow with the depth
+_MAX_HASHED = 2**26  # bytes of an array; of a larger one a part is hashed
 
 
-def description(x: Any, name: str, hashed: bool = True) -> dict[str, str]:
+def description(x: Any, name: str) -> dict[str, str]:
     """The settings in an object, by their paths from `name`.
 
-    A function is described by its name, its defaults and the settings that it closes over,
-    as the transforms of optax do; arrays by shape, dtype and, on request, a hash of their
-    numbers.
+    A function is described by its name, a hash of its source where that is no library's
+    and can be read, its defaults and the settings that it closes over, as the transforms of
+    optax do; arrays by shape, dtype and a hash of their numbers (of some of them, from 64
+    MiB on).
 
     **Arguments:**
 
     - `x`: an object, such as a solver.
     - `name`: the name of its own.
-    - `hashed`: whether arrays are hashed.
     """
     rows: dict[str, str] = {}
-    _Describer(rows, hashed).describe(x, name)
+    _Describer(rows).describe(x, name)
     return rows
 
 
@@ -69,9 +79,8 @@ _Parts = Iterator[tuple[Any, str]]  # objects with their names
 
 
 class _Describer:
-    def __init__(self, rows: dict[str, str], hashed: bool):
+    def __init__(self, rows: dict[str, str]):
         self.rows = rows
-        self.hashed = hashed
         self.hashes: dict[int, str] = {}
 
     def describe(self, x: Any, name: str) -> None:
@@ -112,21 +121,48 @@ class _Describer:
 
     def _array(self, x: Any) -> str:
         text = f"array of shape {x.shape}, {x.dtype}"
-        if not self.hashed:
-            return text
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return text  # parts of it are with other processes
         if id(x) not in self.hashes:
             is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            content = np.asarray(jax.random.key_data(x) if is_key else x)
-            self.hashes[id(x)] = hashlib.sha256(content.tobytes()).hexdigest()[:16]
+            numbers = _some_of(jax.random.key_data(x) if is_key else x)
+            self.hashes[id(x)] = _hash(np.asarray(numbers).tobytes())
         return f"{text}, with hash {self.hashes[id(x)]}"
+
+
+def _some_of(x: Any) -> Any:
+    """An array, or numbers at equal distances of a large one."""
+    return x if x.nbytes <= _MAX_HASHED else x.reshape(-1)[:: x.nbytes // _MAX_HASHED + 1]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _title(x: Any) -> str:
     if isinstance(x, types.FunctionType):
-        return f"{x.__module__}.{x.__qualname__}"
+        title = f"{x.__module__}.{x.__qualname__}"
+        source = _source(x)
+        return f"{title}, with source {_hash(source)}" if source else title
     if isinstance(x, tuple | list) and not dataclasses.is_dataclass(x):
         return f"{type(x).__qualname__} of length {len(x)}"
     return type(x).__qualname__
+
+
+def _source(x: types.FunctionType) -> bytes:
+    """The source of a function without its layout and comments; empty for one of a library,
+    which other versions write otherwise, and where it cannot be read."""
+    folders = Path(x.__code__.co_filename).parents
+    if any(library in folders for library in _LIBRARIES):
+        return b""
+    try:
+        text = textwrap.dedent(inspect.getsource(x))
+    except (OSError, TypeError):  # such as in a console
+        return b""
+    try:
+        return ast.dump(ast.parse(text)).encode()
+    except SyntaxError:  # a lambda within a longer expression
+        return "".join(text.split()).encode()
 
 
 def _parts(x: Any, name: str) -> _Parts:

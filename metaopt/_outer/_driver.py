@@ -57,8 +57,8 @@ class Run:
         which a callback may set in `see`.
     - `num_failed`: the steps that failed since the run was started.
     - `seconds`: the wall time since the run began.
-    - `settings`: the settings of problem and solver, `hyper` as it is, and the shapes of
-        the data: texts by their names, the same in another process.
+    - `settings`: the settings of problem and solver, `hyper` and the data as they are:
+        texts by their names, the same in another process.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings of problem and solver and the shapes of the data, by their names."""
+        """The settings of problem and solver, and the data, by their names."""
         rows = description(self.body, "") | description(self.hyper, "hyper")
         for feed, name in zip(self.feeds, ("train", "valid")):
             if not feed.is_pulled:
-                rows |= description(feed.now, name, hashed=False)
+                rows |= description(feed.now, name)
         return {name.removeprefix("."): value for name, value in rows.items() if name}
 
     @property
