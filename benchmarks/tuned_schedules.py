@@ -119,7 +119,7 @@ def shakespeare() -> Setting:
         return tuple(train), tuple(valid), windows(last, length, 1_000, random)
 
     model = Transformer(size, 32, 1, length, 2)
-    return Setting(model, split, adam, 0.03, 50, 8, 180, 0.12, 0.2)
+    return Setting(model, split, adam, 0.06, 50, 8, 180, 0.12, 0.2)
 
 
 SETTINGS = {"digits": digits, "fashion": fashion, "shakespeare": shakespeare}
@@ -196,7 +196,7 @@ def momentum(hyper):
 
 def adam(hyper):
     return optax.scale_by_adam(
-        b1=1 - hyper["friction"].value, b2=0.99, eps=0.0, eps_root=1e-5
+        b1=1 - hyper["friction"].value, b2=0.99, eps=0.0, eps_root=1e-4
     )
 
 

@@ -4,6 +4,7 @@ what was given and what to write, raised before anything is compiled."""
 # The types are wrong on purpose.
 # pyright: reportArgumentType=false
 
+import re
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +17,7 @@ import pytest
 
 import metaopt as mo
 from metaopt._core._validate import canonical_hyper
+from metaopt._outer._function import as_callbacks
 
 
 def inner_loss(params, hyper, batch):
@@ -586,3 +588,45 @@ def test_model_state_without_params_is_named():
     ):
         with pytest.raises(ValueError, match="`model_state` was given without `params`"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("loss", "note"),
+    [
+        (
+            lambda p, h, b: jnp.sum(2 * h["rate"] * p),
+            "`hyper` holds a `metaopt.hyper.Positive`, whose number is its `value`",
+        ),
+        (
+            lambda p, h, b: jnp.mean((p @ b[0] - b[1]) ** 2),
+            r"with a batch of shape \(10, 3\), \(10,\): all of its rows at once",
+        ),
+        (
+            lambda p, h, b: jnp.sum(eqx.nn.Dropout(0.5)(p)),
+            "is handed a key to draw random numbers with",
+        ),
+    ],
+)
+def test_errors_of_a_loss_have_a_note(loss, note):
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        mo.solve_inner(
+            mo.InnerProblem(loss),
+            {"rate": mo.hyper.Positive(0.1)},
+            (jnp.ones((10, 3)), jnp.ones(10)),
+            params=jnp.ones(3),
+            solver=mo.Descent(optax.sgd(0.1), 3),
+            adjoint=mo.UnrolledAdjoint(),
+        )
+    assert any(re.search(note, one) for one in caught.value.__notes__)
+
+
+def test_a_writer_is_no_callback(tmp_path):
+    writer: Any = mo.callbacks.CSV(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="a `CSV`, which is a writer of logs"):
+        as_callbacks([writer])
+    path: Any = "a.csv"
+    with pytest.raises(ValueError, match=r"as `metaopt.callbacks.CSV\(path\)` has; got s"):
+        mo.callbacks.Log(path)
+    adam: Any = optax.adam
+    with pytest.raises(ValueError, match="`outer` is the function `optax.adam` itself."):
+        mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), adam)

@@ -196,10 +196,14 @@ def test_checkpoints_of_other_runs_are_named(tmp_path):
         noisy(4, callbacks=[mo.callbacks.Checkpoint(path)])
     with pytest.raises(mo.CheckpointError, match="another `key`"):
         noisy(8, callbacks=[mo.callbacks.Checkpoint(path)], key=jax.random.key(7))
+    with pytest.raises(mo.CheckpointError, match="`problem.inner.loss_fn` was .*source"):
+        solve(8, callbacks=[mo.callbacks.Checkpoint(path)])
+    longer = dataclasses.replace(STOCHASTIC, inner=mo.Descent(optax.sgd(0.2), num_steps=30))
     with pytest.raises(
         mo.CheckpointError, match="`solver.inner.num_steps` was 3 and is 30"
     ):
-        solve(8, callbacks=[mo.callbacks.Checkpoint(path)])
+        data = mo.Minibatches(ROWS, 8), mo.Minibatches(ROWS, 10)
+        solve(8, NOISY, longer, data, callbacks=[mo.callbacks.Checkpoint(path)])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         noisy(2, callbacks=[mo.callbacks.Checkpoint(tmp_path / "file" / "b.npz")])

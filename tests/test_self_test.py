@@ -130,7 +130,7 @@ def test_version(capsys):
         (["examples", "run", "tune_learning_rte"], "did you mean 'tune_learning_rate'"),
         (["examples", "run", "zzz"], "no example 'zzz'; there are deq_digits"),
         (["show", "nowhere"], "nowhere is not there. Name a checkpoint or a study"),
-        (["resume", "nowhere"], "nowhere is no checkpoint"),
+        (["resume", "nowhere"], "nowhere is not there. Name the file of a checkpoint"),
         ([""], "unknown command ''"),
         (["a\nb\udcff"], r"unknown command 'a\nb\udcff'"),
         (["check" * 10_000], "...'; known: info, check"),

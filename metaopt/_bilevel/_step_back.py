@@ -72,7 +72,7 @@ def step_back(
         return StepBackState(within.init(params), params, jnp.ones(()))
 
     def update(
-        updates: PyTree, state: StepBackState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, StepBackState]:
         if params is None:
             raise ValueError("`step_back` needs the variables: `update(..., params)`.")

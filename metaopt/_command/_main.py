@@ -103,7 +103,7 @@ def _answer(arguments: list[str]) -> tuple[int, str]:
     """The exit code, and the text on standard output, or error if the code is 2."""
     parser, names = _parser()
     if not arguments:
-        return 2, "metaopt: no command given; try 'check' or '--help'.\n"
+        return 2, f"metaopt: no command given; known: {', '.join(names)}; try '--help'.\n"
     first = arguments[0]
     if first not in [*names, "--version", "--help", "-h"]:
         return 2, _unknown(first, [*names, "--version", "--help"])

@@ -45,7 +45,8 @@ def resume(run: str, is_agreed: Callable[[str], bool]) -> tuple[int, str]:
     """
     path = Path(run)
     if not path.is_file():
-        return 2, f"metaopt: {run} is no checkpoint.\n"
+        state = "a folder" if path.is_dir() else "not there"
+        return 2, f"metaopt: {run} is {state}. Name the file of a checkpoint.\n"
     file = CheckpointFile(path)
     if file.command is None:
         return 1, (

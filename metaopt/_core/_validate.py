@@ -1,6 +1,7 @@
 """Checks of the user's arguments, made once at the public boundary."""
 
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -209,6 +210,12 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
             f"`{value.__name__}(...)`."
         )
     if not isinstance(value, kind):
+        if isinstance(value, types.FunctionType) and value.__name__ != "<lambda>":
+            called = f"{(value.__module__ or '').partition('.')[0]}.{value.__name__}"
+            raise ValueError(
+                f"`{name}` is the function `{called.removeprefix('.')}` itself. Call it: "
+                f"`{name}` must be something like `{example}`."
+            )
         given = repr(value)
         if len(given) > _MAX_SHOWN:
             given = f"a `{type(value).__name__}`"

@@ -5,7 +5,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..callbacks import AbstractCallback
+from ..callbacks import AbstractCallback, CSV, JSONLines
 
 
 class EachCall(AbstractCallback):
@@ -40,6 +40,11 @@ def as_callbacks(callbacks: Any) -> list[AbstractCallback]:
         )
     callbacks = list(callbacks)
     for one in callbacks:
+        if isinstance(one, CSV | JSONLines):
+            raise ValueError(
+                f"`callbacks` holds a `{type(one).__name__}`, which is a writer of logs. "
+                "Hand it to one: `metaopt.callbacks.Log(...)`."
+            )
         if not isinstance(one, AbstractCallback) and not _takes_a_run(one):
             raise ValueError(
                 "`callbacks` must hold callbacks, such as `metaopt.callbacks.Progress()` "

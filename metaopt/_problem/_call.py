@@ -15,6 +15,7 @@ from .._core._types import Batch, Hyper, Key, LossFn, ModelState, Params
 from .._core._validate import float_as_array
 from ._base import AbstractProblem, Evaluation
 from ._model_state import StepStates
+from ._notes import notes
 
 
 def initialise(
@@ -111,26 +112,9 @@ def call_with_note(fn: LossFn, name: str, params, hyper, batch, **optional) -> A
                 "`hyper` in each other's place. Write it with `params` first, and name "
                 "both where you call metaopt: `hyper=..., params=...`."
             ) from error
-        if batch is None:
-            error.add_note(
-                f"metaopt called `{name}` with `None` as its batch, because no data was "
-                "handed over for it."
-            )
-        elif _is_list_of_batches(batch):
-            error.add_note(
-                f"metaopt called `{name}` with {describe(batch)} as its batch, whose items "
-                "are alike. If each is a batch, hand over `iter(batches)`, from which "
-                "`metaopt.solve_bilevel` takes one for each outer step, or stack them in a "
-                "`metaopt.BatchSequence`, one for each inner step."
-            )
+        for note in notes(error, name, hyper, batch):
+            error.add_note(note)
         raise
-
-
-def _is_list_of_batches(batch: Batch) -> bool:
-    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
-        return False
-    structures = {jax.tree.structure(item) for item in batch}
-    return len(structures) == 1 and not jax.tree_util.all_leaves(batch)
 
 
 def check_signature(

@@ -70,7 +70,7 @@ class CheckpointFile:
 
 def present_command() -> bytes:
     """The folder and the command of this process as JSON; `null` in a notebook."""
-    if vars(sys.modules["__main__"]).get("__file__") is None:
+    if vars(sys.modules["__main__"]).get("__file__") in (None, "<stdin>"):
         return json.dumps(None).encode()
     arguments = [sys.executable, *sys.orig_argv[1:]]
     return json.dumps({"folder": os.getcwd(), "arguments": arguments}).encode()

@@ -46,7 +46,8 @@ class Log(AbstractCallback):
         if not isinstance(writer, _ScalarWriter | _DictWriter):
             raise ValueError(
                 "`writer` must have a method `add_scalar(name, value, step)` or "
-                f"`log(dict, step=step)`; got {type(writer).__name__}."
+                "`log(dict, step=step)`, as `metaopt.callbacks.CSV(path)` has; got "
+                f"{type(writer).__name__}."
             )
         self.writer = writer
         self._first = self._next = 0  # steps: the first of the history, the next to write

@@ -116,7 +116,7 @@ def curves(
 
 
 def _points(name: str, given: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where a curve goes, and its values."""
+    """The points of a curve: their places, and the values."""
     if isinstance(given, tuple) and len(given) == 2:
         x, y = (np.asarray(part, float) for part in given)
     else:

@@ -63,7 +63,9 @@ def history(
         for number, (label, group) in enumerate(groups.items()):
             shown = [np.asarray(one.columns[name], float) for one in group]
             drawn.append(_draw(axes, shown, label, f"C{number % 10}"))
-        axes.set(title=name.replace("_", " "), xlabel="outer step")
+        is_averaged = any(len(g) == 1 and len(g[0]) >= _FEW for g in groups.values())
+        bold = f"; bold: mean of {_WIDTH}" if is_averaged else ""
+        axes.set(title=name.replace("_", " "), xlabel=f"outer step{bold}")
         if is_wide(np.concatenate(drawn)):
             axes.set_yscale("log")
         tidy(axes)
