@@ -630,3 +630,16 @@ def test_a_writer_is_no_callback(tmp_path):
     adam: Any = optax.adam
     with pytest.raises(ValueError, match="`outer` is the function `optax.adam` itself."):
         mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), adam)
+
+
+def test_a_hypergradient_of_zero_says_what_that_means():
+    dead = lambda params, hyper, batch: jnp.sum(jax.nn.relu(params * hyper - 9.0))
+    solution = mo.solve_bilevel(
+        mo.BilevelProblem(lambda p, h, b: jnp.sum((p - h) ** 2), dead),
+        1.0,
+        params=jnp.zeros(3),
+        solver=mo.NestedSolver(DESCENT, mo.UnrolledAdjoint(), optax.adam(0.1)),
+        num_steps=2,
+    )
+    sentence = "0 exactly: it leaves `hyper` where it is"
+    assert sentence in str(solution) and sentence in str(solution.report)

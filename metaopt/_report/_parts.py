@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from .._core._types import Aux, FloatScalar, IntScalar
-from ._table import is_known, is_positive, number
+from ._table import is_known, is_positive, norm, number
 
 
 class AbstractInfo(eqx.Module):
@@ -65,7 +65,7 @@ class OuterInfo(AbstractInfo):
     def rows(self):
         rows = [
             ("outer loss", number(self.loss)),
-            ("hypergradient norm", number(self.hypergradient_norm)),
+            ("hypergradient norm", norm(self.hypergradient_norm)),
         ]
         if is_positive(self.num_zeros):
             rows.append(("entries exactly zero", number(self.num_zeros)))

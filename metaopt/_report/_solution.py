@@ -9,7 +9,7 @@ from .._core._results import RESULTS
 from .._core._types import Aux, FloatScalar, Hyper, ModelState, Params
 from ._history import History
 from ._report import notes, Report
-from ._table import is_known, number, table, verdict
+from ._table import is_known, norm, number, table, verdict
 
 
 class Solution(eqx.Module):
@@ -121,7 +121,7 @@ class BilevelSolution(eqx.Module):
                 ("outer loss, first", number(history.outer_loss[0])),
                 ("outer loss, best", number(self._best())),
                 ("outer loss, final", number(self.outer_loss)),
-                ("hypergradient norm", number(history.hypergradient_norm[-1])),
+                ("hypergradient norm", norm(history.hypergradient_norm[-1])),
             ]
             for name, column in history.columns.items():
                 if name.endswith(("_steps", "_products")) and column.any():

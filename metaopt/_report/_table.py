@@ -44,6 +44,12 @@ def number(x: Any) -> str:
     return f"{float(x):.4g}"
 
 
+def norm(x: Any) -> str:
+    """The norm of a hypergradient, which says so if nothing can move by it."""
+    is_zero = is_known(x) and np.ndim(x) == 0 and float(x) == 0
+    return "0 exactly: it leaves `hyper` where it is" if is_zero else number(x)
+
+
 def yes_or_no(x: Any) -> str:
     """Whether steps returned to their start, for one run or for several."""
     if not is_known(x):
