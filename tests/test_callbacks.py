@@ -219,6 +219,7 @@ def test_best_step_is_kept():
     assert solution.best.step == 12 and solution.best.outer_loss == solution.outer_loss
     np.testing.assert_array_equal(solution.best.hyper, solution.hyper)
     np.testing.assert_array_equal(solution.best.params, solution.params)
+    assert str(solution.best).startswith("Best step\n  outer step  12\n  outer loss")
     assert solve(2).best is None
 
 

@@ -197,7 +197,8 @@ def _check_same(
         if found[name] != (kind, shape):
             raise CheckpointError(
                 f"{path}: `{name}` is {found[name][0]} of shape {found[name][1]} there and "
-                f"{kind} of shape {shape} here."
+                f"{kind} of shape {shape} here. Hand over what the file was written with, "
+                "such as the same model, or name another file."
             )
     for name in found:
         if name not in expected:

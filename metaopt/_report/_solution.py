@@ -69,6 +69,13 @@ class Best(eqx.Module):
     outer_loss: float
     step: int
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        rows = [("outer step", number(self.step)), ("outer loss", number(self.outer_loss))]
+        return table("Best step", rows, "`hyper` and `params` of it are attributes.")
+
 
 class BilevelSolution(eqx.Module):
     """The solution of a bilevel problem. `print` it.
