@@ -43,8 +43,9 @@ def test_tuned_rates_beat_the_default_and_searches(tmp_path):
     tuned, untuned = results["hypergradient"], results["untuned"]
     for name in ("random search", "TPE", "TPE, per array"):
         assert results[name]["spent"] == pytest.approx(tuned["spent"], rel=0.02)
-    for other in (untuned, results["random search"]):
-        assert tuned["test_loss"] < other["test_loss"]
+    # Measured: lower by 0.021, 0.031 and 0.045, with standard errors of a third or less.
+    for name in ("untuned", "random search", "TPE", "TPE, per array"):
+        assert tuned["test_loss"] < results[name]["test_loss"]
     assert tuned["test_accuracy"] > untuned["test_accuracy"]
 
 

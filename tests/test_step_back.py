@@ -1,5 +1,7 @@
 """An outer optimizer that turns back where hypergradients explode."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ def gradient(size):
 
 def steps(outer, sizes):
     """The outer variables along steps with gradients of these norms."""
-    hyper, path = HYPER, [HYPER]
+    hyper: Any = HYPER
+    path = [hyper]
     state = outer.init(hyper)
     update = jax.jit(outer.update)
     for size in sizes:
@@ -81,6 +84,18 @@ def test_a_run_that_would_explode_comes_back():
     # with a loss near -0.094, the least, and the other does not.
     assert lost[1] == kept[1] > 1e4
     assert np.mean(kept[4:]) < -0.08 < -0.07 < np.mean(lost[4:])
+
+
+def test_float32_stays_float32():
+    hyper = jnp.ones(2, jnp.float32)
+    outer = mo.step_back(optax.sgd(0.1), max_norm=1.0)
+    state = outer.init(hyper)
+    for size in (0.1, 5.0):
+        updates, after = jax.jit(outer.update)(size * hyper, state, hyper)
+        assert updates.dtype == jnp.float32
+        dtypes = [[leaf.dtype for leaf in jax.tree.leaves(x)] for x in (state, after)]
+        assert dtypes[0] == dtypes[1]
+        state = after
 
 
 def test_other_arguments_are_refused():

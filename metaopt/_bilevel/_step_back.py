@@ -84,8 +84,11 @@ def step_back(
         mean = jax.tree.map(mix, state.mean, params)
         part = jnp.where(good, jnp.minimum(_GROWTH * state.part, 1), factor * state.part)
         taken = tree_where(good, tree_scale(state.part, step), tree_sub(state.mean, params))
-        kept = tree_where(good, (inner, mean), (state.inner, state.mean))
-        return taken, StepBackState(*kept, part)
+        new, old = (
+            StepBackState(inner, mean, part),
+            StepBackState(state.inner, state.mean, part),
+        )
+        return taken, tree_where(good, new, old)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
