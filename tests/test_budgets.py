@@ -167,6 +167,7 @@ def test_value_under_a_budget_is_that_of_plain_jax(name):
 #
 
 
+@pytest.mark.ci
 def test_memory_of_implicit_differentiation_does_not_grow_with_the_steps():
     arguments = structs((32, 32), 128)
 

@@ -106,6 +106,7 @@ def test_iterator_that_ends_within_a_call():
     assert len(solution.history) == 6
 
 
+@pytest.mark.ci
 def test_calls_end_where_the_shapes_of_batches_change():
     sizes, seen = [5, 5, 6, 6, 6, 5], []
 

@@ -95,6 +95,7 @@ def test_derivatives_of_data_and_closed_over_arrays():
     np.testing.assert_allclose(batched[0], whole[0], rtol=1e-12)
 
 
+@pytest.mark.ci
 def test_memory_is_that_of_a_chunk():
     depth, width, rows = 8, 16, 2048
 

@@ -41,6 +41,7 @@ def test_hypergradients_that_are_finite(inner, adjoint, compiled):
     assert jnp.all(jnp.isfinite(found))
 
 
+@pytest.mark.ci
 def test_losses_after_an_early_stop():
     solve = lambda: mo.solve_inner(
         PROBLEM.inner, 2.0, params=0.0, solver=STOPS, adjoint=mo.ImplicitAdjoint()

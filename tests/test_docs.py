@@ -138,11 +138,16 @@ def docstrings() -> dict[str, tuple[Path, int, str]]:
 
 
 PAGES = pages()
+# They compile for long.
+LONG = [f"docs/{name}.md" for name in ("few_shot", "equilibrium", "migrate", "self_tuning")]
 DOCSTRINGS = docstrings()
 
 
 @pytest.mark.filterwarnings("ignore:JAXopt is no longer:DeprecationWarning")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.ci] * (page in LONG)) for page in PAGES],
+)
 def test_page(page, as_a_reader):
     says, printed = run(python_blocks(PAGES[page]), str(REPOSITORY / page))
     assert [text for text in says if text not in printed] == []

@@ -334,6 +334,7 @@ def plain_gradients(preconditioner):
     return jax.jit(jax.vmap(jax.grad(outer)))(hypers)
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(8)
 @pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
 def test_plain_gradients_agree(preconditioner):

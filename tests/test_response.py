@@ -117,6 +117,7 @@ JACOBIAN = jax.jacfwd(best_response)(HYPER)
 # What a response is checked against
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(2)
 @pytest.mark.parametrize("method", [STN, DELTA], ids=["STN", "DeltaSTN"])
 def test_the_exact_response_agrees(method):
@@ -177,6 +178,7 @@ def test_random_directions_in_place_of_all_numbers():
     assert not np.allclose(other.learned_norm, found.learned_norm)
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:The learned best response")
 def test_defaults_and_a_solution_in_place_of_its_state():
     a, b = (check(x, linear_solver=None) for x in (solved(STN), solved(STN).state))
@@ -295,6 +297,7 @@ def test_each_stage_has_an_equal_share_of_the_steps(num_stages, num_steps):
     np.testing.assert_array_equal(solution.value, expected)
 
 
+@pytest.mark.ci
 def test_retraining_equals_a_loop():
     schedule: Any = solved().history.hyper
     optimizer = optax.sgd(0.1, momentum=0.9)

@@ -255,6 +255,7 @@ def test_floats_are_not_undone():
     assert not np.linalg.norm(back - flat(params)) < 1e3 * np.linalg.norm(flat(params))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "way", ["hypergradient", pytest.param("solve_inner", marks=pytest.mark.slow)]
 )
@@ -341,6 +342,7 @@ def value_of(
     )
 
 
+@pytest.mark.ci
 @pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "dtype, rtol",
@@ -487,6 +489,7 @@ def test_other_adjoints_take_the_solver(adjoint):
 #
 
 
+@pytest.mark.ci
 def test_vmap_and_jit():
     case, num_steps, traced = CASES["ridge"](jnp.float32), 60, []
     inner = mo.ReversibleSGD(

@@ -316,6 +316,7 @@ def test_path_that_began_in_an_earlier_outer_step_is_reported(start, adjoint):
     assert ("earlier" in "".join(report.left_out)) == cut
 
 
+@pytest.mark.ci
 def test_outer_steps_leave_nothing_behind():
     # Elsewhere the state of an optimizer keeps all that it was computed from.
     size, counts = 1237, []  # a shape that no other test has

@@ -41,6 +41,9 @@ def step_back(
     each hypergradient that is used.
 
     ```python
+    import metaopt as mo
+    import optax
+
     outer = mo.step_back(optax.adam(0.05), max_norm=1.0)
     ```
 
