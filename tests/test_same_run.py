@@ -57,6 +57,28 @@ def test_the_source_of_a_function_is_a_setting_but_not_its_layout(tmp_path):
     assert describe(SOURCE.replace("2", "3")) != describe(SOURCE)
 
 
+CALL = """def call(first, second, steps=3): return first
+loss = call(lambda p: (p +
+      1.0) * 2, lambda p: p, steps=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "is_same"),
+    [
+        ("steps=3)", "steps=4)", True),
+        ("lambda p: p,", "lambda p: p + 5,", True),
+        ("(p +", "( p+", True),
+        ("1.0)", "1.5)", False),
+        ("* 2", "* 3", False),
+    ],
+)
+def test_the_source_of_a_lambda_is_that_of_its_expression(tmp_path, there, here, is_same):
+    describe = lambda text: description(written(tmp_path, text), "loss")["loss"]
+    assert "with source" in describe(CALL)
+    assert (describe(CALL.replace(there, here)) == describe(CALL)) == is_same
+
+
 def test_of_libraries_the_names_are_enough(tmp_path):
     # Their next version may write the same function otherwise.
     for function in (optax.sgd, mo.hypergradient, linecache.getline):

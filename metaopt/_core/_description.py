@@ -6,6 +6,7 @@ import fractions
 import functools
 import hashlib
 import inspect
+import linecache
 import sysconfig
 import textwrap
 import types
@@ -156,13 +157,30 @@ def _source(x: types.FunctionType) -> bytes:
     if any(library in folders for library in _LIBRARIES):
         return b""
     try:
-        text = textwrap.dedent(inspect.getsource(x))
-    except (OSError, TypeError):  # such as in a console
+        if x.__name__ == "<lambda>":
+            return _source_of_lambda(x.__code__)
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(x)))).encode()
+    except (OSError, TypeError, SyntaxError):  # such as in a console
         return b""
-    try:
-        return ast.dump(ast.parse(text)).encode()
-    except SyntaxError:  # a lambda within a longer expression
-        return "".join(text.split()).encode()
+
+
+def _source_of_lambda(code: types.CodeType) -> bytes:
+    """The expression of a lambda alone: the lines around it are of a call, say, whose other
+    arguments are no part of the function."""
+    first: list[tuple[int, int]] = []
+    last: list[tuple[int, int]] = []
+    for start, end, column, end_column in code.co_positions():
+        if start and end and column is not None and end_column:
+            first.append((start, column))
+            last.append((end, end_column))
+    lines = [line.encode() for line in linecache.getlines(code.co_filename)]
+    if not first or not lines:
+        return b""
+    (row, column), (end, end_column) = min(first), max(last)
+    lines = lines[row - 1 : end]
+    lines[-1] = lines[-1][:end_column]
+    lines[0] = lines[0][column:]
+    return b"".join(b"".join(lines).split())
 
 
 def _parts(x: Any, name: str) -> _Parts:
