@@ -68,6 +68,7 @@ def test_chunks_add_up(adjoint, num_steps):
     assert relative_error(got, [want]) < 1e-7
 
 
+@pytest.mark.ci
 def test_derivatives_of_data_and_closed_over_arrays():
     def value(shift, x, cut):
         problem = mo.InnerProblem(

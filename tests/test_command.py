@@ -120,6 +120,7 @@ def start(folder: Path, callbacks: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.ci
 def test_a_run_is_shown_and_started_again(tmp_path, capfd, monkeypatch):
     started = start(tmp_path, "[cut]")
     assert "steps 2 of them now an interrupt" in started.stdout, started.stderr

@@ -139,7 +139,17 @@ def docstrings() -> dict[str, tuple[Path, int, str]]:
 
 PAGES = pages()
 # They compile for long.
-LONG = [f"docs/{name}.md" for name in ("few_shot", "equilibrium", "migrate", "self_tuning")]
+LONG = [
+    f"docs/{name}.md"
+    for name in (
+        "concepts",
+        "equilibrium",
+        "extending",
+        "few_shot",
+        "migrate",
+        "self_tuning",
+    )
+]
 DOCSTRINGS = docstrings()
 
 

@@ -1227,6 +1227,7 @@ for chunk_size in (None, 16):
 """
 
 
+@pytest.mark.ci
 def test_tasks_on_eight_devices():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -242,6 +242,7 @@ def differentiate(hyper, problem, adjoint) -> Any:
     )
 
 
+@pytest.mark.ci
 def test_hypergradient_is_that_of_the_dense_operator():
     params, train, valid = solved(0.3)
     gradient, report = differentiate(HYPER, solved(0.3), GAUSS_NEWTON)

@@ -247,6 +247,7 @@ def temporary_bytes(
     return analysis.temp_size_in_bytes, lowered.out_info[1].adjoint
 
 
+@pytest.mark.ci
 def test_each_plan_keeps_what_it_says():
     params = 4 * DEPTH * WIDTH * WIDTH
     activations = 4 * DEPTH * WIDTH * 128

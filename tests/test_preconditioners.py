@@ -242,6 +242,7 @@ def test_the_same_key_gives_the_same_probes():
     np.testing.assert_array_equal(*made)
 
 
+@pytest.mark.ci
 def test_second_moment_of_minibatches_costs_nothing_and_saves_half():
     case = logistic()
     minibatches = mo.Minibatches(case.train, 16)
@@ -334,7 +335,6 @@ def plain_gradients(preconditioner):
     return jax.jit(jax.vmap(jax.grad(outer)))(hypers)
 
 
-@pytest.mark.ci
 @pytest.mark.one_of(8)
 @pytest.mark.parametrize("preconditioner", EVERY, ids=repr)
 def test_plain_gradients_agree(preconditioner):

@@ -117,7 +117,6 @@ JACOBIAN = jax.jacfwd(best_response)(HYPER)
 # What a response is checked against
 
 
-@pytest.mark.ci
 @pytest.mark.one_of(2)
 @pytest.mark.parametrize("method", [STN, DELTA], ids=["STN", "DeltaSTN"])
 def test_the_exact_response_agrees(method):
@@ -161,6 +160,7 @@ def test_one_wrong_column_shows_in_its_row():
     np.testing.assert_allclose(found.jacobian_error, expected, rtol=1e-9)
 
 
+@pytest.mark.ci
 def test_differences_come_to_the_derivative():
     state = with_response(JACOBIAN)
     found = check(state, step=1e-3)
@@ -169,6 +169,7 @@ def test_differences_come_to_the_derivative():
     np.testing.assert_allclose(check(state, step=0.1).jacobian_error, 2e-3, rtol=1)
 
 
+@pytest.mark.ci
 def test_random_directions_in_place_of_all_numbers():
     found = check(with_response(JACOBIAN), num_directions=5)
     assert found.names == tuple(f"direction {i}" for i in range(5))
@@ -227,6 +228,7 @@ class Dropped(mo.extend.AbstractPredictionProblem):
         return Separate().criterion(predictions, params, hyper["decay"], batch)
 
 
+@pytest.mark.ci
 def test_a_leaf_without_a_derivative_is_refused_beside_one_that_has_it():
     # It once passed, with an implicit norm of 0: the leaves were checked as one vector.
     problem, hyper = mo.BilevelProblem(Dropped(), outer_loss), {"decay": HYPER, "rate": 0.3}
@@ -420,6 +422,7 @@ def test_the_history_records_the_path_of_hyper(tmp_path):
     assert [float(row["hyper.target[1]"]) for row in rows] == columns["hyper.target[1]"]
 
 
+@pytest.mark.ci
 def test_a_step_that_is_undone_leaves_no_trace_in_the_path():
     problem = mo.BilevelProblem(
         lambda params, hyper, batch: (params - hyper) ** 2,

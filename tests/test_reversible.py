@@ -342,7 +342,6 @@ def value_of(
     )
 
 
-@pytest.mark.ci
 @pytest.mark.one_of(4)
 @pytest.mark.parametrize(
     "dtype, rtol",
@@ -554,6 +553,7 @@ class Net(eqx.Module):
     none: None = None
 
 
+@pytest.mark.ci
 def test_params_of_any_kind():
     net = Net(
         pair=(jnp.ones(2, jnp.float32), jnp.full((), 0.5, jnp.float64)),
@@ -624,6 +624,7 @@ class Normalised(mo.extend.AbstractInnerProblem):
         return value, 0.9 * state + 0.1 * params
 
 
+@pytest.mark.ci
 def test_model_state():
     def outer_loss(params, hyper, batch, *, state):
         return jnp.sum(params**2 * state)

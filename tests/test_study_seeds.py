@@ -75,6 +75,7 @@ def assert_same(first, second, names, rtol=2e-5):
             assert (record.gradients, record.products) == (other.gradients, other.products)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("split", [shapes, minibatches])
 def test_seeds_at_once_are_those_one_after_the_other(split):
     problem = mo.BilevelProblem(
