@@ -301,14 +301,14 @@ def implicit(setting: Setting):
 
 
 def picture(out, setting: Setting, solution, curve, check, rows):
-    figure = plt.figure(figsize=(13, 8.4), layout="constrained")
-    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.25, 1)))
+    figure = plt.figure(figsize=(13, 10.5), layout="constrained")
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(1.6, 1)))
     layers = ["of the image", "of hidden 1", "of hidden 2"]
     labels = {"dropout": layers, "decay": ["layer 1", "layer 2", "layer 3"]}
     mo.plot.hyper_path(solution.history, labels=labels, figure=upper)
     upper.suptitle("What the run did with each hyperparameter")
     left, right = np.asarray(lower.subfigures(1, 2, width_ratios=(1, 1.5)))
-    mo.plot.curves(
+    axes = mo.plot.curves(
         {"self-tuning": (np.arange(1, len(curve) + 1), np.asarray(curve))},
         levels={
             name: rows[name]["valid_loss"]
@@ -318,6 +318,7 @@ def picture(out, setting: Setting, solution, curve, check, rows):
         xlabel="outer step",
         axes=left.subplots(),
     )
+    axes.set_yscale("log")
     mo.plot.response(check, figure=right)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "self_tuning.png", dpi=120)

@@ -235,6 +235,11 @@ def test_axes_of_curves_are_logarithmic_where_values_are_wide():
     axes = mo.plot.curves({"a": ([1, 10, 100], [1.0, 30.0, 900.0])})
     assert [axes.get_xscale(), axes.get_yscale()] == ["log", "log"]
     draw(axes)
+    for few in ([1.0], [1.0, 100.0]):
+        mo.plot.curves({"a": (few, few)})
+    # Steps from 1 to 40 are at equal distances.
+    axes = mo.plot.curves({"a": (np.arange(1, 41), np.ones(40))})
+    assert [axes.get_xscale(), axes.get_yscale()] == ["linear", "linear"]
 
 
 def test_curves_of_other_shapes_are_refused():

@@ -64,7 +64,8 @@ def curves(
 
     Curves of up to 20 points have a marker at each. A curve that lies on one before it is
     dashed, so that both are seen. The vertical axis is logarithmic where all values are
-    positive and span a factor of more than 20; the horizontal one likewise.
+    positive and span a factor of more than 20; the horizontal one where the points also are
+    at equal factors rather than at equal distances.
 
     **Arguments:**
 
@@ -93,7 +94,8 @@ def curves(
     dotted = {} if levels is None else dict(levels)
     all_x = np.concatenate([x for x, _ in pairs.values()])
     all_y = np.concatenate([*(y for _, y in pairs.values()), list(dotted.values())])
-    scales = [np.log if is_wide(values) else np.asarray for values in (all_x, all_y)]
+    is_log_x = is_wide(all_x) and all(_by_factors(x) for x, _ in pairs.values())
+    scales = [np.log if is_log else np.asarray for is_log in (is_log_x, is_wide(all_y))]
     height = np.ptp(scales[1](all_y[np.isfinite(all_y)])) if len(all_y) else 0.0
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
     for number, (name, (x, y)) in enumerate(pairs.items()):
@@ -128,6 +130,15 @@ def _points(name: str, given: Any) -> tuple[np.ndarray, np.ndarray]:
             f"arrays; got shapes {x.shape} and {y.shape}."
         )
     return x, y
+
+
+def _by_factors(x: np.ndarray) -> bool:
+    """Whether positive places are at equal factors rather than at equal distances."""
+    if len(x) < 3:
+        return False
+    by_factors, by_distances = (np.diff(places) for places in (np.log(x), x))
+    spread = lambda gaps: np.ptp(gaps) / np.max(np.abs(gaps))
+    return bool(spread(by_factors) < spread(by_distances))
 
 
 def _coincide(x, y, other_x, other_y, scale, height: float) -> bool:
