@@ -13,7 +13,7 @@ batches (`loss of 8`): that of one model has more chance in it than methods diff
     METAOPT_DATA=... python benchmarks/tuned_schedules.py --setting fashion
     METAOPT_DATA=... python benchmarks/tuned_schedules.py --setting shakespeare
 
-All settings were chosen on seeds 100 to 104. Started again with the same options it goes on
+All settings were chosen on seeds 100 to 116. Started again with the same options it goes on
 after the last run that it finished.
 """
 
