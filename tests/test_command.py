@@ -51,6 +51,21 @@ def test_check_sees_a_wrong_hypergradient(factor, monkeypatch, capsys):
     assert sum("WRONG (accepted: 1e-06)" in line for line in lines) == 3
 
 
+def test_check_says_which_hypergradient_was_refused(monkeypatch, capsys):
+    right = _check._hypergradient_of
+
+    def refused(*args):
+        if args[-1] == "float32":
+            return right(*args)
+        raise mo.SolveError("It diverged.\nMore.", None)
+
+    monkeypatch.setattr(_check, "_hypergradient_of", refused)
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("WRONG, refused: It diverged." in line for line in lines) == 3
+    assert sum(line.endswith("ok") for line in lines) == 3
+
+
 # Examples
 
 

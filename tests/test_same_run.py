@@ -94,4 +94,6 @@ def test_a_function_without_source_is_described_by_its_name():
 def test_the_numbers_of_large_arrays_are_settings():
     large = np.zeros(2**24)
     assert description(large, "x") == description(large.copy(), "x")
-    assert description(large, "x") != description(large + 1e-9, "x")
+    changed = large.copy()
+    changed[len(large) // 2 :] = 1e-9
+    assert description(large, "x") != description(changed, "x")
