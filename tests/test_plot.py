@@ -231,6 +231,14 @@ def test_a_curve_on_another_is_dashed():
     assert axes.get_legend() is None
 
 
+def test_curves_may_have_gaps():
+    nothing = np.full(3, np.nan)
+    draw(mo.plot.curves({"a": nothing}))
+    axes = mo.plot.curves({"a": [1.0, np.nan, 3.0], "b": nothing})
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "-"]
+    draw(axes)
+
+
 def test_axes_of_curves_are_logarithmic_where_values_are_wide():
     axes = mo.plot.curves({"a": ([1, 10, 100], [1.0, 30.0, 900.0])})
     assert [axes.get_xscale(), axes.get_yscale()] == ["log", "log"]

@@ -86,6 +86,27 @@ def test_a_run_that_would_explode_comes_back():
     assert np.mean(kept[4:]) < -0.08 < -0.07 < np.mean(lost[4:])
 
 
+def test_a_limit_that_no_hypergradient_meets_shows():
+    def run(max_norm):
+        return mo.solve_bilevel(
+            mo.BilevelProblem(
+                lambda params, hyper, batch: jnp.sum((params - hyper["shift"]) ** 2),
+                lambda params, hyper, batch: jnp.sum((params - 2.0) ** 2),
+            ),
+            {"shift": jnp.zeros(2)},
+            params=jnp.zeros(2),
+            solver=mo.NestedSolver(
+                mo.Descent(optax.sgd(0.2), num_steps=3),
+                mo.UnrolledAdjoint(),
+                mo.step_back(optax.adam(0.1), max_norm),
+            ),
+            num_steps=3,
+        )
+
+    row = "outer variables     not moved by any step"
+    assert row in str(run(1e-3)) and row not in str(run(100.0))
+
+
 def test_float32_stays_float32():
     hyper = jnp.ones(2, jnp.float32)
     outer = mo.step_back(optax.sgd(0.1), max_norm=1.0)

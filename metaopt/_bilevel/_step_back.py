@@ -53,7 +53,7 @@ def step_back(
     - `max_norm`: the Euclidean norm of the hypergradient over all outer variables, above
         which it has exploded: a few times that of the first steps, which the column
         `hypergradient_norm` of a history has. If even the first is above, no step is ever
-        taken.
+        taken, and the printed solution says so.
     - `memory`: the weight of the past in the running mean, at least 0 and less than 1.
     - `factor`: by which the steps are shortened, above 0 and at most 1.
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from .._core._results import RESULTS
 from .._core._types import Aux, FloatScalar, Hyper, ModelState, Params
-from ._history import History
+from ._history import History, is_float_array
 from ._report import notes, Report
 from ._table import is_known, norm, number, table, verdict
 
@@ -130,6 +131,8 @@ class BilevelSolution(eqx.Module):
                 ("outer loss, final", number(self.outer_loss)),
                 ("hypergradient norm", norm(history.hypergradient_norm[-1])),
             ]
+            if self._stands_still():
+                rows.append(("outer variables", "not moved by any step"))
             for name, column in history.columns.items():
                 if name.endswith(("_steps", "_products")) and column.any():
                     title = name.removeprefix("num_").replace("_", " ")
@@ -144,6 +147,12 @@ class BilevelSolution(eqx.Module):
         if self.warm_started:
             rows.append(("inner solution", "from warm starts, not from `hyper` alone"))
         return table("Bilevel solution", rows, verdict(self.result))
+
+    def _stands_still(self) -> bool:
+        """Whether two or more steps left the outer variables as the first one did."""
+        path = eqx.filter(self.history.hyper, is_float_array)
+        same = [bool(np.all(leaf == leaf[:1])) for leaf in jax.tree.leaves(path)]
+        return len(self.history) > 1 and bool(same) and all(same)
 
     def _best(self) -> float:
         values = np.append(self.history.outer_loss, np.asarray(self.outer_loss))

@@ -96,7 +96,8 @@ def curves(
     all_y = np.concatenate([*(y for _, y in pairs.values()), list(dotted.values())])
     is_log_x = is_wide(all_x) and all(_by_factors(x) for x, _ in pairs.values())
     scales = [np.log if is_log else np.asarray for is_log in (is_log_x, is_wide(all_y))]
-    height = np.ptp(scales[1](all_y[np.isfinite(all_y)])) if len(all_y) else 0.0
+    known = all_y[np.isfinite(all_y)]
+    height = np.ptp(scales[1](known)) if known.size else 0.0
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
     for number, (name, (x, y)) in enumerate(pairs.items()):
         seen = any(_coincide(x, y, *other, scales[1], height) for other in drawn)
@@ -145,5 +146,6 @@ def _coincide(x, y, other_x, other_y, scale, height: float) -> bool:
     """Whether two curves are one to the eye."""
     if x.shape != other_x.shape or not np.array_equal(x, other_x):
         return False
-    apart = np.abs(scale(y) - scale(other_y))
-    return bool(np.nanmedian(apart) <= _SAME * height)
+    known = np.isfinite(y) & np.isfinite(other_y)
+    apart = np.abs(scale(y[known]) - scale(other_y[known]))
+    return bool(apart.size and np.median(apart) <= _SAME * height)
