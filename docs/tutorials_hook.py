@@ -16,11 +16,18 @@ from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 
 _TIMEOUT = 600  # seconds of one cell
-# Sharp on most screens.
-_FIRST = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 110"
+# Pictures are sharp on most screens, and warnings have no path of a temporary file.
+_FIRST = """
+import matplotlib
+import warnings
+
+matplotlib.rcParams["figure.dpi"] = 110
+warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {text}\\n"
+"""
 
 
 def on_files(files: Files, config, **_) -> Files:
@@ -64,5 +71,18 @@ def _page(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
             except CellExecutionError as error:
                 raise PluginError(f"{path}: {error}") from error
         del notebook.cells[0]
-    text, resources = MarkdownExporter().from_notebook_node(notebook)
+        _check_prints(notebook.cells, path)
+    exporter = MarkdownExporter()
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
+    text, resources = exporter.from_notebook_node(notebook)
     return text, resources["outputs"]
+
+
+def _check_prints(cells: list[nbformat.NotebookNode], path: pathlib.Path) -> None:
+    """Raise a `PluginError` where a cell is to print something, and prints nothing: what
+    the text says of it is not so."""
+    for cell in cells:
+        if cell.cell_type != "code" or "print(" not in cell.source:
+            continue
+        if not any(output.get("name") == "stdout" for output in cell.outputs):
+            raise PluginError(f"{path}: this cell prints nothing:\n{cell.source}")

@@ -142,14 +142,9 @@ for name, meta in {
 #
 # ## What failure looks like
 #
-# With an inner rate that is too large all tasks diverge, and there is nothing to learn
-# from:
+# With an inner rate that is far too large the tasks diverge. Those that overflow are left
+# out and counted. Where the numbers stay finite, only the query loss shows it:
 
 # %%
-wild = mo.few_shot.MAML(loss, inner=mo.Descent(optax.sgd(1e4), num_steps=20))
-try:
-    mo.few_shot.train(
-        wild, start, episodes, outer=optax.adam(3e-3), num_steps=1, steps_per_call=1
-    )
-except mo.SolveError as error:
-    print(str(error).split("\n")[0])
+wild = mo.few_shot.MAML(loss, inner=mo.Descent(optax.sgd(1e10), num_steps=20))
+print(mo.few_shot.train(wild, start, episodes, outer=optax.adam(3e-3), num_steps=1))
