@@ -94,6 +94,7 @@ from ._solver import (
     Picard as Picard,
     ReversiblePicard as ReversiblePicard,
     ReversibleSGD as ReversibleSGD,
+    Solved as Solved,
 )
 from .diagnostics._check import check_hypergradient as check_hypergradient
 from .diagnostics._compare import compare_hypergradients as compare_hypergradients

@@ -40,6 +40,7 @@ def hypergradient(
     key: Key | None = None,
     model_state: ModelState = None,
     throw: bool = True,
+    guard: bool = True,
 ) -> tuple[Hyper, Report]:
     """One hypergradient, and a report of how far it can be trusted.
 
@@ -74,6 +75,10 @@ def hypergradient(
     - `key`: for everything random, from `jax.random.key`; by default key 0.
     - `model_state`: where the model state starts; with `params` only.
     - `throw`: whether a failure raises. If not, it is marked in the report.
+    - `guard`: whether a hypergradient that the report voids is NaN. With `False` it is
+        what was computed, whatever the report says. Inside your own `jax.jit` every check
+        whose outcome you do not read then costs nothing: read `report.result`, and you pay
+        for the verdict alone.
 
     **Returns:**
 
@@ -87,7 +92,7 @@ def hypergradient(
     `throw`, whose `value` is what would have been returned.
     """
     arguments = prepare(problem, hyper, params, train, valid, inner, adjoint, key)
-    gradient, report = differentiate(*arguments, inner, adjoint, model_state)
+    gradient, report = differentiate(*arguments, inner, adjoint, model_state, guard)
     code = report.result
     return raise_on_failure((gradient, report), code, throw, show=report)
 
@@ -130,8 +135,9 @@ def differentiate(
     inner: AbstractSolver,
     adjoint: AbstractAdjoint,
     model_state: ModelState,
+    guard: bool,
 ) -> tuple[Hyper, Report]:
     """The compiled part of [`metaopt.hypergradient`][]."""
     objective = Objective(problem, inner, train, valid, params, model_state, key)
-    _, gradient, report = objective.differentiate(adjoint, hyper, None)
+    _, gradient, report = objective.differentiate(adjoint, hyper, None, guard=guard)
     return gradient, report

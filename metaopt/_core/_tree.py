@@ -103,7 +103,13 @@ def scale_and_norm(vector: Vector) -> tuple[FloatScalar, FloatScalar]:
     a very small vector are all zero, and a zero right-hand side has the solution zero: an
     error that nothing would report.
     """
-    norm = tree_norm(vector)
+    _, scale = _power_beside(tree_norm(vector))
+    return scale, tree_norm(divided(vector, scale))
+
+
+def _power_beside(norm: FloatScalar) -> tuple[BoolScalar, FloatScalar]:
+    """Whether a norm is far from the ends of what its dtype holds, and a power of two to
+    divide the vector by: 1 where it is."""
     info = jnp.finfo(norm.dtype)
     # Residuals are smaller than the vector by a factor of eps, at most, and this is
     # squared; in the other direction, sums of squares must not overflow.
@@ -111,8 +117,7 @@ def scale_and_norm(vector: Vector) -> tuple[FloatScalar, FloatScalar]:
     power = 2.0 ** (2 * info.maxexp // 3)
     # One power for all that is too large brings it into range, and one for the small.
     scale = jnp.where(norm < low, 1 / power, jnp.where(norm > 1 / low, power, 1.0))
-    scale = scale.astype(norm.dtype)
-    return scale, tree_norm(divided(vector, scale))
+    return (norm >= low) & (norm <= 1 / low), scale.astype(norm.dtype)
 
 
 def divided(vector: Vector, scale: FloatScalar) -> Vector:
@@ -147,9 +152,14 @@ def padding() -> float:
 
 
 def tree_scaled_norm(x: Vector) -> FloatScalar:
-    """The Euclidean norm of a vector whose square may overflow or vanish."""
-    scale, norm = scale_and_norm(x)
-    return scale * norm
+    """The Euclidean norm of a vector whose square may overflow or vanish.
+
+    The vector is read a second time where that happens, and only there.
+    """
+    norm = tree_norm(x)
+    usual, scale = _power_beside(norm)
+    again = lambda: scale * tree_norm(divided(x, scale))
+    return jax.lax.cond(usual, lambda: norm, again)
 
 
 def tree_all_finite(x: PyTree) -> BoolScalar:

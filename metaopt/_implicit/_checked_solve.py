@@ -38,7 +38,7 @@ def checked_solve(
     A [`metaopt.linear.LinearSolution`][].
     """
     solution = solver.solve(operator, vector, start, tolerance)
-    if not lx.is_positive_semidefinite(operator):
+    if solver.checks_curvature or not lx.is_positive_semidefinite(operator):
         return solution
     # Curvature has no scale of the right-hand side, whose square may be no number.
     # Without the barrier XLA takes a constant factor out of the vector again.
@@ -55,7 +55,7 @@ def checked_solve(
     num_products = solution.num_products
     if solver.accepts_indefinite:
         negative = jnp.asarray(False)
-    elif not (solver.checks_curvature or solver.left_out):
+    elif not solver.left_out:
         # Conjugate gradients meet each sign of curvature that acts on the solution.
         probe = CG(rtol=_probe_rtol(solver)).solve(operator, unit, None, tolerance)
         smallest = jnp.minimum(smallest, probe.min_curvature)

@@ -7,7 +7,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-from jax import lax
 
 from .._core._tree import (
     tree_axpy,
@@ -161,7 +160,7 @@ class CG(AbstractPreconditionedSolver, AbstractToleranceSolver):
         ready, _, num_products = prepare(self, system.operator)
         assert isinstance(ready, CG)
         method = Method(ready, system)
-        state = lax.while_loop(method.goes_on, method.round, method.init())
+        state = method.run()
         series = state.series
         solution = reported(
             tree_scale(system.scale, series.x),

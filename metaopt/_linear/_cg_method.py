@@ -1,10 +1,12 @@
 """The method of conjugate gradients: series of steps, and checks between them."""
 
+import dataclasses
 from typing import Any, Protocol
 
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
+from jax import lax
 
 from .._core._results import first_failure, mask_result, RESULTS
 from .._core._tree import (
@@ -179,6 +181,42 @@ class Method:
             stagnated=false,
         )
 
+    def run(self) -> State:
+        """All rounds. A few steps that were asked for by number are a series alone, which
+        nothing interrupts, so that the check after it is no part of the solution."""
+        state = self.init()
+        if not self.is_one_series:
+            return lax.while_loop(self.goes_on, self.round, state)
+        begun = eqx.tree_at(lambda s: s.goes_on, state.series, state.running)
+        series = lax.while_loop(
+            lambda series: series.goes_on & (series.num_steps < self.solver.max_steps),
+            self.step,
+            begun,
+        )
+        return self.closed(state, series)
+
+    @property
+    def is_one_series(self) -> bool:
+        """Whether nothing is looked at between the first step and the last."""
+        few = self.solver.max_steps <= _CHECK_EVERY
+        return self.solver.rtol is None and self.system.start is None and few
+
+    def closed(self, state: State, series: Series) -> State:
+        """The state after a single series, with its residual computed anew."""
+        # A step of length zero along a direction that is not finite is not either.
+        lost = series.bad_preconditioner | series.nonfinite
+        x = tree_where(lost, state.best, series.x)
+        left = tree_sub(self.system.b, self.system.product(x))
+        broken = lost | series.indefinite
+        num_products = series.num_steps + jnp.where(broken, 1, 0) + 1
+        return dataclasses.replace(
+            state,
+            series=eqx.tree_at(lambda s: s.x, series, x),
+            residual=tree_norm(left),
+            num_products=jnp.where(state.running, num_products, 0),
+            converged=~broken,
+        )
+
     def goes_on(self, state: State) -> BoolScalar:
         # Every step is followed by one check at most, so the second half never decides.
         return state.running & (state.num_products < 2 * self.solver.max_steps + 3)
@@ -209,10 +247,12 @@ class Method:
         positive = curvature > self.system.eps * max_ratio * p_size
         taken = usable & positive
 
-        alpha = gamma / jnp.where(taken, curvature, 1)
-        x = tree_where(taken, tree_axpy(alpha, p, s.x), s.x)
-        r = tree_where(taken, tree_axpy(-alpha, self.damped(p, product), s.r), s.r)
-        square = tree_dot(r, r)
+        # A step of length zero in place of a choice between vectors. The residual is not
+        # read after a step that is not taken.
+        alpha = jnp.where(taken, gamma / jnp.where(taken, curvature, 1), 0)
+        x = tree_axpy(alpha, p, s.x)
+        r = tree_axpy(-alpha, self.damped(p, product), s.r)
+        square = jnp.where(taken, tree_dot(r, r), s.square)
         finite = jnp.isfinite(square)
         smallest = jnp.minimum(s.min_curvature, undamped / p_square)
         return Series(

@@ -12,6 +12,7 @@ from .._core._results import first_failure, mask_result, RESULTS
 from .._core._tree import (
     divided,
     scale_and_norm,
+    tree_all_finite,
     tree_axpy,
     tree_dtype,
     tree_norm,
@@ -127,9 +128,9 @@ class Neumann(AbstractLinearSolver):
         before = last if lx.is_symmetric(operator) else first
         grown = (end > (1 + rounding) * before) & (end > rounding * size)
         diverged = (self.num_terms > 0) & (size > 0) & (grown | ~jnp.isfinite(end))
-        # A solution that is not finite leaves no residual that is.
         finite = jnp.isfinite(end)
-        x = tree_where(finite & (size > 0), x, tree_zeros_like(x))
+        # Asked of the solution itself, which has to wait for no product more.
+        x = tree_where(tree_all_finite(x), x, tree_zeros_like(x))
         healthy = jnp.isfinite(size) & jnp.isfinite(step_size) & (finite | diverged)
         result = first_failure(
             mask_result(~healthy, RESULTS.linear_nonfinite),

@@ -159,9 +159,14 @@ class Objective(eqx.Module):
         return value, outcome
 
     def differentiate(
-        self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any
+        self, adjoint: AbstractAdjoint, hyper: Hyper, carry: Any, *, guard: bool = True
     ) -> tuple[HypergradientOutput, Vector, Report]:
         """Everything the adjoint returned, the hypergradient, and the report on it.
+
+        **Arguments:**
+
+        - `adjoint`, `hyper`, `carry`: as for `AbstractAdjoint.hypergradient`.
+        - `guard`: whether a hypergradient that the checks void is NaN.
 
         **Raises:**
 
@@ -176,7 +181,8 @@ class Objective(eqx.Module):
         result = judged(outcome.result, *is_finite, output.result)
         # Without a solution there is no hypergradient: a linear solver that stops at once
         # leaves a zero that looks like one.
-        gradient = _nan_where(voids_hypergradient(result), gradient)
+        if guard:
+            gradient = _nan_where(voids_hypergradient(result), gradient)
         report = _report(name, output, gradient, norm, result, idle, held)
         return output, gradient, report
 

@@ -42,3 +42,4 @@ from ._reversible import (
 )
 from ._reversible_picard import ReversiblePicard as ReversiblePicard
 from ._reversible_sgd import ReversibleSGD as ReversibleSGD
+from ._solved import Solved as Solved
