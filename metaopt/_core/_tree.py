@@ -44,8 +44,41 @@ def tree_sum_abs(x: Vector) -> FloatScalar:
     and is finite if and only if all entries are, unless they are near the largest
     number."""
     dtype = tree_dtype(x)
-    sums = [jnp.sum(jnp.abs(a).astype(dtype)) for a in jax.tree.leaves(x)]
+    sums = [sum_of_sizes(jnp.abs(a).astype(dtype)) for a in jax.tree.leaves(x)]
     return jnp.sum(jnp.stack(sums)) if sums else jnp.zeros((), dtype)
+
+
+def sum_of_sizes(x: jax.Array) -> FloatScalar:
+    """The sum of an array without negative entries.
+
+    That of `jnp.sum` but for rounding. XLA adds up a whole matrix one entry after the
+    other on CPUs, and its columns side by side: a fifth of the time. In a small network
+    the sums of each step that watch it are a tenth of the step otherwise.
+
+    **Arguments:**
+
+    - `x`: floating-point numbers of any shape, NaN and infinity among them.
+    """
+    return jnp.sum(_reduced_to_columns(jnp.sum, x))
+
+
+def max_of_sizes(x: jax.Array) -> FloatScalar:
+    """The largest entry of an array without negative entries, zero for an empty one, in
+    columns like `sum_of_sizes`."""
+    largest = lambda x, axis=None: jnp.max(x, axis=axis, initial=0)
+    return largest(_reduced_to_columns(largest, x))
+
+
+# Fewer columns than this gain nothing from being reduced side by side.
+_COLUMNS = 8
+
+
+def _reduced_to_columns(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    if x.ndim < 2 or x.shape[-1] < _COLUMNS:
+        return x
+    columns = reduce(x, axis=tuple(range(x.ndim - 1)))
+    # Changes nothing, and keeps XLA from making one reduction of the two.
+    return jnp.abs(columns)
 
 
 def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:

@@ -27,7 +27,7 @@ from .._problem import AbstractProblem
 from ._base import AbstractBestIterateSolver, AbstractIterativeSolver, Outcome
 from ._earlier import Earlier
 from ._fixed_point import AbstractFixedPointSolver
-from ._gauge import gauged
+from ._gauge import gauged, gauged_at_end
 
 
 Scan = Callable[[Callable, Any, Any, int], tuple[Any, Any]]
@@ -206,6 +206,8 @@ class Loop(eqx.Module):
         params, why = state.params, RESULTS.successful
         if isinstance(self.solver, AbstractBestIterateSolver):
             params, why = self.solver.conclude(params, state.solver_state, state.converged)
+        if state.gauge is not None:
+            params = gauged_at_end(params, state.gauge)
         finite = tree_all_finite(params)
         failed = jnp.logical_not(finite) | (state.failed_step >= 0)
         last = jnp.maximum(state.num_steps - 1, 0)

@@ -11,7 +11,7 @@ from ..._core._results import RESULTS
 from ..._core._tree import nan_where, split_trainable, tree_dot
 from ..._core._types import Hyper, ModelState, Vector
 from .._exact_momentum import AbstractExactMomentum
-from .._gauge import measured, new_gauge, rounding_variances
+from .._gauge import measured, new_gauge, rounding_variances, scaled_gauge
 from .._loop import Loop
 from ._cotangents import added, in_dtypes, or_zeros, partitioned, wide_zeros
 from ._derivative import with_reverse_derivative
@@ -125,12 +125,13 @@ class MomentumRun(AbstractRun):
         in_last_aux = or_zeros(cotangent.aux, aux)
         in_losses = or_zeros(cotangent.losses, record.losses)
         numerators, bounds, stored_bits = solver.factors(all_momenta)
+        of_end = added(wide_zeros(like), jax.tree.leaves(or_zeros(cotangent.params, like)))
         carry = (
             final.exact,
-            added(wide_zeros(like), jax.tree.leaves(or_zeros(cotangent.params, like))),
+            of_end,
             wide_zeros(like),
             wide_zeros(wanted),
-            new_gauge(),
+            scaled_gauge(of_end, new_gauge().dtype),
         )
         back = _StepBack(solver, like, final.words, wanted, fixed, in_last_aux)
         xs = self.draws, all_rates, all_momenta, numerators, bounds, in_losses
