@@ -71,6 +71,22 @@ def tree_inner(x: Vector, y: Vector) -> FloatScalar:
     return ft.reduce(jnp.add, products, jnp.zeros((), dtype))
 
 
+def tree_length(x: Vector) -> FloatScalar:
+    """`tree_scaled_norm`, by `tree_inner`."""
+    norm = jnp.sqrt(tree_inner(x, x))
+    scale = power_in_range(norm)
+    return scale * jnp.sqrt(tree_inner(*(divided(x, scale),) * 2))
+
+
+def power_in_range(norm: FloatScalar) -> FloatScalar:
+    """The power of two of `scale_and_norm`, for a vector of this norm."""
+    info = jnp.finfo(norm.dtype)
+    low = float(info.tiny) ** 0.5 / float(info.eps)
+    power = 2.0 ** (2 * info.maxexp // 3)
+    scale = jnp.where(norm < low, 1 / power, jnp.where(norm > 1 / low, power, 1.0))
+    return scale.astype(norm.dtype)
+
+
 def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:
     """`scalar * x`, each leaf in its own dtype."""
     return jax.tree.map(lambda a: scalar.astype(a.dtype) * a, x)
