@@ -587,6 +587,18 @@ def test_bicgstab_that_breaks_down_is_flagged():
     np.testing.assert_array_equal(solution.value, np.zeros(2))
 
 
+def test_bicgstab_goes_on_with_another_shadow_where_a_restart_gains_nothing():
+    # The identity and a skew matrix. Restarts at the residual alone stopped at 1.7e-4.
+    rng = np.random.default_rng(6)
+    skew = rng.standard_normal((200, 200))
+    matrix = np.eye(200) + 3 * (skew - skew.T) / 200**0.5
+    vector = jnp.asarray(rng.standard_normal(200), jnp.float32)
+    operator = matrix_operator(jnp.asarray(matrix, jnp.float32))
+    solution = BiCGStab(rtol=1e-4).solve(operator, vector)
+    assert_result(solution, "successful")
+    assert solution.residual <= 1e-4
+
+
 # Preconditioning and damping
 
 

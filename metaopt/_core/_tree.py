@@ -1,5 +1,6 @@
 """Pytrees as vectors, beyond the functions of `optax.tree`."""
 
+import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
@@ -79,6 +80,34 @@ def _reduced_to_columns(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.A
     columns = reduce(x, axis=tuple(range(x.ndim - 1)))
     # Changes nothing, and keeps XLA from making one reduction of the two.
     return jnp.abs(columns)
+
+
+def summed(a: jax.Array, kept: int = 0) -> jax.Array:
+    """The sum over all axes but the first `kept` ones.
+
+    On CPUs XLA adds the entries of a sum one after another, where a product with ones is
+    eight times as fast. Rows that are longer than a few thousand stay with the sum, which
+    adds in groups and loses less to rounding.
+    """
+    rows = a.ndim > kept and 16 <= a.shape[-1] <= 4096
+    if rows and explicit_mesh(a) is None:
+        ones = jnp.ones(a.shape[-1], a.dtype)
+        a = jnp.matmul(a, ones, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(a, tuple(range(kept, a.ndim)))
+
+
+def tree_inner(x: Vector, y: Vector) -> FloatScalar:
+    """`tree_dot`, faster on CPUs, for the loops of small systems."""
+    dtype = tree_dtype((x, y))
+    product = lambda a, b: summed(a.astype(dtype) * b.astype(dtype))
+    products = jax.tree.leaves(jax.tree.map(product, x, y))
+    return ft.reduce(jnp.add, products, jnp.zeros((), dtype))
+
+
+def tree_length(x: Vector) -> FloatScalar:
+    """`tree_scaled_norm`, by `tree_inner`."""
+    _, scale = _power_beside(jnp.sqrt(tree_inner(x, x)))
+    return scale * jnp.sqrt(tree_inner(*(divided(x, scale),) * 2))
 
 
 def tree_scale(scalar: FloatScalar, x: Vector) -> Vector:

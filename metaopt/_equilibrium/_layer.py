@@ -21,8 +21,8 @@ from .._core._validate import (
     check_kind,
 )
 from .._data import FullBatch
-from .._implicit import LinearFixedPoint
 from .._jaxpr._detach import detached, stop_gradient
+from .._linear import BiCGStab
 from .._solve_inner import solve_inner
 from .._solver import (
     AbstractFixedPointSolver,
@@ -102,7 +102,7 @@ class Equilibrium(eqx.Module):
         optimistix or jaxopt.
     - `adjoint`: how the derivative passes through that: [`metaopt.ImplicitAdjoint`][] with
         any linear solver for systems that are not symmetric; by default
-        [`metaopt.linear.LinearFixedPoint`][], Anderson's method on the adjoint equation.
+        [`metaopt.linear.BiCGStab`][] to a relative residual of 1e-4.
         [`metaopt.Neumann`][] with a few terms is the phantom gradient of Geng et al.
         (2021), with none the Jacobian-free one, and [`metaopt.linear.SHINE`][] shares
         Broyden's inverse. Or [`metaopt.UnrolledAdjoint`][] and its like.
@@ -133,9 +133,7 @@ class Equilibrium(eqx.Module):
         initial: Callable[[Any], Any] | None = None,
         *,
         solver: AbstractSolver = Anderson(),
-        adjoint: AbstractAdjoint = ImplicitAdjoint(
-            LinearFixedPoint(Anderson(rtol=1e-4)), inner_rtol=1e-2
-        ),
+        adjoint: AbstractAdjoint = ImplicitAdjoint(BiCGStab(rtol=1e-4), inner_rtol=1e-2),
         inference_solver: AbstractSolver | None = None,
         inference: bool = False,
         throw: bool = True,

@@ -12,8 +12,8 @@ from .._core._tree import (
     divided,
     split_trainable,
     tree_cast_like,
-    tree_dot,
-    tree_scaled_norm,
+    tree_inner,
+    tree_length,
     tree_sub,
 )
 from .._core._types import FloatScalar, Params, Vector
@@ -65,12 +65,12 @@ class InnerError(eqx.Module):
 
         - `solution`, `vector`: $w$ and $b$.
         """
-        size = tree_scaled_norm(vector)
+        size = tree_length(vector)
         weights = divided(vector, _or_one(size))
-        along = jnp.abs(tree_dot(solution, divided(self.residual, _or_one(size))))
-        weighed = lambda x: tree_scaled_norm(jax.tree.map(jnp.multiply, weights, x))
+        along = jnp.abs(tree_inner(solution, divided(self.residual, _or_one(size))))
+        weighed = lambda x: tree_length(jax.tree.map(jnp.multiply, weights, x))
         return jnp.maximum(
-            self._compared(self.distance, tree_scaled_norm),
+            self._compared(self.distance, tree_length),
             jnp.where(size > 0, self._compared(along, weighed), 0.0),
         )
 

@@ -12,7 +12,7 @@ from .._core._tree import (
     divided,
     split_trainable,
     tree_add,
-    tree_scaled_norm,
+    tree_length,
     tree_sharded_like,
     tree_structs,
 )
@@ -147,8 +147,8 @@ def newton_length(residual: Vector, operator: lx.AbstractLinearOperator) -> Floa
     It is an estimate from below where the residual has parts of higher curvature.
     """
     # The square of a small residual is zero, and zero would be taken for a solution.
-    size = tree_scaled_norm(residual)
+    size = tree_length(residual)
     unit = divided(residual, jnp.where(size > 0, size, 1))
-    length = size / tree_scaled_norm(operator.mv(unit))
+    length = size / tree_length(operator.mv(unit))
     # A residual of exactly zero is a solution whatever the operator.
     return jnp.where(size == 0, 0.0, length)

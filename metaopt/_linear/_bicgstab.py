@@ -3,14 +3,14 @@
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .._core._results import RESULTS
 from .._core._tree import (
     tree_axpy,
-    tree_dot,
-    tree_norm,
+    tree_inner,
     tree_scale,
     tree_where,
     tree_zeros_like,
@@ -30,6 +30,7 @@ from ._system import System
 
 
 _CHECK_EVERY = 25  # steps of two products
+_MOST_FAILED = 5  # restarts that gained nothing
 
 
 class BiCGStab(AbstractResidualSolver):
@@ -37,8 +38,9 @@ class BiCGStab(AbstractResidualSolver):
 
     Needs seven vectors of memory however many steps it takes, and two products in each of
     them. Use it where [`metaopt.GMRES`][] would need a longer cycle than fits in memory.
-    Its residual goes up and down, and it can break down where GMRES does not; it then
-    starts again from where it is. If that does not converge, try
+    Its residual goes up and down, and it can break down where GMRES does not. It then
+    starts again from where it is, and where such a restart gains nothing, with the signs
+    of the residual as its shadow residual. If five of them gain nothing, it fails: try
     [`metaopt.linear.NormalCG`][].
 
     The solve is successful once the true residual meets
@@ -115,6 +117,7 @@ class _State(eqx.Module):
     best_size: FloatScalar
     restarted_size: FloatScalar  # the norm of the residual at the last restart
     num_worse: IntScalar  # steps since the best iterate
+    num_failed: IntScalar  # restarts that gained nothing
     num_products: IntScalar
     running: BoolScalar
     converged: BoolScalar
@@ -157,6 +160,7 @@ class _Method:
             best_size=self.system.size,
             restarted_size=jnp.full((), jnp.inf, self.system.dtype),
             num_worse=none,
+            num_failed=none,
             num_products=none,
             running=finite & ~converged,
             converged=converged,
@@ -177,23 +181,24 @@ class _Method:
     def step(self, c: _Series) -> _Series:
         # From r to s along p.
         v = self.system.product(c.p)
-        shadow_v = tree_dot(c.shadow, v)
-        shadow_size = tree_norm(c.shadow)
-        first = jnp.abs(shadow_v) > self.system.eps * shadow_size * tree_norm(v)
+        shadow_v = tree_inner(c.shadow, v)
+        shadow_size = jnp.sqrt(tree_inner(c.shadow, c.shadow))
+        v_size = jnp.sqrt(tree_inner(v, v))
+        first = jnp.abs(shadow_v) > self.system.eps * shadow_size * v_size
         alpha = c.rho / jnp.where(first, shadow_v, 1)
         s = tree_axpy(-alpha, v, c.r)
 
         # From s to r along s. If s is zero already, so is its product.
         t = self.system.product(s)
-        square = tree_dot(t, t)
-        omega = tree_dot(t, s) / jnp.where(square > 0, square, 1)
+        square = tree_inner(t, t)
+        omega = tree_inner(t, s) / jnp.where(square > 0, square, 1)
         r = tree_axpy(-omega, t, s)
-        size = tree_norm(r)
+        size = jnp.sqrt(tree_inner(r, r))
         taken = first & jnp.isfinite(size)
         x = tree_axpy(omega, s, tree_axpy(alpha, c.p, c.x))
 
         # The next direction.
-        rho = tree_dot(c.shadow, r)
+        rho = tree_inner(c.shadow, r)
         second = (jnp.abs(rho) > self.system.eps * shadow_size * size) & (
             jnp.abs(omega) > 0
         )
@@ -221,10 +226,14 @@ class _Method:
         num_steps = series.num_steps - state.series.num_steps
         num_worse = jnp.where(better, 0, state.num_worse + num_steps)
 
-        # A series that ended before it gained anything will do so again.
+        # A series that ended before it gained anything will do so again, with the same
+        # shadow. The signs of a residual are another one, which is not orthogonal to it.
         lost = (series.size <= self.system.tolerance) | ~(size <= 2 * series.size)
         restarts = starts | series.broken | lost
-        again = restarts & ~(size < 0.99 * state.restarted_size)
+        failed = restarts & ~(size < 0.99 * state.restarted_size)
+        num_failed = state.num_failed + failed
+        again = failed & (num_failed >= _MOST_FAILED)
+        shadow = tree_where(failed, jax.tree.map(jnp.sign, r), r)
         exhausted = series.num_steps >= self.solver.max_steps
         nonfinite = series.nonfinite | ~jnp.isfinite(size)
         fixed = self.solver.rtol is None
@@ -237,9 +246,9 @@ class _Method:
             x=tree_where(falls_back, state.best, x),
             r=r,
             p=tree_where(restarts, r, series.p),
-            shadow=tree_where(restarts, r, series.shadow),
+            shadow=tree_where(restarts, shadow, series.shadow),
             size=jnp.where(falls_back, state.best_size, size),
-            rho=jnp.where(restarts, size**2, series.rho),
+            rho=jnp.where(restarts, tree_inner(shadow, r), series.rho),
             num_steps=series.num_steps,
             num_tries=jnp.zeros_like(series.num_tries),
             goes_on=series.goes_on,
@@ -252,6 +261,7 @@ class _Method:
             best_size=jnp.where(better, size, state.best_size),
             restarted_size=jnp.where(restarts, size, state.restarted_size),
             num_worse=num_worse,
+            num_failed=num_failed,
             num_products=state.num_products + 2 * num_tries + 1,
             running=~stops,
             converged=within,

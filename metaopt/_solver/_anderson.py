@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._core._tree import tree_dtype, tree_put, tree_rooms, tree_sub
+from .._core._tree import tree_dtype, tree_sub
 from .._core._types import IntScalar, Vector
 from .._core._validate import check_count, check_tolerance
 from .._problem import AbstractStatePolicy
@@ -77,13 +77,12 @@ class Anderson(AbstractAcceleratedSolver, AbstractSingleMapSolver):
         check_relaxation(self.relaxation)
 
     def begin(self, params: Vector, examples: Examples) -> "_History":
-        size = self.history_size
-        empty = tree_rooms(params, size)
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        # One place more than differences, for the last of the values between them.
+        size = self.history_size + 1
+        empty = examples.rooms(params, size)
         return _History(
-            value=zeros,
-            residual=zeros,
-            of_values=empty,
+            values=empty,
+            residuals=examples.rooms(params, 2),
             of_residuals=empty,
             products=jnp.zeros((*examples.shape, size, size), tree_dtype(params)),
             right=jnp.zeros((*examples.shape, size), tree_dtype(params)),
@@ -95,7 +94,8 @@ class Anderson(AbstractAcceleratedSolver, AbstractSingleMapSolver):
         memory = memory.pushed(at, progress.step)
         weights = memory.weights(self.regularization)
         # The map's value, less what the differences account for.
-        new = tree_sub(at.value, at.examples.combined(weights, memory.of_values))
+        of_values = at.examples.combined_differences(weights, memory.values)
+        new = tree_sub(at.value, of_values)
         if self.relaxation != 1:
             of_residuals = at.examples.combined(weights, memory.of_residuals)
             short = 1 - self.relaxation
@@ -107,41 +107,50 @@ class Anderson(AbstractAcceleratedSolver, AbstractSingleMapSolver):
 
 
 class _History(eqx.Module):
-    """Differences between steps, which are written in turn.
+    """The last steps, which are written in turn into `history_size + 1` places.
+
+    Compiled loops write an array in place where it is read after that alone. So the last
+    residual lies in one of two places, and the other is written before it is read.
 
     **Attributes:**
 
-    - `value`, `residual`: of the map, at the last step.
-    - `of_values`, `of_residuals`: differences of these, leaves `(history_size, ...)`.
-    - `products`: of the differences of residuals with each other.
+    - `values`: of the map. Its differences are made when they are combined.
+    - `residuals`: those of the last two steps.
+    - `of_residuals`: at the place of each step, the difference of the next residual and
+        that of the step. The place of the last step holds nothing of use.
+    - `products`: of the differences of residuals with each other; zero for the last step.
     - `right`: their products with the residual.
     """
 
-    value: Vector
-    residual: Vector
-    of_values: Vector
+    values: Vector
+    residuals: Vector
     of_residuals: Vector
     products: Array
     right: Array
 
     def pushed(self, at: Applied, step: IntScalar) -> "_History":
-        """The history with its oldest differences replaced by those of the last step."""
-        slot = (step - 1) % self.right.shape[-1]
-        difference = lambda new, old: jnp.where(step == 0, 0, new - old).astype(old.dtype)
-        of_value = jax.tree.map(difference, at.value, self.value)
-        of_residual = jax.tree.map(difference, at.residual, self.residual)
-        history = tree_put(self.of_residuals, slot, of_residual)
-        right = at.examples.products(history, at.residual)
+        """The history with the difference to the last step in the place of the oldest."""
+        examples, size = at.examples, self.right.shape[-1]
+        slot, last = step % size, (step - 1) % size
+        residuals = examples.put(self.residuals, step % 2, at.residual)
+        before = examples.entry(residuals, (step + 1) % 2)
+        difference = jax.tree.map(
+            lambda new, old: jnp.where(step == 0, 0, new - old).astype(old.dtype),
+            *(at.residual, before),
+        )
+        history = examples.put(self.of_residuals, last, difference)
+        right = examples.products(history, at.residual).at[..., slot].set(0)
         # The histories are the largest arrays here, and each is read once: the products
         # of a difference with the others are differences of their products.
-        row = right - self.right
-        row = row.at[..., slot].set(at.examples.dot(of_residual, of_residual))
+        row = (right - self.right).at[..., slot].set(0)
+        row = row.at[..., last].set(examples.dot(difference, difference))
+        products = self.products.at[..., last, :].set(row).at[..., :, last].set(row)
+        products = products.at[..., slot, :].set(0).at[..., :, slot].set(0)
         return _History(
-            value=at.value,
-            residual=at.residual,
-            of_values=tree_put(self.of_values, slot, of_value),
+            values=examples.put(self.values, slot, at.value),
+            residuals=residuals,
             of_residuals=history,
-            products=self.products.at[..., slot, :].set(row).at[..., :, slot].set(row),
+            products=products,
             right=right,
         )
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._core._tree import tree_add, tree_dtype, tree_put, tree_rooms, tree_sub
+from .._core._tree import tree_add, tree_dtype, tree_sub
 from .._core._types import IntScalar, Vector
 from .._core._validate import check_count
 from .._linear import AbstractInverse
@@ -123,10 +123,11 @@ class BroydenInverse(AbstractInverse):
 
     **Attributes:**
 
-    - `left`, `right`: the vectors $u_i$ and $v_i$, leaves of shape `(m, ...)`.
+    - `left`, `right`: the vectors $u_i$ and $v_i$, histories of `examples`.
     - `last_left`, `last_right`: those of the last term.
     - `count`: how many terms there are, for each fixed point.
     - `examples`: how many fixed points there are.
+    - `size`: how many terms there is room for.
     """
 
     left: Vector
@@ -135,14 +136,15 @@ class BroydenInverse(AbstractInverse):
     last_right: Vector
     count: Array
     examples: Examples
+    size: int = eqx.field(static=True)
 
     @classmethod
     def identity(cls, params: Vector, examples: Examples, size: int) -> "BroydenInverse":
         """The identity, with room for terms."""
         zero = jax.tree.map(jnp.zeros_like, params)
-        zeros = tree_rooms(params, size)
+        zeros = examples.rooms(params, size)
         count = jnp.zeros(examples.shape, jnp.int32)
-        return cls(zeros, zeros, zero, zero, count, examples)
+        return cls(zeros, zeros, zero, zero, count, examples, size)
 
     def apply(self, vector):
         return self.written().apply_written(vector)
@@ -172,18 +174,11 @@ class BroydenInverse(AbstractInverse):
     def written(self) -> "BroydenInverse":
         """With the last term among the others."""
         slot = jnp.maximum(self.count - 1, 0)
-
-        def put(rooms, last):
-            if not self.examples.shape:
-                return tree_put(rooms, slot, last)
-            place = slot, jnp.arange(self.examples.shape[0])
-            write = lambda room, a: room.at[place].set(a, mode="promise_in_bounds")
-            return jax.tree.map(write, rooms, last)
-
+        put = self.examples.put
         return dataclasses.replace(
             self,
-            left=put(self.left, self.last_left),
-            right=put(self.right, self.last_right),
+            left=put(self.left, slot, self.last_left),
+            right=put(self.right, slot, self.last_right),
         )
 
     def with_term(self, left: Vector, right: Vector) -> "BroydenInverse":
@@ -231,8 +226,8 @@ class _Memory(eqx.Module):
         - J) s$ for a linear map, $H' = H + (s - H y) (H^T s)^T / s^T H y$. If $s^T H y$ is
         too small, $y$ is replaced by a mean of itself and of $H^{-1} s$.
         """
-        examples, size = at.examples, jax.tree.leaves(self.inverse.left)[0].shape[0]
-        full = self.inverse.count >= size
+        examples = at.examples
+        full = self.inverse.count >= self.inverse.size
         inverse = self.inverse.written().emptied(full)
         step = examples.scale(self.length, self.direction)
         ahead = inverse.apply_written(at.residual)

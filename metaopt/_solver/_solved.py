@@ -12,9 +12,9 @@ class Solved(AbstractDirectSolver):
     """Takes the params that it is given for the solution, and no step.
 
     Use it where the inner problem was solved elsewhere, by any program: hand the solution
-    over as `params`, and the hypergradient costs its linear system alone. Or where a formula
-    gives the solution: as the `init` of the inner problem. Whether the params are a
-    solution is judged as for every solver, by [`metaopt.ImplicitAdjoint`][]: its report
+    over as `params`, and the hypergradient costs its linear system alone. Or where a
+    formula gives the solution: as the `init` of the inner problem. Whether the params are
+    a solution is judged as for every solver, by [`metaopt.ImplicitAdjoint`][]: its report
     estimates their error.
 
     ```python
