@@ -182,6 +182,8 @@ ELSEWHERE = {
     # Adjoints: of a solver of their own, and one whose gradient is meant to be another.
     "ReversibleAdjoint": "test_reversible.py",
     "FirstOrderAdjoint": "test_first_order.py",
+    # Takes no step, and needs params that are a solution.
+    "Solved": "test_pay_for_what_is_read.py",
     # Linear solvers and preconditioners that need the state of a solver of their own.
     "SHINE": "test_fixed_points.py",
     "SecondMoment": "test_preconditioners.py",
