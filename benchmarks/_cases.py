@@ -21,6 +21,7 @@ Case = tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]
 HAS_JAXOPT = importlib.util.find_spec("jaxopt") is not None
 TORCH = installed_torch()
 PLAIN = "plain JAX"
+ALONE, REPORTED = "gradient alone", "with report"
 
 
 def ours(
@@ -28,10 +29,12 @@ def ours(
     inner: mo.extend.AbstractSolver,
     adjoint: mo.extend.AbstractAdjoint,
 ):
-    """The hypergradient by metaopt: of `(hyper, params, train, valid)`."""
+    """Hypergradients by metaopt, functions of `(hyper, params, train, valid)`: as it comes,
+    NaN where a check refuses it; alone, which is what other libraries compute; and with
+    the numbers of its report."""
 
-    def gradient(hyper, params, train, valid):
-        return mo.hypergradient(
+    def whole(hyper, params, train, valid, guard=True):
+        gradient, report = mo.hypergradient(
             problem,
             hyper,
             train,
@@ -40,9 +43,15 @@ def ours(
             inner=inner,
             adjoint=adjoint,
             throw=False,
-        )[0]
+            guard=guard,
+        )
+        return gradient, report.scalars()
 
-    return gradient
+    return {
+        "metaopt": lambda *args: whole(*args)[0],
+        ALONE: lambda *args: whole(*args, guard=False)[0],
+        REPORTED: whole,
+    }
 
 
 def of_solution(outer_loss, solve):
@@ -126,7 +135,7 @@ def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
 
     adjoint = mo.UnrolledAdjoint() if budget is None else mo.UnrolledAdjoint(budget)
     contenders = {
-        "metaopt": ours(problem, mo.Descent(transform, num_steps), adjoint),
+        **ours(problem, mo.Descent(transform, num_steps), adjoint),
         PLAIN: of_solution(cross_entropy, by_hand),
     }
     if HAS_JAXOPT and budget is None:
@@ -216,7 +225,7 @@ def implicit(num_steps: int) -> Case:
         return jax.grad(outer)(hyper)
 
     contenders = {
-        "metaopt": ours(problem, inner, adjoint),
+        **ours(problem, inner, adjoint),
         PLAIN: by_hand,
     }
     if num_steps:
@@ -302,7 +311,7 @@ def decays(size: int, method: str) -> Case:
 
     adjoint = mo.ImplicitAdjoint(linear, inner_rtol=jnp.inf, error=None)
     contenders = {
-        "metaopt": ours(problem, mo.Solved(), adjoint),
+        **ours(problem, mo.Solved(), adjoint),
         PLAIN: by_hand,
     }
     if HAS_JAXOPT and method == "CG":
