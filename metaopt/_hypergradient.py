@@ -135,7 +135,7 @@ def differentiate(
     inner: AbstractSolver,
     adjoint: AbstractAdjoint,
     model_state: ModelState,
-    guard: bool,
+    guard: bool = True,
 ) -> tuple[Hyper, Report]:
     """The compiled part of [`metaopt.hypergradient`][]."""
     objective = Objective(problem, inner, train, valid, params, model_state, key)

@@ -28,7 +28,7 @@ IMPORTS: dict[str, dict[str, str]] = {
         "Anderson": "default",
         "FullBatch": "a layer is solved on no data",
         "ImplicitAdjoint": "default",
-        "LinearFixedPoint": "default",
+        "BiCGStab": "default",
     },
     "_implicit._checked_solve": {
         "CG": "looks for negative curvature beside a solver that does not",
