@@ -1,5 +1,7 @@
 """Hypergradients at params that are a solution already, and without the checks."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def exact(hyper):
     return jax.grad(lambda hyper: outer_loss(solution(hyper), hyper, None))(hyper)
 
 
-def hypergradient(hyper, params, adjoint=FIXED, problem=PROBLEM, **kwargs):
+def hypergradient(hyper, params, adjoint: Any = FIXED, problem=PROBLEM, **kwargs):
     return mo.hypergradient(
         problem, hyper, params=params, inner=mo.Solved(), adjoint=adjoint, **kwargs
     )
@@ -112,6 +114,7 @@ def num_reductions(read, adjoint=FIXED, **kwargs):
 
     hyper = jnp.linspace(-2, 0, 6)
     text = run.lower(hyper, solution(hyper)).compile().as_text()
+    assert text is not None
     return text.count(" reduce(")
 
 
