@@ -20,6 +20,7 @@ from ._base import AbstractAdjoint
 from ._bias import Bias
 from ._memory import (
     AbstractMemoryPlan,
+    AutomaticPlan,
     Blocks,
     Candidate,
     MemoryBudget,
@@ -60,21 +61,22 @@ class UnrolledAdjoint(AbstractAdjoint):
     Frasconi and Pontil (2017).
     """
 
-    memory: AbstractMemoryPlan | MemoryBudget
+    memory: AbstractMemoryPlan | AutomaticPlan | MemoryBudget
     reach: ClassVar[AbstractReach] = AlongPath()
 
-    def __init__(self, memory: AbstractMemoryPlan | int | str = StoreAll()):
-        if isinstance(memory, (int, str)):
+    def __init__(self, memory: AbstractMemoryPlan | int | str = "auto"):
+        if isinstance(memory, str) and memory == "auto":
+            self.memory = AutomaticPlan()
+        elif isinstance(memory, (int, str)):
             self.memory = MemoryBudget.of(memory)
         else:
             self.memory = memory
 
     def __check_init__(self):
-        if not isinstance(self.memory, (AbstractMemoryPlan, MemoryBudget)):
+        if not isinstance(self.memory, (AbstractMemoryPlan, AutomaticPlan, MemoryBudget)):
             raise ValueError(
                 "`memory` must be a memory plan such as `metaopt.memory.Blocks()`, or a "
-                "budget "
-                f'such as `"2GiB"`; got {self.memory!r}.'
+                f'budget such as `"2GiB"`, or `"auto"`; got {self.memory!r}.'
             )
 
     @property
@@ -87,7 +89,8 @@ class UnrolledAdjoint(AbstractAdjoint):
     def work(self, columns, num_hyper):
         """Count the work of outer steps, as a [`metaopt.extend.CountsWork`][]."""
         steps, memory = inner_steps(columns), self.memory
-        # The plan that a budget chooses is known to the compiled program alone.
+        # A plan that is chosen, by a budget or from shapes, is known to the compiled
+        # program alone.
         again = memory.num_repeats if isinstance(memory, AbstractMemoryPlan) else 0
         return Work(gradients=(1 + again) * steps + 1, products=steps)
 
@@ -95,6 +98,9 @@ class UnrolledAdjoint(AbstractAdjoint):
         if isinstance(self.memory, AbstractMemoryPlan):
             loop = self.memory.prepare(inner.loop(params))
             return loop.run(params, hyper, model_state, self.memory.scan)
+        if isinstance(self.memory, AutomaticPlan):
+            adjoint = _chosen_from_shapes(self.memory, inner, params, hyper, model_state)
+            return adjoint.solve(inner, params, hyper, model_state, throw)
 
         def program(adjoint):
             return _pulled_back(adjoint, inner, throw)
@@ -116,10 +122,26 @@ class UnrolledAdjoint(AbstractAdjoint):
             return gradient
 
         params, model_state = start(hyper)
+        if isinstance(self.memory, AutomaticPlan):
+            adjoint = _chosen_from_shapes(self.memory, inner, params, hyper, model_state)
+            output = back_along_path(adjoint, inner, outer, start, hyper)
+            stores_all = isinstance(adjoint.memory, StoreAll)
+            return dataclasses.replace(output, chosen=None if stores_all else adjoint)
         candidates = _candidates(inner, params, hyper, model_state)
         adjoint = self.memory.choose(candidates, program, hyper)
         output = adjoint.hypergradient(inner, outer, start, hyper, carry)
         return dataclasses.replace(output, chosen=adjoint)
+
+
+def _chosen_from_shapes(
+    automatic: AutomaticPlan,
+    inner: InnerSolve,
+    params: Params,
+    hyper: Hyper,
+    model_state: ModelState,
+) -> UnrolledAdjoint:
+    plan = automatic.choose(inner.loop(params), params, hyper, model_state)
+    return UnrolledAdjoint(plan)
 
 
 _PLANS = (

@@ -1,5 +1,6 @@
 """The axis of memory plans."""
 
+from ._automatic import AutomaticPlan as AutomaticPlan
 from ._base import AbstractMemoryPlan as AbstractMemoryPlan
 from ._blocks import Blocks as Blocks
 from ._budget import (

@@ -54,6 +54,12 @@ class Blocks(AbstractMemoryPlan):
             total += num_blocks
         return total + self.steps.num_stored(length)
 
+    def block_length(self, length: int) -> int:
+        """The number of steps in an innermost block of a loop of `length` steps."""
+        for level in range(self.num_levels, 0, -1):
+            length = _split(length, level)[1]
+        return length
+
     def _scan(self, body, state, draws, length, num_levels):
         if num_levels == 0:
             return self.steps.scan(body, state, draws, length)

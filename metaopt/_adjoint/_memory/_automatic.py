@@ -1,0 +1,126 @@
+"""The choice of a memory plan from shapes alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex
+
+from ..._core._tree import split_trainable, tree_num_bytes
+from ..._core._types import Hyper, ModelState, Params
+from ..._jaxpr._dependence import dependence
+from ..._solver import Loop
+from ._base import AbstractMemoryPlan
+from ._blocks import Blocks
+from ._steps import StoreAll
+
+
+# A tape up to this size is stored whole. On one core of a CPU, the reverse pass through 20
+# steps with 67 MiB took as long with one level of blocks; through 100 steps with 300 MiB it
+# was faster with blocks, because pages of memory that are new cost more than a second
+# forward pass. The constant lies between the two.
+_WHOLE = 128 * 2**20
+# Beyond, blocks may keep this much, or the tape of so many steps where that is more.
+_BLOCKS, _STEPS = 16 * 2**20, 16
+# A fourth level saves little and costs one more forward pass.
+_MOST_LEVELS = 3
+
+
+class AutomaticPlan(eqx.Module):
+    """Chooses between storing all steps and blocks of stored steps, from shapes alone.
+
+    Nothing is compiled. One step is traced and linearised, and the arrays that its
+    reverse pass reads are counted. Both plans differentiate the steps plainly, so that
+    the hypergradient can be differentiated again.
+    """
+
+    def choose(
+        self, loop: Loop, params: Params, hyper: Hyper, model_state: ModelState
+    ) -> AbstractMemoryPlan:
+        """The plan for a loop.
+
+        **Arguments:**
+
+        - `loop`: the loop of a solver.
+        - `params`, `hyper`, `model_state`: as for `loop.start`.
+        """
+        if loop.num_steps == 1:
+            return StoreAll()
+        return plan_for(*step_bytes(loop, params, hyper, model_state), loop.num_steps)
+
+
+def plan_for(tape: int, state: int, num_steps: int) -> AbstractMemoryPlan:
+    """The plan for a number of steps: that of the fewest levels that keeps little.
+
+    **Arguments:**
+
+    - `tape`: the bytes that one step keeps for its reverse pass.
+    - `state`: the bytes of the state before a step.
+    - `num_steps`: the number of steps.
+    """
+    most = max(_BLOCKS, _STEPS * tape)
+    if tape * num_steps <= max(_WHOLE, most):
+        return StoreAll()
+
+    def fits(plan):
+        inside = plan.block_length(num_steps)
+        num_states = plan.num_stored(num_steps) - inside
+        return num_states * state + inside * tape <= most
+
+    plans = [Blocks(levels, StoreAll()) for levels in range(1, _MOST_LEVELS + 1)]
+    return next(filter(fits, plans), plans[-1])
+
+
+def step_bytes(
+    loop: Loop, params: Params, hyper: Hyper, model_state: ModelState
+) -> tuple[int, int]:
+    """The bytes that one step of a loop keeps for its reverse pass, and those of the state
+    before it.
+
+    Nothing is computed. Arrays that are the same in every step, such as the data, are
+    stored once and not counted.
+    """
+    # An abstract start, so that the program that runs holds no trace of this one.
+    arrays, static = eqx.partition((loop, params, hyper, model_state), eqx.is_array)
+
+    def kept(start: Any, arrays: Any):
+        loop, params, hyper, model_state = eqx.combine(arrays, static)
+        trainable, fixed = split_trainable(hyper)
+        state, draw = start
+        moving, still = eqx.partition(state, eqx.is_inexact_array)
+
+        def step(moving, trainable):
+            full = eqx.combine(trainable, fixed)
+            state, loss = loop.step(full, eqx.combine(moving, still), draw)
+            return eqx.filter((state, loss), eqx.is_inexact_array)
+
+        return jax.tree.leaves(jax.vjp(step, moving, trainable)[1])
+
+    def begin(arrays):
+        loop, *arguments = eqx.combine(arrays, static)
+        first = jax.tree.map(lambda leaf: leaf[0], loop.draws)
+        return loop.start(*arguments), first
+
+    start = jax.eval_shape(begin, arrays)
+    return _moving_bytes(kept, start, arrays), tree_num_bytes(start[0])
+
+
+def _moving_bytes(fn: Callable[..., list[Any]], moving: Any, fixed: Any) -> int:
+    """The bytes of the arrays that `fn(moving, fixed)` returns and that depend on
+    `moving`, each counted once."""
+    jaxpr = jax.make_jaxpr(fn)(moving, fixed).jaxpr
+    num_moving = len(jax.tree.leaves(moving))
+    marks = [index < num_moving for index in range(len(jaxpr.invars))]
+    depend = dependence(jaxpr, marks, despite_stop_gradient=True)
+    counted = {
+        var: var.aval
+        for var, moves in zip(jaxpr.outvars, depend, strict=True)
+        if moves and not isinstance(var, jex.Literal)
+    }
+    return sum(map(_num_bytes, counted.values()))
+
+
+def _num_bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize
