@@ -26,6 +26,7 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(_automatic, "_WHOLE", 64)
     monkeypatch.setattr(_automatic, "_BLOCKS", 64)
     monkeypatch.setattr(_automatic, "_STEPS", 4)
+    jax.clear_caches()  # a solve that was traced before is not traced again
     plans = []
 
     def spy(*sizes):
@@ -84,7 +85,7 @@ AUTO, ALL = mo.UnrolledAdjoint(), mo.UnrolledAdjoint(STORED)
 
 
 @pytest.mark.parametrize(
-    "optimizer, atol", [("sgd", None), ("momentum", None), ("adam", None), ("sgd", 1e-2)]
+    "optimizer, atol", [("sgd", None), ("momentum", None), ("adam", None), ("sgd", 1.0)]
 )
 def test_same_hypergradient_in_blocks(small_limits, optimizer, atol):
     fn = ft.partial(solved, optimizer=optimizer, atol=atol)
@@ -144,7 +145,11 @@ def gradient(hyper, params, adjoint, num_steps, count=None):
     )
 
 
-STRUCTS = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((100,), jnp.float32)
+def loss_of_target(params, hyper, batch):
+    return jnp.sum(jnp.cosh(params - hyper))
+
+
+STRUCTS = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((1000,), jnp.float32)
 
 
 def lowered(adjoint, num_steps, count=None) -> Any:
@@ -159,13 +164,25 @@ def test_small_problems_store_all():
 
 
 def test_long_runs_keep_little():
-    # Stored whole, the params alone would take 76 MiB, and the tape some times that.
+    # Stored whole, the params alone would take 763 MiB.
     program = lowered(AUTO, 200_000)
     chosen = program.out_info[1].adjoint
     assert chosen.startswith("UnrolledAdjoint(memory=Blocks(")
     # A few numbers for each step are the losses and the numbers of the steps.
     few = 6 * 8 * 200_000
-    assert program.compile().memory_analysis().temp_size_in_bytes < 4 * MIB + few
+    assert program.compile().memory_analysis().temp_size_in_bytes < 16 * MIB + few
+
+
+def test_memory_report_names_the_choice():
+    report = mo.memory.memory_report(
+        mo.BilevelProblem(loss_of_target, lambda params, hyper, batch: jnp.sum(params**2)),
+        0.3,
+        params=jnp.zeros(1000),
+        inner=mo.Descent(optax.sgd(0.01, momentum=0.9), 200_000),
+        adjoints={"blocks": mo.UnrolledAdjoint(mo.memory.Blocks(2))},
+    )
+    assert report.automatic is not None and "Blocks" in report.automatic
+    assert report.automatic in str(report)
 
 
 def test_nothing_is_compiled_and_the_loss_is_traced_few_times(monkeypatch):

@@ -379,19 +379,20 @@ def test_report_predicts_what_is_compiled():
         params=jnp.ones((DEPTH, WIDTH, WIDTH), jnp.float32),
         inner=mo.Descent(optax.sgd(0.1), NUM_STEPS),
         adjoints={
-            "all": mo.UnrolledAdjoint(),
+            "all": mo.UnrolledAdjoint(mo.memory.StoreAll()),
             "blocks": mo.UnrolledAdjoint(mo.memory.Blocks()),
             "forward": mo.ForwardAdjoint(),
         },
     )
     assert report.params_bytes == 4 * DEPTH * WIDTH * WIDTH
     compiled = {
-        "all": temporary_bytes(mo.UnrolledAdjoint())[0],
+        "all": temporary_bytes(mo.UnrolledAdjoint(mo.memory.StoreAll()))[0],
         "blocks": temporary_bytes(mo.UnrolledAdjoint(mo.memory.Blocks()))[0],
         "forward": temporary_bytes(mo.ForwardAdjoint())[0],
     }
     for name, size in compiled.items():
         assert abs(report.temporary_bytes[name] / size - 1) < 0.2
+    assert report.automatic == "UnrolledAdjoint(memory=StoreAll())"
     assert "blocks" in str(report) and "KiB" in str(report)
 
 
@@ -408,7 +409,7 @@ def test_ten_thousand_steps_in_bounded_memory():
         params=jnp.zeros(width),
         inner=mo.Descent(optax.sgd(0.01, momentum=0.9), num_steps),
         adjoints={
-            "all": mo.UnrolledAdjoint(),
+            "all": mo.UnrolledAdjoint(mo.memory.StoreAll()),
             "blocks": mo.UnrolledAdjoint(mo.memory.Blocks()),
         },
     )
@@ -418,6 +419,8 @@ def test_ten_thousand_steps_in_bounded_memory():
     few = 8 * 8 * num_steps
     assert report.temporary_bytes["blocks"] < 2 * 2 * 100 * state + few
     assert "MiB" in str(report)
+    # All of the steps are estimated at less than 256 MiB.
+    assert report.automatic == "UnrolledAdjoint(memory=StoreAll())"
 
 
 @pytest.mark.slow

@@ -42,5 +42,6 @@ from ._truncated import (
 )
 from ._unrolled import (
     exact_adjoints as exact_adjoints,
+    unrolled_by_default as unrolled_by_default,
     UnrolledAdjoint as UnrolledAdjoint,
 )

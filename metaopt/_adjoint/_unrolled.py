@@ -1,7 +1,7 @@
 """Unrolled differentiation: reverse mode through every step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -39,18 +39,28 @@ class UnrolledAdjoint(AbstractAdjoint):
 
     Exact for the params that were reached, converged or not, and the only exact choice for
     hyperparameters of the path itself: learning rates, momenta, schedules, initial params.
-    Its memory grows with the number of steps, as `memory` says. If the inner problem is
-    solved to convergence, [`metaopt.ImplicitAdjoint`][] needs less.
+    By default it keeps all steps if they are small, and makes some of them again if not.
+    If the inner problem is solved to convergence, [`metaopt.ImplicitAdjoint`][] needs less.
 
     **Arguments:**
 
-    - `memory`: what is kept for the reverse pass: [`metaopt.memory.StoreAll`][],
-        [`metaopt.memory.StoreUpdates`][], [`metaopt.memory.RecomputeSteps`][],
-        [`metaopt.memory.Blocks`][] or [`metaopt.memory.OnlineCheckpoints`][]. Or a budget,
-        as a number of bytes or a text such as `"2GiB"`: the plan of the fewest operations
-        is taken whose hypergradient XLA plans to run within this much temporary memory,
-        which takes some compilations. A budget is for one device, and under `jax.vmap` for
-        one of the elements. [`metaopt.memory.memory_report`][] shows what each plan takes.
+    - `memory`: what is kept for the reverse pass.
+        - `"auto"` chooses from shapes and compiles nothing for it: it takes
+            [`metaopt.memory.StoreAll`][] where all steps keep at most 256 MiB or are at
+            most 16. Else it takes `metaopt.memory.Blocks(n, metaopt.memory.StoreAll())`
+            with the least `n` up to 3 that keeps 16 MiB, or as much as 16 steps. Each
+            level computes the steps once more. Sizes are estimates, for one of the
+            elements under `jax.vmap`.
+        - A plan: [`metaopt.memory.StoreAll`][], [`metaopt.memory.StoreUpdates`][],
+            [`metaopt.memory.RecomputeSteps`][], [`metaopt.memory.Blocks`][] or
+            [`metaopt.memory.OnlineCheckpoints`][].
+        - A budget, as a number of bytes or a text such as `"2GiB"`: the plan of the fewest
+            operations is taken whose hypergradient XLA plans to run within this much
+            temporary memory, which takes some compilations. It is for one device, and
+            under `jax.vmap` for one of the elements.
+
+        Reports name a plan that was chosen, unless `"auto"` stores all steps.
+        [`metaopt.memory.memory_report`][] shows what each plan takes.
 
     **Raises:**
 
@@ -159,6 +169,12 @@ def exact_adjoints(solver: AbstractSolver) -> list[AbstractAdjoint]:
     """The adjoints that give the same hypergradient in reverse mode and differ in what
     they keep, from the fewest operations to the least memory."""
     return [adjoint for adjoint, _ in _with_num_stored(solver)]
+
+
+def unrolled_by_default(adjoints: Iterable[AbstractAdjoint]) -> UnrolledAdjoint | None:
+    """`UnrolledAdjoint()` if one of the adjoints is unrolled, else `None`."""
+    unrolled = any(isinstance(adjoint, UnrolledAdjoint) for adjoint in adjoints)
+    return UnrolledAdjoint() if unrolled else None
 
 
 def _with_num_stored(

@@ -5,7 +5,13 @@ from typing import Any
 
 import equinox as eqx
 
-from .._adjoint import AbstractAdjoint, exact_adjoints, format_bytes, temporary_bytes
+from .._adjoint import (
+    AbstractAdjoint,
+    exact_adjoints,
+    format_bytes,
+    temporary_bytes,
+    unrolled_by_default,
+)
 from .._core._tree import tree_num_bytes
 from .._core._types import Hyper, Key, ModelState, Params
 from .._core._validate import ADJOINT_EXAMPLE, check_kind
@@ -24,10 +30,13 @@ class MemoryReport(eqx.Module):
     - `temporary_bytes`: the temporary memory by the name of the adjoint, beside that of
         the arguments and the result.
     - `params_bytes`: the size of the params, for comparison.
+    - `automatic`: the adjoint that `metaopt.UnrolledAdjoint()` runs, by its name; `None` if
+        none of the adjoints is an unrolled one.
     """
 
     temporary_bytes: dict[str, int]
     params_bytes: int
+    automatic: str | None = None
 
     def __repr__(self) -> str:
         return str(self)
@@ -35,6 +44,8 @@ class MemoryReport(eqx.Module):
     def __str__(self) -> str:
         rows = [("params", format_bytes(self.params_bytes))]
         rows += [(name, format_bytes(n)) for name, n in self.temporary_bytes.items()]
+        if self.automatic is not None:
+            rows.append(("taken by default", self.automatic))
         text = "Temporary memory as XLA plans it, on one device. Nothing was run."
         return table("Memory of one hypergradient", rows, text)
 
@@ -119,4 +130,14 @@ def memory_report(
         for name, adjoint in adjoints.items()
     }
     params_bytes = tree_num_bytes(eqx.filter_eval_shape(start, *arguments, model_state))
-    return MemoryReport(sizes, params_bytes)
+    automatic, unrolled = None, unrolled_by_default(adjoints.values())
+    if unrolled is not None:
+
+        def by_default(*arguments):
+            objective, hyper = objective_of(*arguments)
+            return objective.differentiate(unrolled, hyper, None)[2]
+
+        automatic = eqx.filter_eval_shape(by_default, *arguments, model_state).adjoint
+        if automatic == type(unrolled).__name__:
+            automatic = repr(exact_adjoints(inner)[0])  # all steps are stored
+    return MemoryReport(sizes, params_bytes, automatic)

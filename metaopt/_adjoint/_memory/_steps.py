@@ -11,7 +11,8 @@ class StoreAll(AbstractMemoryPlan):
     """Keeps what every step computed: the fewest operations, and memory that grows with
     `num_steps` times the activations of a step. Not for long runs of large models.
 
-    The only plan whose hypergradient can be differentiated again.
+    Its hypergradient can be differentiated again, as can that of
+    [`metaopt.memory.Blocks`][] of it, and of no other plan.
 
     **Arguments:**
 
