@@ -131,7 +131,7 @@ class _History(eqx.Module):
     def pushed(self, at: Applied, step: IntScalar) -> "_History":
         """The history with the difference to the last step in the place of the oldest."""
         examples, size = at.examples, self.right.shape[-1]
-        slot, last = step % size, (step - 1) % size
+        slot, last = step % size, (step + size - 1) % size
         residuals = examples.put(self.residuals, step % 2, at.residual)
         before = examples.entry(residuals, (step + 1) % 2)
         difference = jax.tree.map(
@@ -139,13 +139,17 @@ class _History(eqx.Module):
             *(at.residual, before),
         )
         history = examples.put(self.of_residuals, last, difference)
-        right = examples.products(history, at.residual).at[..., slot].set(0)
+        places = jnp.arange(size)
+        here, before_here = places == slot, places == last
+        right = jnp.where(here, 0, examples.products(history, at.residual))
         # The histories are the largest arrays here, and each is read once: the products
         # of a difference with the others are differences of their products.
-        row = (right - self.right).at[..., slot].set(0)
-        row = row.at[..., last].set(examples.dot(difference, difference))
-        products = self.products.at[..., last, :].set(row).at[..., :, last].set(row)
-        products = products.at[..., slot, :].set(0).at[..., :, slot].set(0)
+        square = examples.dot(difference, difference)[..., None]
+        row = jnp.where(here, 0, jnp.where(before_here, square, right - self.right))
+        across, down = row[..., None, :], row[..., :, None]
+        products = jnp.where(before_here, down, self.products)
+        products = jnp.where(before_here[:, None], across, products)
+        products = jnp.where(here | here[:, None], 0, products)
         return _History(
             values=examples.put(self.values, slot, at.value),
             residuals=residuals,
@@ -156,13 +160,35 @@ class _History(eqx.Module):
 
     def weights(self, regularization: float) -> Array:
         """The weight of each difference: the least squares solution."""
-        squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
+        size = self.right.shape[-1]
+        unit = jnp.eye(size, dtype=self.products.dtype)
+        squares = jnp.sum(self.products * unit, axis=-1)
         # Differences of length one, so that old and new ones are regularised alike. Missing
         # differences are zero, and get the weight zero.
         used = squares > 0
         scale = jnp.where(used, jax.lax.rsqrt(jnp.where(used, squares, 1)), 0)
         scaled = self.products * scale[..., :, None] * scale[..., None, :]
-        least = jnp.maximum(regularization, 10 * jnp.finfo(squares.dtype).eps)
-        ridge = jnp.where(used, least, 1)[..., None] * jnp.eye(squares.shape[-1])
-        solved = jnp.linalg.solve(scaled + ridge, (scale * self.right)[..., None])
-        return scale * solved[..., 0]
+        least = max(regularization, 10 * float(jnp.finfo(squares.dtype).eps))
+        ridge = jnp.where(used, least, 1).astype(squares.dtype)[..., None] * unit
+        solved = _eliminated(scaled + ridge, scale * self.right, least)
+        return scale * solved
+
+
+def _eliminated(matrix: Array, right: Array, least: float) -> Array:
+    """Solve small positive definite systems by Gauss-Jordan elimination.
+
+    Needs no pivoting there (Higham, 2002, section 14.4). Rounding can make a pivot smaller
+    than the ridge that was added, which bounds it from below.
+    """
+    size = right.shape[-1]
+    rows = jnp.concatenate([matrix, right[..., None]], axis=-1)
+
+    def eliminate(k, rows):
+        row = jax.lax.dynamic_index_in_dim(rows, k, -2)
+        column = jax.lax.dynamic_index_in_dim(rows, k, -1)
+        pivot = jax.lax.dynamic_index_in_dim(row, k, -1)
+        row = row / jnp.maximum(pivot, least)
+        is_pivot = jnp.arange(size)[:, None] == k
+        return jnp.where(is_pivot, row, rows - column * row)
+
+    return jax.lax.fori_loop(0, size, eliminate, rows)[..., -1]
