@@ -26,6 +26,7 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(_automatic, "_WHOLE", 64)
     monkeypatch.setattr(_automatic, "_BLOCKS", 64)
     monkeypatch.setattr(_automatic, "_STEPS", 4)
+    monkeypatch.setattr(_automatic, "_AT_MOST", 64)
     jax.clear_caches()  # a solve that was traced before is not traced again
     plans = []
 
@@ -43,13 +44,14 @@ def small_limits(monkeypatch):
     "tape, state, num_steps, plan",
     [
         (MIB, MIB // 2, 5, STORED),
-        (MIB, MIB // 2, 128, STORED),
+        (MIB, MIB // 2, 384, STORED),
         (4 * MIB, 2 * MIB, 100, mo.memory.Blocks(1, STORED)),
-        (4 * MIB, 2 * MIB, 1000, mo.memory.Blocks(3, STORED)),
+        (4 * MIB, 2 * MIB, 1000, mo.memory.Blocks(1, STORED)),
+        (4 * MIB, 2 * MIB, 10_000, mo.memory.Blocks(2, STORED)),
         (3 * MIB // 10, MIB // 14, 10_000, mo.memory.Blocks(2, STORED)),
         (3 * MIB // 10, MIB // 14, 100_000, mo.memory.Blocks(3, STORED)),
         # A large model for a few steps.
-        (200 * MIB, 100 * MIB, 10, STORED),
+        (200 * MIB, 100 * MIB, 16, STORED),
         # Nothing is small enough.
         (200 * MIB, 100 * MIB, 10**6, mo.memory.Blocks(3, STORED)),
     ],

@@ -46,10 +46,10 @@ class UnrolledAdjoint(AbstractAdjoint):
 
     - `memory`: what is kept for the reverse pass.
         - `"auto"` chooses from shapes and compiles nothing for it: it takes
-            [`metaopt.memory.StoreAll`][] where all steps keep at most 256 MiB or are at
+            [`metaopt.memory.StoreAll`][] where all steps keep at most 384 MiB or are at
             most 16. Else it takes `metaopt.memory.Blocks(n, metaopt.memory.StoreAll())`
-            with the least `n` up to 3 that keeps 16 MiB, or as much as 16 steps. Each
-            level computes the steps once more. Sizes are estimates, for one of the
+            with the least `n` up to 3 that keeps 16 MiB, or as much as 16 steps, or as
+            64 steps where that is at most 256 MiB. Each level computes the steps once more. Sizes are estimates, for one of the
             elements under `jax.vmap`.
         - A plan: [`metaopt.memory.StoreAll`][], [`metaopt.memory.StoreUpdates`][],
             [`metaopt.memory.RecomputeSteps`][], [`metaopt.memory.Blocks`][] or

@@ -20,9 +20,12 @@ from ._steps import StoreAll
 # A tape up to this size is stored whole. Measured on one core of a CPU with steps that are
 # estimated at 4 MiB: blocks take 8 % longer than all steps for 40 steps, and 5 % less for
 # 100 steps, where new pages of memory cost more than a second forward pass.
-_WHOLE = 256 * 2**20
-# Beyond, blocks may keep this much, or the tape of so many steps where that is more.
-_BLOCKS, _STEPS = 16 * 2**20, 16
+_WHOLE = 384 * 2**20
+# Beyond, blocks may keep this much: each level less costs one more forward pass, which for
+# these steps is 15 % of the time.
+_BLOCKS = 16 * 2**20
+# Or the tape of the first number of steps, and that of the second up to a size.
+_STEPS, _MORE_STEPS, _AT_MOST = 16, 64, 256 * 2**20
 # A fourth level saves little and costs one more forward pass.
 _MOST_LEVELS = 3
 
@@ -59,9 +62,9 @@ def plan_for(tape: int, state: int, num_steps: int) -> AbstractMemoryPlan:
     - `state`: the bytes of the state before a step.
     - `num_steps`: the number of steps.
     """
-    most = max(_BLOCKS, _STEPS * tape)
-    if tape * num_steps <= max(_WHOLE, most):
+    if num_steps <= _STEPS or tape * num_steps <= _WHOLE:
         return StoreAll()
+    most = max(_BLOCKS, _STEPS * tape, min(_MORE_STEPS * tape, _AT_MOST))
 
     def fits(plan):
         inside = plan.block_length(num_steps)
