@@ -49,8 +49,8 @@ class UnrolledAdjoint(AbstractAdjoint):
             [`metaopt.memory.StoreAll`][] where all steps keep at most 384 MiB or are at
             most 16. Else it takes `metaopt.memory.Blocks(n, metaopt.memory.StoreAll())`
             with the least `n` up to 3 that keeps 16 MiB, or as much as 16 steps, or as
-            64 steps where that is at most 256 MiB. Each level computes the steps once more. Sizes are estimates, for one of the
-            elements under `jax.vmap`.
+            64 steps where that is at most 256 MiB. Each level computes the steps once
+            more. Sizes are estimates, for one of the elements under `jax.vmap`.
         - A plan: [`metaopt.memory.StoreAll`][], [`metaopt.memory.StoreUpdates`][],
             [`metaopt.memory.RecomputeSteps`][], [`metaopt.memory.Blocks`][] or
             [`metaopt.memory.OnlineCheckpoints`][].

@@ -2,11 +2,19 @@
 
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+
+
+class _Array:
+    """Stands where an array was."""
+
+
+_ARRAY = _Array()
 
 
 @jax.tree_util.register_static
@@ -19,7 +27,10 @@ class Static:
     """
 
     def __init__(self, tree: Any):
-        self.leaves, self.structure = jax.tree.flatten(tree)
+        self._flat(*jax.tree.flatten(tree))
+
+    def _flat(self, leaves: list[Any], structure: Any) -> None:
+        self.leaves, self.structure = leaves, structure
         self.key = self.identity()
         try:
             self.hash = hash(self.key)
@@ -33,8 +44,11 @@ class Static:
     @classmethod
     def split(cls, tree: Any) -> tuple[list[Any], "Static"]:
         """The arrays of a pytree as a list, and the rest of it."""
-        arrays, rest = eqx.partition(tree, eqx.is_array)
-        return jax.tree.leaves(arrays), cls((rest, jax.tree.structure(arrays)))
+        leaves, structure = jax.tree.flatten(tree)
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        rest = cls.__new__(cls)
+        rest._flat([_ARRAY if eqx.is_array(leaf) else leaf for leaf in leaves], structure)
+        return arrays, rest
 
     def identity(self, own: Callable[[types.FunctionType], Any] | None = None) -> Any:
         """A value that is equal for pytrees of equal behaviour.
@@ -62,8 +76,9 @@ class Static:
 
     def joined(self, arrays: list[Any]) -> Any:
         """The pytree that was split, with these arrays."""
-        rest, inner = self.tree
-        return eqx.combine(jax.tree.unflatten(inner, arrays), rest)
+        given = iter(arrays)
+        leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 # Packages whose functions depend on nothing but their arguments and closures.
@@ -84,6 +99,8 @@ def _identity(x: Any, own: Callable[..., Any] | None, depth: int = 0) -> Any:
     elif isinstance(x, functools.partial):
         found = type(x), within(x.func), within(x.args), within(_items(x.keywords))
     elif isinstance(x, types.FunctionType) and _is_pure(x):
+        if own is None and x in _known:
+            return _known[x]
         cells = tuple(map(_content, x.__closure__ or ()))
         parts = cells, x.__defaults__ or (), _items(x.__kwdefaults__ or {})
         found = x.__code__, *map(within, parts)
@@ -93,7 +110,13 @@ def _identity(x: Any, own: Callable[..., Any] | None, depth: int = 0) -> Any:
         hash(found)
     except TypeError:
         return x  # holds an array, or the like
+    if own is None and isinstance(x, types.FunctionType) and _is_pure(x):
+        _known[x] = found
     return found
+
+
+# Of a transform that is made once and used in many calls.
+_known: weakref.WeakKeyDictionary[types.FunctionType, Any] = weakref.WeakKeyDictionary()
 
 
 def _is_pure(function: types.FunctionType) -> bool:

@@ -330,12 +330,13 @@ def tree_cast_like(x: Vector, like: Vector) -> Vector:
 
 def tree_strong(x: PyTree) -> PyTree:
     """`x` without weak types, which would make an equal call trace a second time."""
-    return jax.tree.map(
-        lambda a: (
-            jax.lax.convert_element_type(a, a.dtype) if eqx.is_inexact_array(a) else a
-        ),
-        x,
-    )
+
+    def strong(a):
+        if not eqx.is_inexact_array(a) or not jax.typeof(a).weak_type:
+            return a
+        return jax.lax.convert_element_type(a, a.dtype)
+
+    return jax.tree.map(strong, x)
 
 
 def tree_entangled(x: Vector) -> Vector:

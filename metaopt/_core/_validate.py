@@ -1,5 +1,6 @@
 """Checks of the user's arguments, made once at the public boundary."""
 
+import functools
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from ._finite import are_canonical, check_finite
 from ._foreign import HasArray, HasDLPack, is_loader, is_number_list, on_host
 from ._tree import leaf_names, tree_strong
 from ._types import Hyper, Key, Params
@@ -58,8 +60,10 @@ def canonical_hyper(hyper: Hyper, name: str = "hyper") -> Hyper:
     `TypeError` for a Python int or bool leaf, or if nothing in `hyper` can be tuned;
     `ValueError` for a leaf that is complex, empty, infinite or NaN.
     """
-    names = leaf_names(hyper, name)
     leaves, structure = jax.tree.flatten(hyper)
+    if are_canonical(leaves, only_real=True):
+        return hyper
+    names = leaf_names(hyper, name)
     out = [_canonical_leaf(leaf_name, leaf) for leaf_name, leaf in zip(names, leaves)]
     if not any(eqx.is_inexact_array(leaf) for leaf in out):
         raise TypeError(
@@ -139,12 +143,14 @@ def canonical_arrays(tree: Any, name: str, *, only_arrays: bool = True) -> Any:
             f"`{name}` is an iterator, from which only `metaopt.solve_bilevel` pulls. Hand "
             "over one batch, or a `metaopt.BatchSequence` of several that are stacked."
         )
+    leaves, structure = jax.tree.flatten(tree)
+    if tree is None or are_canonical(leaves):
+        return tree
     names = leaf_names(tree, name)
     if only_arrays:
         _check_lists(tree, name)
-        for where, leaf in zip(names, jax.tree.leaves(tree)):
+        for where, leaf in zip(names, leaves):
             _check_no_loader(leaf, where)
-    leaves, structure = jax.tree.flatten(tree)
     leaves = [_from_elsewhere(leaf, where) for where, leaf in zip(names, leaves)]
     _check_not_empty(leaves, names)
     check_finite(leaves, names)
@@ -241,9 +247,20 @@ def canonical_key(key: Any) -> Key:
     `ValueError` for anything else that is not a key of JAX.
     """
     if key is None:
-        return jax.random.key(0)
+        config: Any = jax.config
+        # Under a mesh that is set, the key lies on all its devices.
+        if config.jax_debug_key_reuse or not jax.sharding.get_abstract_mesh().empty:
+            return jax.random.key(0)
+        return _first_key(config.jax_default_prng_impl, config.jax_default_device)
     check_key(key)
     return key
+
+
+@functools.cache
+def _first_key(*settings: Any) -> Key:
+    """Key 0, which takes longer to make than a small step."""
+    with jax.ensure_compile_time_eval():
+        return jax.random.key(0)
 
 
 def check_key(key: Any) -> None:
@@ -262,6 +279,8 @@ def canonical_params(params: Any, name: str = "params") -> Params:
 
     `ValueError` naming the array.
     """
+    if are_canonical(jax.tree.leaves(params), only_real=True):
+        return params
     params = float_as_array(params, name)
     params = canonical_arrays(params, name, only_arrays=False)
     check_params(params, name)
@@ -318,26 +337,6 @@ def check_params(params: Any, name: str = "params") -> None:
     _check_not_empty(*_inexact(leaves, names))
     for name, leaf in zip(names, leaves):
         check_real(leaf, name)
-
-
-def check_finite(leaves: list[Any], names: list[str]) -> None:
-    """Raise a `ValueError` naming the first concrete leaf with an infinite or NaN."""
-    known = [
-        (name, leaf)
-        for name, leaf in zip(names, leaves)
-        if eqx.is_inexact_array(leaf) and not isinstance(leaf, jax.core.Tracer)
-    ]
-    # Inside a user's own `jax.jit` a compiled function is staged even for arrays that
-    # are known, unless it is told to run now.
-    with jax.ensure_compile_time_eval():
-        if known and not _all_finite([leaf for _, leaf in known]):
-            name = next(name for name, leaf in known if not _all_finite([leaf]))
-            raise ValueError(f"`{name}` holds infinite or NaN values.")
-
-
-@jax.jit
-def _all_finite(leaves):
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _to_jax(leaf: Any, name: str) -> jax.Array:

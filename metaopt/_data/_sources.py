@@ -248,6 +248,8 @@ def as_data(data: Any, name: str) -> AbstractData:
     """
     if isinstance(data, AbstractData):
         return data
+    if data is None:
+        return _NOTHING
     names, leaves = leaf_names(data, name), jax.tree.leaves(data)
     counts = {
         name: leaf.shape[0]
@@ -262,6 +264,9 @@ def as_data(data: Any, name: str) -> AbstractData:
             "`iter(batches)` to `metaopt.solve_bilevel`."
         )
     return FullBatch(data)
+
+
+_NOTHING = FullBatch(None)
 
 
 def _check_arrays(arrays: PyTree[Any], whose: str) -> None:
