@@ -198,6 +198,20 @@ def test_nothing_is_compiled_and_the_loss_is_traced_few_times(monkeypatch):
     assert len(counts["auto"]) == len(counts["all"]) <= 4
 
 
+def test_a_budget_compiles_one_plan(monkeypatch):
+    sizes, measure = [], _budget.temporary_bytes
+
+    def spy(*args):
+        sizes.append(measure(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(_budget, "temporary_bytes", spy)
+    # Stored whole, the params alone would take 7.6 MiB.
+    chosen = lowered(mo.UnrolledAdjoint("1MiB"), 2000).out_info[1].adjoint
+    assert "Blocks(" in chosen and len(sizes) == 1
+    assert MIB / 5 < sizes[0] <= MIB
+
+
 def test_data_are_not_counted_for_each_step():
     # They would be 2 MB for each of the steps.
     rows = jnp.ones((1000, 500), jnp.float32)

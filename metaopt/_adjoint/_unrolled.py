@@ -1,6 +1,7 @@
 """Unrolled differentiation: reverse mode through every step."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from ._memory import (
     MemoryBudget,
     OnlineCheckpoints,
     RecomputeSteps,
+    step_bytes,
     StoreAll,
     StoreUpdates,
 )
@@ -55,8 +57,9 @@ class UnrolledAdjoint(AbstractAdjoint):
             [`metaopt.memory.RecomputeSteps`][], [`metaopt.memory.Blocks`][] or
             [`metaopt.memory.OnlineCheckpoints`][].
         - A budget, as a number of bytes or a text such as `"2GiB"`: the plan of the fewest
-            operations is taken whose hypergradient XLA plans to run within this much
-            temporary memory, which takes some compilations. It is for one device, and
+            operations is taken that seems to fit by its shapes, and whose hypergradient XLA
+            plans to run within this much temporary memory, which takes a compilation
+            for each plan that is looked at: mostly one. It is for one device, and
             under `jax.vmap` for one of the elements.
 
         Reports name a plan that was chosen, unless `"auto"` stores all steps.
@@ -194,14 +197,40 @@ def _with_num_stored(
 def _candidates(
     inner: InnerSolve, params: Params, hyper: Hyper, model_state: ModelState
 ) -> list[Candidate[AbstractAdjoint]]:
-    """The exact adjoints, each with the least memory that it takes for one solve."""
+    """The exact adjoints, each with the least memory that it takes for one solve, and an
+    estimate of what it takes."""
     loop = inner.loop(params)
     begin = lambda: loop.start(params, hyper, model_state)
     size = tree_num_bytes(jax.eval_shape(begin).params)
-    return [
-        Candidate(adjoint, num_stored(loop.num_steps) * size)
-        for adjoint, num_stored in _with_num_stored(inner.solver)
-    ]
+    of_step = ft.cache(
+        lambda plan: step_bytes(plan.prepare(loop), params, hyper, model_state)
+    )
+
+    def candidate(
+        adjoint: AbstractAdjoint, num_stored: Callable[[int], int]
+    ) -> Candidate[AbstractAdjoint]:
+        least = num_stored(loop.num_steps) * size
+        estimate = least
+        if isinstance(adjoint, UnrolledAdjoint):
+            estimate = max(least, _estimated(adjoint.memory, of_step, loop.num_steps))
+        return Candidate(adjoint, least, estimate)
+
+    return [candidate(*each) for each in _with_num_stored(inner.solver)]
+
+
+def _estimated(plan: Any, of_step: Callable[..., tuple[int, int]], length: int) -> int:
+    """The bytes that a plan keeps, as shapes tell; none where they do not."""
+    num_states = 0
+    if isinstance(plan, Blocks):
+        inside = plan.block_length(length)
+        num_states = plan.num_stored(length) - inside
+        plan, length = plan.steps, inside
+    if isinstance(plan, RecomputeSteps):
+        num_states, length = num_states + length, 1
+    elif not isinstance(plan, StoreAll | StoreUpdates):
+        return 0
+    tape, state = of_step(plan)
+    return num_states * state + length * tape
 
 
 def _pulled_back(

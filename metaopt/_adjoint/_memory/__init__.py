@@ -1,6 +1,6 @@
 """The axis of memory plans."""
 
-from ._automatic import AutomaticPlan as AutomaticPlan
+from ._automatic import AutomaticPlan as AutomaticPlan, step_bytes as step_bytes
 from ._base import AbstractMemoryPlan as AbstractMemoryPlan
 from ._blocks import Blocks as Blocks
 from ._budget import (

@@ -14,6 +14,8 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
+_TOO_HIGH = 2  # an estimate can be, by this factor at most
+
 _Adjoint = TypeVar("_Adjoint")
 
 
@@ -25,10 +27,12 @@ class Candidate(eqx.Module, Generic[_Adjoint]):
     - `adjoint`: the adjoint.
     - `num_bytes`: the least memory that it takes, as far as that is known without
         compiling it.
+    - `estimate`: what it takes as far as shapes tell: no less than `num_bytes`.
     """
 
     adjoint: _Adjoint
     num_bytes: int = eqx.field(static=True)
+    estimate: int = eqx.field(static=True)
 
 
 class MemoryBudget(eqx.Module):
@@ -66,6 +70,9 @@ class MemoryBudget(eqx.Module):
     ) -> _Adjoint:
         """The first adjoint that keeps to the budget.
 
+        Those that take far more by their estimate are compiled only if no other keeps to
+        it.
+
         **Arguments:**
 
         - `candidates`: the adjoints, the fastest first.
@@ -85,9 +92,9 @@ class MemoryBudget(eqx.Module):
                 "`axis_types=(AxisType.Auto,)`."
             )
         needs: dict[str, int] = {}
-        for candidate in candidates:
-            if candidate.num_bytes > self.num_bytes:
-                continue
+        possible = [c for c in candidates if c.num_bytes <= self.num_bytes]
+        far_more = lambda c: c.estimate > _TOO_HIGH * self.num_bytes
+        for candidate in sorted(possible, key=far_more):
             need = temporary_bytes(program(candidate.adjoint), *args)
             if need <= self.num_bytes:
                 return candidate.adjoint
