@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import metaopt as mo
-from metaopt.few_shot._learner import TaskGradient
+from metaopt.few_shot._stats import TaskGradient
 
 
 Checkpoint = mo.callbacks.Checkpoint
@@ -339,6 +339,21 @@ def test_the_others_survive_a_task_that_diverges(part, chunk_size):
     rest = jax.tree.map(lambda leaf: leaf[keep], TASKS)
     expected = maml(num_steps=2).value_and_grad(MODEL, rest)
     assert_close((value, gradient), expected[:2])
+
+
+def test_without_guard_a_task_that_diverges_counts():
+    x, y = TASKS.query
+    tasks = dataclasses.replace(TASKS, query=(x, y.at[2].set(1e200)))
+    value, gradient, stats = maml(num_steps=2).value_and_grad(MODEL, tasks, guard=False)
+    assert np.isinf(value) and np.max(np.abs(flat(gradient))) > 1e190
+    assert stats.failed.tolist() == [False, False, True, False]
+    guarded, plain = (
+        maml(num_steps=2).value_and_grad(MODEL, TASKS, guard=guard)
+        for guard in (True, False)
+    )
+    assert_close(plain[:2], guarded[:2])
+    with pytest.raises(ValueError, match="`guard` must be `True` or `False`"):
+        maml(num_steps=2).value_and_grad(MODEL, TASKS, guard=1)  # pyright: ignore
 
 
 def test_nothing_is_left_when_all_diverge():

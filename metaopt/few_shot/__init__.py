@@ -2,7 +2,7 @@
 
 from ._episodes import Episodes as Episodes, HostEpisodes as HostEpisodes
 from ._evaluate import evaluate as evaluate, Scores as Scores
-from ._learner import AbstractLearner as AbstractLearner, TaskStats as TaskStats
+from ._learner import AbstractLearner as AbstractLearner
 from ._maml import MAML as MAML
 from ._reptile import Reptile as Reptile
 from ._settings import (
@@ -15,5 +15,6 @@ from ._solution import (
     TrainSolution as TrainSolution,
     TrainState as TrainState,
 )
+from ._stats import TaskStats as TaskStats
 from ._task import Learned as Learned, Task as Task
 from ._train import train as train

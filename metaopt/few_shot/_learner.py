@@ -7,8 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from .._core._compiled import compiled
 from .._core._results import mask_result, RESULTS
@@ -25,10 +23,8 @@ from .._core._tree import (
     with_auto_axes,
 )
 from .._core._types import (
-    Aux,
     Batch,
     FloatScalar,
-    IntScalar,
     Key,
     ModelState,
     Params,
@@ -40,82 +36,16 @@ from .._core._validate import (
     canonical_key,
     canonical_params,
     check_count,
+    check_flag,
 )
 from .._data import FullBatch
 from .._problem import initialise, StepStates
-from .._report import flat_text, is_positive, raise_on_failure, table, verdict
+from .._report import raise_on_failure
 from .._solver import AbstractIterativeSolver, AbstractSolver, InnerSolve
 from ._adaptation import Adaptation, ModelLoss
 from ._batches import as_tasks, check_lengths, count_tasks
+from ._stats import TaskGradient, TaskStats
 from ._task import Learned, model_of, Task
-
-
-class TaskGradient(eqx.Module):
-    """The contribution of one task.
-
-    **Attributes:**
-
-    - `loss`: the query loss of the adapted model.
-    - `gradient`: the direction for what is learned, a vector like its trainable part.
-    - `aux`: what the loss returned beside its value, or `None`.
-    - `state`: the model state after the task, or `None`.
-    - `result`: how adapting and differentiating went.
-    - `left_out`: what the gradient leaves out by construction, in words.
-    - `num_flat`: as in [`metaopt.Report`][].
-    """
-
-    loss: FloatScalar
-    gradient: Vector
-    aux: Aux
-    state: ModelState
-    result: RESULTS
-    left_out: tuple[str, ...] = eqx.field(static=True)
-    num_flat: IntScalar | None = None
-
-
-class TaskStats(eqx.Module):
-    """The results of a batch of tasks, task by task.
-
-    **Attributes:**
-
-    - `losses`: the query loss of each task, of shape `(num_tasks,)`; NaN or infinite
-        where it diverged. With `step_weights`, the weighted sum of those of all steps.
-    - `failed`: which tasks failed, of shape `(num_tasks,)`. They are left out of loss and
-        gradients.
-    - `num_failed`: how many did.
-    - `aux`: what the loss returned beside its value, stacked by task, or `None`.
-    - `model_state`: the mean over tasks of the model state after the query examples, or
-        `None`. Leaves that are no floating-point arrays are those of the first task.
-    - `results`: how each task went, of shape `(num_tasks,)`.
-    - `result`: whether any task was left.
-    - `left_out`: what the gradients leave out by construction, in words.
-    - `num_flat`: for each task, the number of entries of inner gradients that are zero and
-        at which the derivative of the step was left out, as in [`metaopt.Report`][]; of
-        shape `(num_tasks,)`, or `None`.
-    """
-
-    losses: Float[Array, " num_tasks"]
-    failed: Bool[Array, " num_tasks"]
-    num_failed: IntScalar
-    aux: Aux
-    model_state: ModelState
-    results: RESULTS
-    result: RESULTS
-    left_out: tuple[str, ...] = eqx.field(static=True)
-    num_flat: Int[Array, " num_tasks"] | None = None
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        failed = np.asarray(self.failed)
-        rows = [("tasks", f"{failed.size}"), ("failed", f"{failed.sum()}")]
-        if not failed.all():
-            mean = np.asarray(self.losses, float)[~failed].mean()
-            rows.append(("mean query loss", f"{mean:.4g}"))
-        if is_positive(self.num_flat):
-            rows.append(("left out", flat_text(self.num_flat)))
-        return table("Tasks", rows, verdict(self.results))
 
 
 class AbstractLearner(eqx.Module):
@@ -159,6 +89,7 @@ class AbstractLearner(eqx.Module):
         key: Key | None = None,
         model_state: ModelState = None,
         throw: bool = True,
+        guard: bool = True,
     ) -> tuple[FloatScalar, Vector, TaskStats]:
         """The mean query loss over a batch of tasks, and its gradient.
 
@@ -175,6 +106,9 @@ class AbstractLearner(eqx.Module):
         - `key`: for everything random, from `jax.random.key`; by default key 0.
         - `model_state`: the model state before each task.
         - `throw`: whether it raises if no task was left.
+        - `guard`: whether tasks that fail are left out. With `False` they are part of
+            loss and gradient as computed, and in a function that is compiled checks whose
+            outcome is not read cost nothing.
 
         **Returns:**
 
@@ -190,12 +124,14 @@ class AbstractLearner(eqx.Module):
         tasks = as_tasks(tasks)
         num_tasks = count_tasks(tasks)
         check_model_state(self, model_state)
+        check_flag(guard, "guard")
         size = self.chunk_size
         if size is not None and num_tasks % size:
             raise ValueError(
                 f"`chunk_size`, {size}, does not divide the number of tasks, {num_tasks}."
             )
-        out = _value_and_grad(self, meta, tasks, canonical_key(key), model_state)
+        key = canonical_key(key)
+        out = _value_and_grad(self, meta, tasks, key, model_state, guard)
         return raise_on_failure(out, out[-1].result, throw, show=out[-1])
 
     def adapt(
@@ -319,16 +255,26 @@ def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None
 
 @compiled
 def _value_and_grad(
-    learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
+    learner: AbstractLearner,
+    meta: Any,
+    tasks: Task,
+    key: Key,
+    model_state: ModelState,
+    guard: bool,
 ) -> tuple[FloatScalar, Vector, TaskStats]:
-    arguments = learner, meta, tasks, key, model_state
+    arguments = learner, meta, tasks, key, model_state, guard
     loss, gradient, stats = with_auto_axes(_over_tasks, *arguments)
     structs = tree_structs(split_trainable(meta)[0])
     return loss, tree_sharded_like(gradient, structs), stats
 
 
 def _over_tasks(
-    learner: AbstractLearner, meta: Any, tasks: Task, key: Key, model_state: ModelState
+    learner: AbstractLearner,
+    meta: Any,
+    tasks: Task,
+    key: Key,
+    model_state: ModelState,
+    guard: bool,
 ) -> tuple[FloatScalar, Vector, TaskStats]:
     num_tasks = count_tasks(tasks)
     per_chunk = learner.chunk_size or num_tasks
@@ -339,9 +285,11 @@ def _over_tasks(
         out = learner.task_gradient(meta, task, key, model_state)
         # Sums over many tasks need more digits than half precision has.
         summed = tree_widened((out.gradient, out.loss, floats(out.state)))
-        good = out.result == RESULTS.successful
+        if guard:
+            good = out.result == RESULTS.successful
+            summed = tree_where(good, summed, tree_zeros_like(summed))
         return (
-            tree_where(good, summed, tree_zeros_like(summed)),
+            summed,
             eqx.filter(dataclasses.replace(out, gradient=None), eqx.is_array),
         )
 
@@ -373,7 +321,8 @@ def _over_tasks(
     failed = each.result != RESULTS.successful
     num_good = jnp.sum(jnp.logical_not(failed))
     # Without any task left the mean is NaN.
-    mean = lambda total: total / num_good.astype(total.dtype)
+    count = num_good if guard else jnp.asarray(num_tasks)
+    mean = lambda total: total / count.astype(total.dtype)
     gradient, loss, mean_state = jax.tree.map(mean, sums)
     gradient = tree_cast_like(gradient, split_trainable(meta)[0])
     mean_state = tree_cast_like(mean_state, floats(state))

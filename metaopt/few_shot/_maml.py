@@ -24,7 +24,8 @@ from .._objective import Objective
 from .._problem import BilevelProblem
 from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
 from ._adaptation import Adaptation, ModelLoss, WithTotalPolicy
-from ._learner import AbstractLearner, TaskGradient
+from ._learner import AbstractLearner
+from ._stats import TaskGradient
 from ._task import Learned
 
 

@@ -12,7 +12,8 @@ from .._core._types import LossFn
 from .._core._validate import check_count, check_kind, DESCENT_EXAMPLE
 from .._solver import AbstractIterativeSolver, AbstractSolver, check_state_policy
 from ._adaptation import Adaptation, adapting_part, judge, ModelLoss
-from ._learner import AbstractLearner, adapt, TaskGradient
+from ._learner import AbstractLearner, adapt
+from ._stats import TaskGradient
 from ._task import Learned
 
 

@@ -246,8 +246,8 @@ FAULTS = [
     Fault(
         "failed-tasks-count-in-the-mean",
         "few_shot/_learner.py",
-        "total / num_good.astype(total.dtype)",
-        "total / num_tasks",
+        "count = num_good if guard else jnp.asarray(num_tasks)",
+        "count = jnp.asarray(num_tasks)",
         FEW_SHOT + "test_the_others_survive_a_task_that_diverges",
     ),
     Fault(
