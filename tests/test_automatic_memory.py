@@ -50,14 +50,22 @@ def small_limits(monkeypatch):
         (4 * MIB, 2 * MIB, 10_000, mo.memory.Blocks(2, STORED)),
         (3 * MIB // 10, MIB // 14, 10_000, mo.memory.Blocks(2, STORED)),
         (3 * MIB // 10, MIB // 14, 100_000, mo.memory.Blocks(3, STORED)),
-        # A large model for a few steps.
-        (200 * MIB, 100 * MIB, 16, STORED),
         # Nothing is small enough.
         (200 * MIB, 100 * MIB, 10**6, mo.memory.Blocks(3, STORED)),
     ],
 )
 def test_plan_from_sizes(tape, state, num_steps, plan):
     assert plan_for(tape, state, num_steps) == plan
+
+
+def test_a_few_steps_are_stored_however_large():
+    count = []
+    struct = jax.ShapeDtypeStruct((10**8,), jnp.float32)
+    fn = ft.partial(gradient, adjoint=AUTO, num_steps=16, count=count)
+    _, report = jax.eval_shape(fn, STRUCTS[0], struct)
+    assert report.adjoint == "UnrolledAdjoint"
+    _, report = jax.eval_shape(ft.partial(fn, num_steps=17), STRUCTS[0], struct)
+    assert "Blocks" in report.adjoint
 
 
 def loss(params, hyper, batch):

@@ -48,7 +48,7 @@ class AutomaticPlan(eqx.Module):
         - `loop`: the loop of a solver.
         - `params`, `hyper`, `model_state`: as for `loop.start`.
         """
-        if loop.num_steps == 1:
+        if loop.num_steps <= _STEPS:
             return StoreAll()
         return plan_for(*step_bytes(loop, params, hyper, model_state), loop.num_steps)
 
@@ -62,7 +62,7 @@ def plan_for(tape: int, state: int, num_steps: int) -> AbstractMemoryPlan:
     - `state`: the bytes of the state before a step.
     - `num_steps`: the number of steps.
     """
-    if num_steps <= _STEPS or tape * num_steps <= _WHOLE:
+    if tape * num_steps <= _WHOLE:
         return StoreAll()
     most = max(_BLOCKS, _STEPS * tape, min(_MORE_STEPS * tape, _AT_MOST))
 
