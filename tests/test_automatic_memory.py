@@ -59,9 +59,8 @@ def test_plan_from_sizes(tape, state, num_steps, plan):
 
 
 def test_a_few_steps_are_stored_however_large():
-    count = []
     struct = jax.ShapeDtypeStruct((10**8,), jnp.float32)
-    fn = ft.partial(gradient, adjoint=AUTO, num_steps=16, count=count)
+    fn = ft.partial(gradient, adjoint=AUTO, num_steps=16)
     _, report = jax.eval_shape(fn, STRUCTS[0], struct)
     assert report.adjoint == "UnrolledAdjoint"
     _, report = jax.eval_shape(ft.partial(fn, num_steps=17), STRUCTS[0], struct)
@@ -218,6 +217,21 @@ def test_a_budget_compiles_one_plan(monkeypatch):
     chosen = lowered(mo.UnrolledAdjoint("1MiB"), 2000).out_info[1].adjoint
     assert "Blocks(" in chosen and len(sizes) == 1
     assert MIB / 5 < sizes[0] <= MIB
+
+
+def test_a_tiny_problem_is_not_traced_for_the_choice(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a step was traced")
+
+    monkeypatch.setattr(_automatic, "step_bytes", refuse)
+    run = lambda num_steps: jax.eval_shape(
+        ft.partial(gradient, adjoint=AUTO, num_steps=num_steps),
+        STRUCTS[0],
+        jax.ShapeDtypeStruct((5,), jnp.float32),
+    )
+    assert run(200)[1].adjoint == "UnrolledAdjoint"
+    with pytest.raises(AssertionError, match="a step was traced"):
+        run(201)
 
 
 def test_data_are_not_counted_for_each_step():

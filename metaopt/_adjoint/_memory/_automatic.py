@@ -26,6 +26,9 @@ _WHOLE = 384 * 2**20
 _BLOCKS = 16 * 2**20
 # Or the tape of the first number of steps, and that of the second up to a size.
 _STEPS, _MORE_STEPS, _AT_MOST = 16, 64, 256 * 2**20
+# So many steps on so few numbers are stored without a look at what one of them keeps,
+# which takes a trace: no step keeps this many times what it is given.
+_SOON, _LARGEST = 200, 1000
 # A fourth level saves little and costs one more forward pass.
 _MOST_LEVELS = 3
 
@@ -49,6 +52,9 @@ class AutomaticPlan(eqx.Module):
         - `params`, `hyper`, `model_state`: as for `loop.start`.
         """
         if loop.num_steps <= _STEPS:
+            return StoreAll()
+        size = tree_num_bytes((loop, params, hyper, model_state))
+        if loop.num_steps <= _SOON and loop.num_steps * _LARGEST * size <= _WHOLE:
             return StoreAll()
         return plan_for(*step_bytes(loop, params, hyper, model_state), loop.num_steps)
 
