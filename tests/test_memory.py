@@ -367,7 +367,7 @@ def test_budget_in_solve_inner_and_in_a_run():
         num_steps=2,
     )
     assert solution.report is not None
-    assert "memory=" in solution.report.adjoint and "Store" not in solution.report.adjoint
+    assert "memory=Blocks(" in solution.report.adjoint
 
 
 def test_report_predicts_what_is_compiled():
