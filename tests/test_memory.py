@@ -419,7 +419,7 @@ def test_ten_thousand_steps_in_bounded_memory():
     few = 8 * 8 * num_steps
     assert report.temporary_bytes["blocks"] < 2 * 2 * 100 * state + few
     assert "MiB" in str(report)
-    # All of the steps are estimated at less than 256 MiB.
+    # All of the steps are estimated at less than 384 MiB.
     assert report.automatic == "UnrolledAdjoint(memory=StoreAll())"
 
 

@@ -47,15 +47,17 @@ _FEW = 4096  # numbers that are looked at faster by NumPy than by a compiled fun
 
 
 def _all_finite(leaves: list[jax.Array]) -> bool:
-    few = [leaf for leaf in leaves if leaf.size <= _FEW and leaf.is_fully_addressable]
-    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in few):
-        return False
-    if len(few) == len(leaves):
-        return True
+    # Elsewhere every leaf would be a transfer of its own.
+    if all(leaf.size <= _FEW and _is_on_host(leaf) for leaf in leaves):
+        return all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
     # Inside a user's own `jax.jit` a compiled function is staged even for arrays that
     # are known, unless it is told to run now.
     with jax.ensure_compile_time_eval():
         return bool(_finite_on_device(leaves))
+
+
+def _is_on_host(leaf: jax.Array) -> bool:
+    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
 
 
 @jax.jit

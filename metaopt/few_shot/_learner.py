@@ -255,15 +255,9 @@ def check_model_state(learner: AbstractLearner, model_state: ModelState) -> None
 
 @compiled
 def _value_and_grad(
-    learner: AbstractLearner,
-    meta: Any,
-    tasks: Task,
-    key: Key,
-    model_state: ModelState,
-    guard: bool,
+    learner: AbstractLearner, meta: Any, *rest: Any
 ) -> tuple[FloatScalar, Vector, TaskStats]:
-    arguments = learner, meta, tasks, key, model_state, guard
-    loss, gradient, stats = with_auto_axes(_over_tasks, *arguments)
+    loss, gradient, stats = with_auto_axes(_over_tasks, learner, meta, *rest)
     structs = tree_structs(split_trainable(meta)[0])
     return loss, tree_sharded_like(gradient, structs), stats
 

@@ -27,7 +27,8 @@ _BLOCKS = 16 * 2**20
 # Or the tape of the first number of steps, and that of the second up to a size.
 _STEPS, _MORE_STEPS, _AT_MOST = 16, 64, 256 * 2**20
 # So many steps on so few numbers are stored without a look at what one of them keeps,
-# which takes a trace: no step keeps this many times what it is given.
+# which takes a trace. One that keeps more than this many times what it is given takes
+# what it took with `StoreAll`.
 _SOON, _LARGEST = 200, 1000
 # A fourth level saves little and costs one more forward pass.
 _MOST_LEVELS = 3
