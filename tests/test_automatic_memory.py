@@ -219,6 +219,22 @@ def test_a_budget_compiles_one_plan(monkeypatch):
     assert MIB / 5 < sizes[0] <= MIB
 
 
+def test_a_budget_compiles_what_is_estimated_as_too_large_last(monkeypatch):
+    needs, seen = {"large": 90, "small": 80}, []
+
+    def measure(name):
+        seen.append(name)
+        return needs[name]
+
+    monkeypatch.setattr(_budget, "temporary_bytes", measure)
+    candidates = [_budget.Candidate("large", 1, 1000), _budget.Candidate("small", 1, 150)]
+    program: Any = lambda name: name
+    choose = lambda: _budget.MemoryBudget(100).choose(candidates, program)
+    assert choose() == "small" and seen == ["small"]
+    needs["small"] = 101
+    assert choose() == "large" and seen == ["small", "small", "large"]
+
+
 def test_a_tiny_problem_is_not_traced_for_the_choice(monkeypatch):
     def refuse(*args):
         raise AssertionError("a step was traced")
