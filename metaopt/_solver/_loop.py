@@ -10,6 +10,7 @@ import numpy as np
 
 from .._core._results import first_failure, mask_result, RESULTS, where_result
 from .._core._tree import padding, split_trainable, tree_all_finite, wide_dtype
+from .._core._trace_once import call_once
 from .._core._types import (
     Aux,
     Batch,
@@ -115,7 +116,9 @@ class Loop(eqx.Module):
             model_state = self.solver.state_policy.begin(model_state, self.num_steps)
         first = jax.tree.map(lambda leaf: leaf[0], self.draws)
         output = jax.eval_shape(
-            lambda: self._advance(trainable, solver_state, model_state, hyper, first)
+            lambda: call_once(
+                self._advance, trainable, solver_state, model_state, hyper, first
+            )
         )[-1]
         loss = output.monitor if output.loss is None else output.loss
         dtype = wide_dtype(output.monitor.dtype, loss.dtype)
@@ -259,8 +262,9 @@ class Loop(eqx.Module):
         return split_trainable(params)[0], solver_state, carried, output
 
     def _step(self, hyper, state: LoopState, draw) -> tuple[LoopState, FloatScalar]:
-        params, solver_state, carried, output = self._advance(
-            state.params, state.solver_state, state.model_state, hyper, draw
+        params, solver_state, carried, output = call_once(
+            self._advance,
+            *(state.params, state.solver_state, state.model_state, hyper, draw),
         )
         index = draw[0]
         loss = output.monitor if output.loss is None else output.loss

@@ -29,7 +29,7 @@ _STEPS, _MORE_STEPS, _AT_MOST = 16, 64, 256 * 2**20
 # So many steps on so few numbers are stored without a look at what one of them keeps,
 # which takes a trace. One that keeps more than this many times what it is given takes
 # what it took with `StoreAll`.
-_SOON, _LARGEST = 200, 1000
+_SOON, _LARGEST = 200, 300
 # A fourth level saves little and costs one more forward pass.
 _MOST_LEVELS = 3
 
