@@ -17,6 +17,7 @@ import metaopt as mo
 
 Case = tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]
 """The contenders, functions of the same arguments, and these arguments."""
+Loss = Callable[..., jax.Array]
 
 HAS_JAXOPT = importlib.util.find_spec("jaxopt") is not None
 TORCH = installed_torch()
@@ -89,7 +90,13 @@ def adam(hyper):
 OPTIMIZERS = {"momentum": sgd, "Adam": adam}
 
 
-def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
+def unrolled(
+    num_steps: int,
+    optimizer: str,
+    budget: str | None = None,
+    inner_loss: Loss = decayed,
+    outer_loss: Loss = cross_entropy,
+) -> Case:
     """The learning rate and the decays of a network trained for a number of steps."""
     transform = OPTIMIZERS[optimizer]
     x_keys = jax.random.split(jax.random.key(0), 4)
@@ -97,12 +104,12 @@ def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
     y = [jax.random.randint(k, (BATCH,), 0, WIDTHS[-1]) for k in x_keys[2:]]
     params = make_params(jax.random.key(2), WIDTHS)
     hyper = {"rate": jnp.log(0.05), "decay": jnp.full(len(params), -6.0)}
-    problem = mo.BilevelProblem(decayed, cross_entropy)
+    problem = mo.BilevelProblem(inner_loss, outer_loss)
 
     def by_hand(hyper, params, train):
         def step(carry, _):
             params, state = carry
-            gradient = jax.grad(decayed)(params, hyper, train)
+            gradient = jax.grad(inner_loss)(params, hyper, train)
             updates, state = transform(hyper).update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -114,7 +121,7 @@ def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
 
         solver = jaxopt.OptaxSolver(
             opt=transform(hyper),
-            fun=decayed,
+            fun=inner_loss,
             maxiter=num_steps,
             tol=0.0,
             implicit_diff=False,
@@ -124,7 +131,7 @@ def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
 
     def by_optimistix(hyper, params, train):
         return optx.minimise(
-            lambda params, hyper: decayed(params, hyper, train),
+            lambda params, hyper: inner_loss(params, hyper, train),
             optx.OptaxMinimiser(transform(hyper), rtol=0.0, atol=0.0),
             params,
             args=hyper,
@@ -136,12 +143,12 @@ def unrolled(num_steps: int, optimizer: str, budget: str | None = None) -> Case:
     adjoint = mo.UnrolledAdjoint() if budget is None else mo.UnrolledAdjoint(budget)
     contenders = {
         **ours(problem, mo.Descent(transform, num_steps), adjoint),
-        PLAIN: of_solution(cross_entropy, by_hand),
+        PLAIN: of_solution(outer_loss, by_hand),
     }
     if HAS_JAXOPT and budget is None:
-        contenders["jaxopt"] = of_solution(cross_entropy, by_jaxopt)
+        contenders["jaxopt"] = of_solution(outer_loss, by_jaxopt)
     if budget is None:
-        contenders["optimistix"] = of_solution(cross_entropy, by_optimistix)
+        contenders["optimistix"] = of_solution(outer_loss, by_optimistix)
     if num_steps <= 100:
         made = {name: make(num_steps, optimizer) for name, make in TORCH.items()}
         contenders |= {name: run for name, run in made.items() if run is not None}
@@ -164,13 +171,15 @@ def penalised(params, hyper, batch):
     return logistic(params, hyper, batch) + jnp.sum(jnp.exp(hyper) * params**2)
 
 
-def implicit(num_steps: int) -> Case:
+def implicit(
+    num_steps: int, inner_loss: Loss = penalised, outer_loss: Loss = logistic
+) -> Case:
     """One penalty for each feature, by conjugate gradients, after a number of steps."""
     x = jax.random.normal(jax.random.key(0), (2000, NUM_PENALTIES))
     y = (x @ jax.random.normal(jax.random.key(1), (NUM_PENALTIES,)) > 0).astype(x.dtype)
     train, valid = (x[:1000], y[:1000]), (x[1000:], y[1000:])
     hyper, start = jnp.full(NUM_PENALTIES, -4.0), jnp.zeros(NUM_PENALTIES)
-    problem = mo.BilevelProblem(penalised, logistic)
+    problem = mo.BilevelProblem(inner_loss, outer_loss)
     transform = optax.sgd(1.0, momentum=0.9, nesterov=True)
     inner = mo.Descent(transform, num_steps) if num_steps else mo.Solved()
     if num_steps == 0:
@@ -191,7 +200,7 @@ def implicit(num_steps: int) -> Case:
     def solve(hyper, params, train):
         def step(carry, _):
             params, state = carry
-            gradient = jax.grad(penalised)(params, hyper, train)
+            gradient = jax.grad(inner_loss)(params, hyper, train)
             updates, state = transform.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -199,9 +208,9 @@ def implicit(num_steps: int) -> Case:
 
     def by_hand(hyper, params, train, valid):
         params = solve(hyper, params, train)
-        gradient = lambda params, hyper: jax.grad(penalised)(params, hyper, train)
+        gradient = lambda params, hyper: jax.grad(inner_loss)(params, hyper, train)
         _, product = jax.linearize(lambda params: gradient(params, hyper), params)
-        right = jax.grad(logistic)(params, hyper, valid)
+        right = jax.grad(outer_loss)(params, hyper, valid)
         solution = textbook_cg(product, right, NUM_LINEAR_STEPS)
         _, pullback = jax.vjp(lambda hyper: gradient(params, hyper), hyper)
         return -pullback(solution)[0]
@@ -211,7 +220,7 @@ def implicit(num_steps: int) -> Case:
 
         def outer(hyper):
             solution = optx.minimise(
-                lambda params, hyper: penalised(params, hyper, train),
+                lambda params, hyper: inner_loss(params, hyper, train),
                 minimiser,
                 params,
                 args=hyper,
@@ -220,7 +229,7 @@ def implicit(num_steps: int) -> Case:
                 max_steps=num_steps,
                 throw=False,
             )
-            return logistic(solution.value, hyper, valid)
+            return outer_loss(solution.value, hyper, valid)
 
         return jax.grad(outer)(hyper)
 
@@ -231,8 +240,8 @@ def implicit(num_steps: int) -> Case:
     if num_steps:
         contenders["optimistix"] = by_optimistix
     if HAS_JAXOPT:
-        found = jaxopt_solution(solve, penalised, NUM_LINEAR_STEPS)
-        contenders["jaxopt"] = of_solution(logistic, found)
+        found = jaxopt_solution(solve, inner_loss, NUM_LINEAR_STEPS)
+        contenders["jaxopt"] = of_solution(outer_loss, found)
     return contenders, (hyper, start, train, valid)
 
 
@@ -272,19 +281,22 @@ def textbook_cg(product, right, num_steps):
 #
 
 
-def decays(size: int, method: str) -> Case:
+def quadratic(params, hyper, batch):
+    curvature, target = batch
+    fit = 0.5 * jnp.sum(curvature * (params - target) ** 2)
+    return fit + 0.5 * jnp.sum(jnp.exp(hyper) * params**2)
+
+
+def distance(params, hyper, batch):
+    return 0.5 * jnp.sum((params - batch[1]) ** 2)
+
+
+def decays(
+    size: int, method: str, inner_loss: Loss = quadratic, outer_loss: Loss = distance
+) -> Case:
     """As many decays as parameters, and ten steps of a linear solver."""
     curvature = jnp.linspace(0.1, 1.0, size)
     target = jnp.sin(jnp.arange(size, dtype=jnp.float32))
-
-    def inner_loss(params, hyper, batch):
-        curvature, target = batch
-        fit = 0.5 * jnp.sum(curvature * (params - target) ** 2)
-        return fit + 0.5 * jnp.sum(jnp.exp(hyper) * params**2)
-
-    def outer_loss(params, hyper, batch):
-        return 0.5 * jnp.sum((params - batch[1]) ** 2)
-
     hyper, batch = jnp.full(size, -2.0), (curvature, target)
     start = curvature * target / (curvature + jnp.exp(hyper))
     problem = mo.BilevelProblem(inner_loss, outer_loss)

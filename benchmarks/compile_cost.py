@@ -18,6 +18,8 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import optax
+from _counted import Counted
+from equilibrium import equilibrium_layer, MAX_STEPS, RTOL, textbook, textbook_picard
 
 import metaopt as mo
 
@@ -26,18 +28,6 @@ NUM_STEPS = 100
 X = jax.random.normal(jax.random.key(0), (200, 10))
 Y = (X @ jnp.linspace(-1, 1, 10) > 0).astype(jnp.float32)
 TRAIN, VALID = (X[:100], Y[:100]), (X[100:], Y[100:])
-
-
-class Counted:
-    """A loss that counts how often Python runs it."""
-
-    def __init__(self, loss: Callable[..., Any]):
-        self.loss = loss
-        self.count = 0
-
-    def __call__(self, *args: Any) -> Any:
-        self.count += 1
-        return self.loss(*args)
 
 
 def cross_entropy(params: Any, hyper: Any, batch: Any) -> jax.Array:
@@ -148,7 +138,8 @@ def maml(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
 
 
 def tanh_cell(weights: Any, z: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.tanh(weights @ z + x)
+    """One example, or a batch of them."""
+    return jnp.tanh(z @ weights.T + x)
 
 
 class Cell(eqx.Module):
@@ -165,47 +156,18 @@ def equilibrium(inner: Any, outer: Any) -> tuple[Callable, Callable, Any]:
     """The derivative through an equilibrium layer, by Picard's method both ways."""
     weights = 0.1 * jax.random.normal(jax.random.key(3), (32, 32))
     x = jax.random.normal(jax.random.key(4), (8, 32))
-    most, tolerance = 50, 1e-4
-    solver = mo.Picard(most, rtol=tolerance)
-    adjoint = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(solver))
+    solver = mo.Picard(MAX_STEPS, rtol=RTOL)
+    hand_written, _ = textbook(textbook_picard)
+
+    def value(weights, each):
+        return outer(jax.vmap(each, (None, 0))(Cell(inner, weights), x))
 
     def ours(weights):
-        layer = mo.nn.Equilibrium(
-            Cell(inner, weights), lambda x: x, solver=solver, adjoint=adjoint, throw=False
-        )
-        return eqx.filter_grad(lambda layer: outer(jax.vmap(layer)(x)[0]))(layer)
-
-    def solve(step, start):
-        def go_on(carry):
-            count, z, change = carry
-            return (count < most) & (change > tolerance * jnp.linalg.norm(z))
-
-        def take(carry):
-            count, z, _ = carry
-            new = step(z)
-            return count + 1, new, jnp.linalg.norm(new - z)
-
-        return jax.lax.while_loop(go_on, take, (0, start, jnp.inf))[1]
-
-    @jax.custom_vjp
-    def layer(weights, x):
-        return solve(lambda z: inner(weights, z, x), x)
-
-    def forward(weights, x):
-        z = layer(weights, x)
-        return z, (weights, z, x)
-
-    def backward(kept, seed):
-        weights, z, x = kept
-        _, by_state = jax.vjp(lambda z: inner(weights, z, x), z)
-        dual = solve(lambda v: by_state(v)[0] + seed, seed)
-        _, by_rest = jax.vjp(lambda w, x: inner(w, z, x), weights, x)
-        return by_rest(dual)
-
-    layer.defvjp(forward, backward)
+        layer = lambda cell, x: equilibrium_layer(cell, solver, solver, throw=False)(x)[0]
+        return jax.grad(value)(weights, layer)
 
     def by_hand(weights):
-        return jax.grad(lambda w: outer(jax.vmap(layer, (None, 0))(w, x)))(weights)
+        return jax.grad(value)(weights, hand_written)
 
     return ours, by_hand, weights
 

@@ -100,6 +100,21 @@ def textbook_anderson(fn, start):
     return z, count
 
 
+def textbook_picard(fn, start):
+    """The plain iteration, for all rows at once."""
+
+    def step(carry):
+        z, k, _ = carry
+        value = fn(z)
+        left = jnp.linalg.norm(value - z) / (1e-5 + jnp.linalg.norm(value))
+        return value, k + 1, left
+
+    goes_on = lambda carry: (carry[1] < MAX_STEPS) & (carry[2] > RTOL)
+    carry = start, jnp.asarray(0), jnp.asarray(jnp.inf, start.dtype)
+    z, count, _ = jax.lax.while_loop(goes_on, step, carry)
+    return z, count
+
+
 def textbook(solve):
     """A layer with its adjoint equation, solved in the same way."""
 
@@ -134,11 +149,13 @@ def by_example(pair):
 # Others
 
 
-def ours(solver, linear):
-    def made(cell):
-        adjoint = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(linear), inner_rtol=0.1)
-        return mo.nn.Equilibrium(cell, solver=solver, adjoint=adjoint)
+def equilibrium_layer(cell, solver, linear, throw=True):
+    adjoint = mo.ImplicitAdjoint(mo.linear.LinearFixedPoint(linear), inner_rtol=0.1)
+    return mo.nn.Equilibrium(cell, solver=solver, adjoint=adjoint, throw=throw)
 
+
+def ours(solver, linear):
+    made = lambda cell: equilibrium_layer(cell, solver, linear)
     return lambda cell, x: made(cell)(x)[0], lambda cell, x: made(cell)(x)[1].num_steps
 
 

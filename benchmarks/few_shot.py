@@ -97,22 +97,28 @@ def by_hand(loss, rate, num_steps):
     return gradient
 
 
-def ours(loss, rate, num_steps, chunk_size=None, guard=True):
+def ours(loss, rate, num_steps, chunk_size=None, guard=True, whole=False):
     inner = mo.Descent(optax.sgd(rate), num_steps)
     learner = mo.few_shot.MAML(loss, inner, chunk_size=chunk_size)
 
     def gradient(model, tasks):
-        return learner.value_and_grad(model, tasks, throw=False, guard=guard)[:2]
+        out: Any = learner.value_and_grad(model, tasks, throw=False, guard=guard)
+        return out if whole else out[:2]
 
     return gradient
 
 
-def waves():
+def wave_tasks():
+    """A network of two layers, and sine waves to adapt it to."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.uniform(keys[0], (2, 25, 10), minval=-5.0, maxval=5.0)
     y = jnp.sin(x + jax.random.uniform(keys[1], (25, 1)))
     model = eqx.nn.MLP("scalar", "scalar", 40, 2, key=keys[2])
-    tasks = mo.few_shot.Task((x[0], y[0]), (x[1], y[1]))
+    return model, mo.few_shot.Task((x[0], y[0]), (x[1], y[1]))
+
+
+def waves():
+    model, tasks = wave_tasks()
     contenders = {
         "by hand": (by_hand(squared_error, 0.01, 5), model),
         "metaopt": (ours(squared_error, 0.01, 5), model),
