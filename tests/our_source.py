@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 import types
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def parse(path: Path) -> ast.Module:
 
 def import_module(name: str) -> types.ModuleType:
     return importlib.import_module("metaopt" if name == ROOT else f"metaopt.{name}")
+
+
+def import_benchmark(name: str) -> types.ModuleType:
+    """A file of `benchmarks`, which lies on the path of its own scripts alone."""
+    folder = str(REPOSITORY / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)

@@ -1,9 +1,6 @@
 """A good report means a good number: verdicts and error estimates against the truth."""
 
 import functools as ft
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +10,7 @@ import optax
 import pytest
 
 import metaopt as mo
-
-
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+from our_source import import_benchmark
 
 
 def near(value, **tolerances):
@@ -29,11 +24,7 @@ SOLVED = mo.Descent(optax.sgd(0.3), 400)
 @pytest.fixture(scope="module")
 def trust():
     """The benchmark, whose problems and table are used here as they are."""
-    sys.path.insert(0, BENCHMARKS)
-    try:
-        return importlib.import_module("trust")
-    finally:
-        sys.path.remove(BENCHMARKS)
+    return import_benchmark("trust")
 
 
 # The bias takes up the mean of the targets; the penalties have one hyperparameter for each
