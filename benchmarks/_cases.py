@@ -34,8 +34,8 @@ def ours(
     NaN where a check refuses it; alone, which is what other libraries compute; and with
     the numbers of its report."""
 
-    def whole(hyper, params, train, valid, guard=True):
-        gradient, report = mo.hypergradient(
+    def run(hyper, params, train, valid, guard=True):
+        return mo.hypergradient(
             problem,
             hyper,
             train,
@@ -46,12 +46,15 @@ def ours(
             throw=False,
             guard=guard,
         )
+
+    def reported(*args):
+        gradient, report = run(*args)
         return gradient, report.scalars()
 
     return {
-        "metaopt": lambda *args: whole(*args)[0],
-        ALONE: lambda *args: whole(*args, guard=False)[0],
-        REPORTED: whole,
+        "metaopt": lambda *args: run(*args)[0],
+        ALONE: lambda *args: run(*args, guard=False)[0],
+        REPORTED: reported,
     }
 
 

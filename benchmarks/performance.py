@@ -7,10 +7,18 @@ of the times and, in brackets, of the temporary memory that XLA plans for, witho
 `metaopt` is a hypergradient that is NaN where a check refuses it; `gradient alone` is
 without checks, as that of the others is; `with report` is every number of the report beside
 it.
-Compilation is not counted. After it stands, for the longest runs, the most memory that a
-process held which computed one hypergradient and nothing else.
+Compilation is not counted there. After it stand, in sections of their own:
+
+- `first_call`: the CPU seconds to trace, lower and compile, over those of plain JAX; the
+  least of some rounds, with empty caches;
+- `eager`: the microseconds of a call on a tiny problem, as Python runs it and compiled
+  (without raising: `throw=False`);
+- `outer`: the microseconds of an outer step beside one written by hand with optax;
+- `memory`: for the longest runs, the most memory that a process held which computed one
+  hypergradient and nothing else.
 
     python benchmarks/performance.py [--repeats 20] [--only TEXT]
+        [--sections times first_call eager outer memory]
 """
 
 import argparse
@@ -21,15 +29,25 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import optax
+from _calls import first_calls, small_calls
 from _cases import ALONE, Case, CASES, PLAIN, REPORTED, TORCH
+from outer_loop import SCAN, seconds_of_loops
 
 
+OURS = ["metaopt", ALONE, REPORTED]
 RESIDENT = [name for name in CASES if "1000 steps" in name]
+# More steps, and longer vectors, are not more to compile.
+SHORTEST = [
+    name
+    for name in CASES
+    if not any(more in name for more in ("100 steps", "1000 steps", "10M"))
+]
+SECTIONS = ["times", "first_call", "eager", "outer", "memory"]
 
 
 def compiled(contenders: dict[str, Callable], arguments: tuple) -> dict[str, Callable]:
@@ -110,36 +128,88 @@ def print_resident(case: str, contender: str) -> None:
     print(1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]))
 
 
+def print_header(title: str, columns: Iterable[str]) -> None:
+    columns = list(columns)
+    print(f"\n{title}\n")
+    print("| |", " | ".join(columns), "|")
+    print("|---|" + "--:|" * len(columns))
+
+
+def print_row(name: str, cells: Iterable[str]) -> None:
+    print(f"| {name} |", " | ".join(cells), "|", flush=True)
+
+
+def print_times(chosen: list[str], repeats: int) -> None:
+    names = [*OURS, "jaxopt", "optimistix", *TORCH]
+    print_header("Time (and temporary memory) over plain JAX", names)
+    for case in chosen:
+        row = compare(CASES[case](), repeats)
+        print_row(case, [row.get(name, "") for name in names])
+
+
+def print_first_calls(chosen: list[str], rounds: int) -> None:
+    names = [*OURS, "jaxopt", "optimistix"]
+    title = "CPU seconds of compilation in plain JAX, and of others over that"
+    print_header(title, [PLAIN, *names])
+    for case in [name for name in chosen if name in SHORTEST]:
+        contenders, arguments = CASES[case]()
+        by_xla = {name: f for name, f in contenders.items() if name not in TORCH}
+        seconds = first_calls((by_xla, arguments), rounds)
+        plain = seconds[PLAIN]
+        ratios = [
+            f"{seconds[name] / plain:.1f}" if name in seconds else "" for name in names
+        ]
+        print_row(case, [f"{plain:.2f}", *ratios])
+
+
+def print_small_calls(rounds: int) -> None:
+    print_header("Microseconds of a call on a tiny problem", ["eager", "compiled"])
+    for name, ways in small_calls(rounds).items():
+        print_row(name, [f"{ways[way]:,.0f}" for way in ("eager", "compiled")])
+
+
+def print_outer_steps(num_steps: int, rounds: int) -> None:
+    title = "Microseconds of an outer step, and over `lax.scan` by hand"
+    print_header(title, ["microseconds", "ratio"])
+    seconds = seconds_of_loops(num_steps, rounds)
+    for name, taken in seconds.items():
+        ratio = f"{taken / seconds[SCAN]:.1f}"
+        print_row(name, [f"{1e6 * taken / num_steps:,.1f}", ratio])
+
+
+def print_memory(chosen: list[str]) -> None:
+    if not pathlib.Path("/proc").exists():
+        print("\nHow much a process held is not known on this system.")
+        return
+    print_header("The most memory that a process held, in MiB", ["metaopt", PLAIN])
+    for case in [name for name in chosen if name in RESIDENT]:
+        held = [resident_bytes(case, who) / 2**20 for who in ("metaopt", PLAIN)]
+        print_row(case, [f"{size:,.0f}" for size in held])
+
+
 def main():
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--resident", nargs=2, metavar=("CASE", "CONTENDER"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="jaxopt")
     if arguments.resident:
         print_resident(*arguments.resident)
         return
-    device = jax.devices()[0].device_kind
-    print(
-        f"Time (and temporary memory) over plain JAX, on {device}, jax {jax.__version__}\n"
-    )
-    names = ["metaopt", ALONE, REPORTED, "jaxopt", "optimistix", *TORCH]
-    print("| |", " | ".join(names), "|")
-    print("|---|" + "--:|" * len(names))
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     chosen = [name for name in CASES if arguments.only in name]
-    for case in chosen:
-        row = compare(CASES[case](), arguments.repeats)
-        cells = [row.get(name, "") for name in names]
-        print(f"| {case} |", " | ".join(cells), "|", flush=True)
-    if not pathlib.Path("/proc").exists():
-        print("\nHow much a process held is not known on this system.")
-        return
-    print("\nThe most memory that a process held, in MiB\n")
-    print("| | metaopt | plain JAX |\n|---|--:|--:|")
-    for case in [name for name in chosen if name in RESIDENT]:
-        cells = [f"{resident_bytes(case, who) / 2**20:,.0f}" for who in ("metaopt", PLAIN)]
-        print(f"| {case} |", " | ".join(cells), "|", flush=True)
+    sections: dict[str, Callable[[], None]] = {
+        "times": lambda: print_times(chosen, arguments.repeats),
+        "first_call": lambda: print_first_calls(chosen, rounds=2),
+        "eager": lambda: print_small_calls(arguments.repeats),
+        "outer": lambda: print_outer_steps(num_steps=2000, rounds=3),
+        "memory": lambda: print_memory(chosen),
+    }
+    for name in SECTIONS:
+        if name in arguments.sections:
+            sections[name]()
 
 
 if __name__ == "__main__":
