@@ -1,4 +1,4 @@
-"""The cost of a call apart from its numbers: compilation, and what Python does."""
+"""The cost of a call apart from its numbers: compilation and Python."""
 
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ NUM_DECAYS, NUM_CALLS = 8, 5
 
 
 def first_calls(case: Case, rounds: int) -> dict[str, float]:
-    """For each contender the CPU seconds of tracing, lowering and compiling it, the least
-    of some rounds that alternate, all caches cleared before each."""
+    """Measure the CPU seconds that each contender takes to be traced, lowered and compiled:
+    the least of some rounds that alternate, all caches cleared before each."""
     contenders, arguments = case
     seconds = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
@@ -27,8 +27,8 @@ def first_calls(case: Case, rounds: int) -> dict[str, float]:
 
 
 def small_calls(rounds: int) -> dict[str, dict[str, float]]:
-    """For each contender the microseconds of one call on a tiny problem, eager and within
-    a compiled function: the least of some rounds that alternate."""
+    """Measure the microseconds of one call of each contender on a tiny problem, eager and
+    compiled: the least of some rounds that alternate."""
     contenders, arguments = decays(NUM_DECAYS, "CG")
     names = [name for name in ("metaopt", ALONE, PLAIN, "jaxopt") if name in contenders]
     calls: dict[tuple[str, str], Callable[..., Any]] = {}

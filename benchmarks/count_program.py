@@ -9,8 +9,8 @@ with every number of the report. Nothing is timed, so there is no noise. For eac
   entries or more; and reductions. Both depend on what XLA fuses, and so on its version;
 - operations and bytes by XLA's own analysis, in thousands;
 - the temporary memory that XLA plans for, in KiB;
-- how often Python runs the inner and the outer loss; one loss is both in MAML, and a cell
-  takes the place of the inner one in an equilibrium.
+- traces of the inner and the outer loss, each a run by Python. In MAML one loss is both; in
+  an equilibrium the cell takes the place of the inner loss.
 
 In brackets stands the ratio to the program by hand. In the first three columns the body of
 a loop counts as often as it runs, and as often as it may run in conjugate gradients. It
@@ -120,7 +120,7 @@ def mean_square(z: jax.Array) -> jax.Array:
 LOGISTIC, DECAYS = (penalised, logistic), (quadratic, distance)
 NETWORK, WAVES = (decayed, cross_entropy), (few_shot.squared_error, few_shot.squared_error)
 LAYER = tanh_cell, mean_square
-# How each is made from its two losses, these, and the steps of loops that may stop early.
+# The function that makes each, its two losses, and the steps of loops that may stop early.
 WORKLOADS: dict[str, tuple[Callable[..., Case], tuple[Loss, Loss], int]] = {
     "logistic, 20 steps of CG": (ft.partial(implicit, 0), LOGISTIC, NUM_LINEAR_STEPS),
     "100k decays, 10 steps of CG": (ft.partial(decays, 10**5, "CG"), DECAYS, 10),
@@ -140,7 +140,7 @@ WORKLOADS: dict[str, tuple[Callable[..., Case], tuple[Loss, Loss], int]] = {
 def measure(
     fn: Callable[..., Any], arguments: tuple[Any, ...], open_steps: int
 ) -> tuple[Work, list[float]]:
-    """The work of a program, and its numbers in the order of the table."""
+    """Count the work of a program; also return its numbers in the order of the table."""
     # Else metaopt compiles nothing anew for a second program that shares a part.
     jax.clear_caches()
     work = Work(fn, *arguments, open_steps=open_steps)
@@ -157,7 +157,7 @@ def measure(
 
 
 def cell_of(number: float, by_hand: float, mark: str = "") -> str:
-    """A number and, in brackets, its ratio to that of the program by hand."""
+    """Format a number and, in brackets, its ratio to that of the program by hand."""
     digits = 1 if 0 < number < 100 and number != int(number) else 0
     ratio = f" ({number / by_hand:.2f})" if by_hand else ""
     return f"{number:,.{digits}f}{mark}{ratio}"

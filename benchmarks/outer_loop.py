@@ -55,7 +55,7 @@ def by_hand(carry: Any, train: Any, valid: Any, num_steps: int) -> Any:
 
 
 def seconds_of_loops(num_steps: int, rounds: int) -> dict[str, float]:
-    """For each way to take so many outer steps, the seconds it takes."""
+    """Measure the seconds that each way takes for so many outer steps."""
     train, valid = jax.random.normal(jax.random.key(0), (2, SIZE))
     hyper = jnp.full(SIZE, 0.5)
     problem = mo.BilevelProblem(inner_loss, outer_loss)

@@ -34,7 +34,7 @@ def import_module(name: str) -> types.ModuleType:
 
 
 def import_benchmark(name: str) -> types.ModuleType:
-    """A file of `benchmarks`, which lies on the path of its own scripts alone."""
+    """Import a file of `benchmarks`, which are on the path of their own scripts alone."""
     folder = str(REPOSITORY / "benchmarks")
     sys.path.insert(0, folder)
     try:

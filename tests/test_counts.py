@@ -155,7 +155,7 @@ T = NUM_STEPS
 
 
 def count(name: str, way: str) -> tuple[float, tuple[int, int]]:
-    """The products with the data, and how often the two losses are traced."""
+    """Count the products with the data, and the traces of the two losses."""
     make, *losses = MADE[name]
     inner, outer = map(Counted, losses)
     workload = make(inner, outer)
@@ -187,7 +187,7 @@ def count(name: str, way: str) -> tuple[float, tuple[int, int]]:
 def test_products_and_traces(name, way, most_products):
     products, traces = count(name, way)
     assert products <= most_products
-    # Twice for the residuals of a layer, besides.
+    # The cell of a layer is traced three times, the loss of MAML alone is both losses.
     assert traces == {"MAML": (1, 0), "Picard": (3, 1)}.get(name, (1, 1))
 
 
