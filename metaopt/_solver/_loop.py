@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core._results import first_failure, mask_result, RESULTS, where_result
-from .._core._tree import padding, split_trainable, tree_all_finite, wide_dtype
 from .._core._trace_once import call_once
+from .._core._tree import padding, split_trainable, tree_all_finite, wide_dtype
 from .._core._types import (
     Aux,
     Batch,
