@@ -45,13 +45,10 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Mark slow all but every n-th variant of a test with `@pytest.mark.one_of(n)`, and
-    what is left to `.ci/run`."""
+    """Mark slow what is left to `.ci/run`, and all but every n-th variant of a test with
+    `@pytest.mark.one_of(n)`. What is marked slow as well is not left to `.ci/run`."""
     seen = collections.Counter()
     for item in items:
-        if item.get_closest_marker("ci"):
-            item.add_marker(pytest.mark.slow)
-            continue
         thinned = item.get_closest_marker("one_of")
         if thinned and not item.get_closest_marker("slow"):
             (count,) = thinned.args
@@ -59,6 +56,12 @@ def pytest_collection_modifyitems(items):
             if seen[test] % count:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+        if not item.get_closest_marker("ci"):
+            continue
+        if item.get_closest_marker("slow"):
+            item.own_markers = [m for m in item.own_markers if m.name != "ci"]
+        else:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -469,6 +469,7 @@ def test_half_precision_is_solved_with_in_float32(dtype):
 #
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("optimistix", [False, True])
 def test_losses_that_take_a_key(optimistix):
     def inner_loss(params, hyper, batch, key):

@@ -93,6 +93,7 @@ def solved(hyper, adjoint, optimizer="sgd", atol=None):
 AUTO, ALL = mo.UnrolledAdjoint(), mo.UnrolledAdjoint(STORED)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize(
     "optimizer, atol", [("sgd", None), ("momentum", None), ("adam", None), ("sgd", 1.0)]
 )

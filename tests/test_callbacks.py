@@ -120,6 +120,7 @@ def test_calls_end_where_the_shapes_of_batches_change():
     assert_same_run(cut, run(1))
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_stops_at_the_step_that_converged(steps_per_call):
     solution = solve(100, atol=0.5, steps_per_call=steps_per_call)
@@ -151,6 +152,7 @@ def test_failed_step_of_a_call_is_undone():
     np.testing.assert_allclose(one.hyper, 0.3, rtol=1e-6)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_update_that_is_not_to_be_trusted_is_undone(steps_per_call):
     # Finite, and refused: the inner problem is not solved.
@@ -224,6 +226,7 @@ def test_best_step_is_kept():
     assert solve(2).best is None
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("steps_per_call", [1, 3, 11])
 def test_best_step_may_lie_within_a_call(steps_per_call):
     def outer_loss(params, hyper, batch):

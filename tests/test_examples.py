@@ -83,6 +83,7 @@ def test_an_equilibrium_is_as_good_as_unrolling_and_says_where_there_is_none(tmp
         assert growth > 20 if name == "unrolled" else growth <= 1.2
 
 
+@pytest.mark.one_of(3)
 # The options are those of one parser, but for the texts.
 @pytest.mark.parametrize(
     ("name", "options"),

@@ -103,6 +103,7 @@ def test_part_held_constant_by_stop_gradient():
     assert not jnp.any(other["body"].weight)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("learner", [few_shot.MAML, few_shot.Reptile])
 def test_frozen_part_stays_despite_weight_decay(learner):
     decaying = mo.Descent(optax.adamw(0.1, weight_decay=0.5), num_steps=1)

@@ -204,6 +204,7 @@ def test_examples_of_a_batch_converge_each_for_itself(kind):
     np.testing.assert_allclose(together.value, expected, rtol=rtol, atol=1e-10)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("kind", [mo.Anderson, mo.Broyden])
 def test_an_example_that_has_converged_is_held(kind):
     # The tolerance is loose, so that a step more would be seen.

@@ -43,6 +43,7 @@ def nested(adjoint: Any, num_steps: int = 5, **changes: Any) -> mo.NestedSolver:
     return mo.NestedSolver(inner, adjoint, optax.sgd(1.0), **changes)
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("start", [mo.ColdStart(), mo.WarmStart()], ids=["cold", "warm"])
 @pytest.mark.parametrize("adjoint", ["unrolled", "implicit"])
 def test_a_step_is_the_mean_of_steps_by_themselves(adjoint, start):
@@ -252,6 +253,7 @@ def counted_error(params, hyper, batch, state):
     return jnp.mean(((x - state["mean"]) @ params - y) ** 2)
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("num_seeds", [1, 2])
 @pytest.mark.parametrize(
     "start", [mo.ColdStart(), mo.WarmStart(), mo.Windows(restart_every=2)]

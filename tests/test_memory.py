@@ -116,7 +116,6 @@ _QUICK = {("blocks", 1), ("blocks of blocks", 13)}
 
 
 @pytest.mark.ci
-@pytest.mark.one_of(6)
 @pytest.mark.parametrize(
     "plan, num_steps",
     [

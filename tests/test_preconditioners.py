@@ -392,6 +392,7 @@ def test_a_preconditioner_that_is_not_definite_is_found_out():
         logistic().differentiate(Negative())
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("make", [mo.linear.DiagonalEstimate, mo.linear.LowRank])
 def test_negative_curvature_is_found_out(make):
     matrix = definite(np.linspace(-1, 1, SIZE))

@@ -373,6 +373,7 @@ def test_model_state():
 #
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "adjoint",
     [mo.ForwardAdjoint(), mo.UnrolledAdjoint(mo.memory.Blocks(1))],

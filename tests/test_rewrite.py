@@ -254,6 +254,7 @@ def test_dtypes_and_weak_types_pass_through(rewrite):
 # Loops of other libraries
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("solver", [lx.GMRES(1e-8, 1e-8, restart=5), lx.CG(1e-8, 1e-8)])
 def test_values_of_lineax_are_kept(solver):
     matrix = jnp.diag(jnp.linspace(1.0, 5.0, 12)) + 0.1
@@ -277,6 +278,7 @@ def test_values_of_lineax_are_kept(solver):
     np.testing.assert_allclose(jnp.linalg.solve(matrix, vectors.T).T, batched, atol=1e-6)
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("implicit", [False, True])
 def test_batched_jaxopt_returns(implicit):

@@ -62,6 +62,7 @@ def check_same(solution: Any, slow: Any) -> None:
     assert int(solution.state.num_steps) == len(solution.history) == 6
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("throw", [True, False])
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 def test_a_run_goes_back_and_on_at_a_lower_rate(steps_per_call, throw):
@@ -106,6 +107,7 @@ def test_after_some_times_the_run_fails():
     assert len(error.value.value.history) == 2  # with the step that failed
 
 
+@pytest.mark.one_of(3)
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
 def test_a_cut_run_goes_back_as_the_whole_one(tmp_path, slow, cut):
     """Cut right before the step that fails, and after the run has gone back."""
@@ -250,6 +252,7 @@ def learn(rate: float, tasks: Any, **options: Any) -> Any:
     )
 
 
+@pytest.mark.one_of(4)
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 @pytest.mark.parametrize("tasks", [drawn_tasks, EPISODES, TaskLoader()])
 def test_learning_over_tasks_goes_back(tasks, steps_per_call, tmp_path):

@@ -33,6 +33,7 @@ def path(
     return seen, solution
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize(
     "transform, wanted",
     [

@@ -107,6 +107,7 @@ def steps_of(transform, num_steps, **extra):
     return params
 
 
+@pytest.mark.one_of(2)
 @pytest.mark.parametrize("name", ["sam", "sophia"])
 def test_transforms_that_ask_for_the_loss_under_other_names(name):
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.01))
