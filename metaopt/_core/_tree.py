@@ -196,7 +196,25 @@ def tree_where_arrays(condition: BoolScalar, new: PyTree, old: PyTree) -> PyTree
     """`new` where `condition` holds, else `old`; leaves that are not arrays are those of
     `new`."""
     arrays, static = eqx.partition(new, eqx.is_array)
+    condition = computed_once(condition)
     return eqx.combine(tree_where(condition, arrays, eqx.filter(old, eqx.is_array)), static)
+
+
+def computed_once(condition: BoolScalar) -> BoolScalar:
+    """The same condition, for many readers.
+
+    On CPUs XLA computes a scalar anew in each kernel that reads it, and all that it is
+    made of with it. A step of Adam on forty numbers, each of which is masked by a check of
+    all of them, then holds thousands of checks and takes twenty seconds to compile in
+    place of one. A sort is part of no other kernel, and works in a batch too.
+    """
+    return jax.lax.sort(jnp.stack([condition, condition]))[0]
+
+
+def tree_nan_where(condition: BoolScalar, x: Vector) -> Vector:
+    """`nan_where` for each leaf, the condition being computed once."""
+    condition = computed_once(condition)
+    return jax.tree.map(lambda leaf: nan_where(condition, leaf), x)
 
 
 def nan_where(condition: BoolScalar, x: jax.Array) -> jax.Array:

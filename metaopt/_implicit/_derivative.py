@@ -11,10 +11,10 @@ import lineax as lx
 
 from .._core._results import first_failure, RESULTS
 from .._core._tree import (
-    nan_where,
     tree_cast_like,
     tree_dot,
     tree_entangled,
+    tree_nan_where,
     tree_scaled_norm,
     tree_structs,
 )
@@ -176,7 +176,7 @@ def _(primals, tangents, *, static_rule, throw):
         failed = result != RESULTS.successful
         if throw:
             return result.error_if(linear.value, failed)
-        return jax.tree.map(lambda leaf: nan_where(failed, leaf), linear.value)
+        return tree_nan_where(failed, linear.value)
 
     tangent = linear_solve(
         operator.mv,

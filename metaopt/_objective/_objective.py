@@ -14,6 +14,7 @@ from .._core._tree import (
     nan_where,
     split_trainable,
     tree_add,
+    tree_nan_where,
     tree_scaled_norm,
     tree_where_arrays,
 )
@@ -182,7 +183,7 @@ class Objective(eqx.Module):
         # Without a solution there is no hypergradient: a linear solver that stops at once
         # leaves a zero that looks like one.
         if guard:
-            gradient = _nan_where(voids_hypergradient(result), gradient)
+            gradient = tree_nan_where(voids_hypergradient(result), gradient)
         report = _report(name, output, gradient, norm, result, idle, held)
         return output, gradient, report
 
@@ -306,10 +307,6 @@ class Objective(eqx.Module):
             jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(structs)
         ]
         return list(itertools.compress(read, inexact))
-
-
-def _nan_where(condition: BoolScalar, tree: Vector) -> Vector:
-    return jax.tree.map(lambda leaf: nan_where(condition, leaf), tree)
 
 
 def _solution_of(outcome: Outcome) -> Any:
